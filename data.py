@@ -1,0 +1,498 @@
+"""Datasets, splits and prompts: everything that turns interactions into tensors or text.
+
+    interactions -> one chronological sequence a user -> train | valid (last but one) | test (last)
+    event e = (user, position >= 1) of a train choice: who chose which item when, and what that person had chosen before
+
+Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, whose hidden truth (why each item is chosen)
+sits in Dataset.truth and is read by curec.py's truth figures and oracle arm alone; Amazon 2014 and 2018 files; a folder
+of your own. Everything that trains a model reads `train`, `events` and `items` only: never valid, test or truth.
+
+Left out: sampled negatives for evaluation, images, prices.  Try it alone:
+    python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', [d.train[0][:3]]), sep='\\n')"
+"""
+import ast
+import csv
+import gzip
+import html
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from tqdm import tqdm
+
+ALIASES = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors"}
+URLS = {  # file name pattern -> address; the first pair is Amazon 2014, the second Amazon 2018
+    "reviews_{}_5.json.gz": "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
+    "meta_{}.json.gz": "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
+    "{}_5.json.gz": "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}_5.json.gz"}
+HISTORY, PEOPLE = 3, 4             # items shown of each person's history; people shown in a prompt (H)
+TITLE_WORDS, TEXT_WORDS = 12, 40   # longest title and item text in a prompt, in words
+MIN_ITEMS = 5                      # a word found in fewer items identifies an item: it is masked from rewards
+STOPWORDS = frozenset("a about above all also an and any are as at be been by can for from has have how in into is it its "
+                      "more most new no none not of off on one or other our out over per set so than that the their them "
+                      "these they this to too two up use used very was we what when which who will with you your "
+                      "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
+
+
+class DataError(ValueError):
+    """Bad or missing input; the message says what to do."""
+
+
+@dataclass
+class Dataset:
+    name: str
+    items: list                    # items[i] = {"id", "title", "brand", "categories", "description"}; items[0] padding
+    users: list                    # source ids
+    seqs: list                     # per user: item numbers in time order, (L,) int64
+    times: list                    # per user: seconds, (L,) int64
+    ratings: list | None = None    # per user: (L,) float, or None where the source has none
+    truth: dict | None = None      # demo only: {"early": drivers an item, "late": drivers an item}; index 0 unused
+    notes: list = field(default_factory=list)    # what was skipped and why, for the summary
+
+    @property
+    def n_items(self):
+        return len(self.items) - 1
+
+    @cached_property
+    def train(self):
+        return [s[:-2] for s in self.seqs]
+
+    @cached_property
+    def valid(self):
+        return np.array([s[-2] for s in self.seqs])
+
+    @cached_property
+    def test(self):
+        return np.array([s[-1] for s in self.seqs])
+
+    @cached_property
+    def events(self):
+        """Train choices that have a history: dict of (E,) arrays user, pos, item, time, sorted by time (stable)."""
+        rows = [(u, p, s[p], t[p]) for u, (s, t) in enumerate(zip(self.train, self.times)) for p in range(1, len(s))]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        table = table[np.argsort(table[:, 3], kind="stable")]
+        return dict(zip(("user", "pos", "item", "time"), table.T))
+
+    @cached_property
+    def counts(self):
+        """Train interactions of each item, (n_items + 1,)."""
+        return np.bincount(np.concatenate(self.train), minlength=self.n_items + 1)
+
+    @cached_property
+    def document_frequency(self):
+        return Counter(w for item in self.items[1:] for w in set(words(item_text(item))))
+
+    @cached_property
+    def masked_words(self):
+        """Words that tell which item it is (in fewer than MIN_ITEMS items, brands): never shown to the reward's encoder."""
+        rare = {w for w, n in self.document_frequency.items() if n < MIN_ITEMS}
+        return rare | {w for item in self.items[1:] for w in words(item["brand"])}
+
+    @cached_property
+    def common_words(self):
+        return {w for w, n in self.document_frequency.items() if n > self.n_items / 2} | STOPWORDS | {"people", "choose"}
+
+    @cached_property
+    def phrases(self):
+        """What an item says about itself and a reason may name: its words, less masked and common ones."""
+        common = self.common_words
+        out = [[]]
+        for item in self.items[1:]:
+            own = [w for w in dict.fromkeys(words(item_text(item))) if w not in common and not w[0].isdigit()]
+            clear = [w for w in own if w not in self.masked_words]
+            out.append(clear if len(clear) >= 2 else own)
+        return out
+
+    def history(self, event: int) -> np.ndarray:
+        """What the person of a train event had chosen before it, oldest first."""
+        return self.train[self.events["user"][event]][: self.events["pos"][event]]
+
+
+def words(text: str) -> list:
+    return re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
+
+
+def item_text(item: dict) -> str:
+    """All that an item says about itself, one line."""
+    parts = (item["title"], item["brand"] and "by " + item["brand"], ", ".join(item["categories"][-2:]), item["description"])
+    return " ".join(" . ".join(p for p in parts if p).split()[:TEXT_WORDS]) or "no description"
+
+
+def title(data: Dataset, i: int) -> str:
+    return " ".join((data.items[i]["title"] or "untitled").split()[:TITLE_WORDS])
+
+
+# ------------------------------------------------------------------------------------------------ the made-up world
+ASPECTS = ("pockets wheels padding warmth silence colour scent shine storage grip comfort speed balance softness strength "
+           "lightness shade airflow privacy charm safety elegance humour novelty tradition durability simplicity "
+           "precision freshness calm").split()                                 # 30, one word each
+BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
+
+
+def demo(seed: int, n_users: int = 2000, n_items: int = 600) -> Dataset:
+    """A shop whose every item says five aspects but is chosen for two of them only (the drivers; the rest are decoys).
+
+    40 % of the items swap one driver half-way through time; 30 % of the users swap one of their three needs.
+    A person picks item i at time t with probability ~ exp(3 m + [m = 2] + popularity_i), m = |drivers(i, t) & needs(u, t)|.
+    """
+    rng = np.random.default_rng([seed, 7])
+    K = len(ASPECTS)
+    said = np.array([rng.permutation(K)[:5] for _ in range(n_items)])
+    early = np.array([rng.permutation(s)[:2] for s in said])
+    late = early.copy()
+    for i in np.flatnonzero(rng.random(n_items) < 0.4):
+        late[i, rng.integers(2)] = rng.choice([a for a in said[i] if a not in early[i]])
+    drives = np.zeros((2, n_items, K))
+    for half, drivers in enumerate((early, late)):
+        np.put_along_axis(drives[half], drivers, 1.0, axis=1)
+    popularity, span = rng.normal(0, 0.3, n_items), 100_000_000                # about three years of seconds
+    seqs, times = [], []
+    for _ in range(n_users):
+        wants = rng.permutation(K)[:4]
+        needs = np.zeros((2, K))
+        needs[0, wants[:3]] = 1
+        needs[1, wants[1:] if rng.random() < 0.3 else wants[:3]] = 1
+        when = np.sort(rng.integers(0, span, rng.integers(5, 10)))
+        open_items, chosen = np.ones(n_items, bool), []
+        for t in when:
+            half = int(t > span // 2)
+            matches = drives[half] @ needs[half]
+            utility = 3 * matches + (matches == 2) + popularity + rng.gumbel(size=n_items)
+            chosen.append(int(np.where(open_items, utility, -np.inf).argmax()))
+            open_items[chosen[-1]] = False
+        seqs.append(np.array(chosen) + 1)
+        times.append(when + 1_400_000_000)
+    items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s) + " bag", "categories": ["Bags"],
+                     "brand": BRANDS[rng.integers(len(BRANDS))], "description": ""} for i, s in enumerate(said)]
+    names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
+    return build("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, None,
+                 truth={"early": names[0], "late": names[1]})
+
+
+# --------------------------------------------------------------------------------------------------- real data sets
+def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None, limit_items=0, limit_users=0,
+         small=False) -> Dataset:
+    """`demo`, an Amazon category (2014 or 2018 files, found in data_dir or downloaded there), or a folder's path.
+
+    ties: "file" keeps the source's order within a timestamp, "shuffle" draws it by seed. k_core, limit_items,
+    limit_users: 0 = off. Raises DataError with what to do.
+    """
+    if name == "demo":
+        return demo(seed, *(300, 120) if small else (2000, 600))
+    if os.path.isdir(name):
+        rows, records, notes = read_folder(name)
+        k_core = 5 if k_core is None else k_core
+    else:
+        rows, records, notes = read_amazon(ALIASES.get(name.lower(), name), data_dir)
+    if ties == "shuffle":
+        rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
+    rows.sort(key=lambda r: r[2])                                              # list.sort is stable
+    seen, unique = set(), []
+    for r in rows:
+        if (r[0], r[1]) not in seen:
+            seen.add((r[0], r[1]))
+            unique.append(r)
+    if len(rows) > len(unique):
+        notes.append(f"{len(rows) - len(unique)} repeated user-item pairs: the first is kept")
+    rows = core(unique, k_core or 0)
+    if limit_items:
+        left = Counter(r[0] for r in rows)
+        train = Counter()
+        for r in rows:                             # rows are chronological: a user's last two are valid and test
+            left[r[0]] -= 1
+            train[r[1]] += left[r[0]] >= 2
+        keep = {i for i, _ in sorted(train.items(), key=lambda kv: (-kv[1], kv[0]))[:limit_items]}
+        rows = core([r for r in rows if r[1] in keep], 5)
+    if limit_users:
+        people = sorted({r[0] for r in rows})
+        keep = set(np.random.default_rng([seed, 13]).permutation(people)[:limit_users].tolist())
+        rows = [r for r in rows if r[0] in keep]
+    return from_rows(os.path.basename(os.path.normpath(name)), rows, records, notes)
+
+
+def core(rows: list, k: int) -> list:
+    """The k-core: every user and every item left has at least k interactions."""
+    while k > 1:
+        users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
+        kept = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k]
+        if len(kept) == len(rows):
+            break
+        rows = kept
+    return rows
+
+
+def from_rows(name, rows, records, notes) -> Dataset:
+    """rows: (user id, item id, time, rating or None), sorted; records: item id -> record."""
+    by_user = {}
+    for r in rows:
+        by_user.setdefault(r[0], []).append(r)
+    short = [u for u, mine in by_user.items() if len(mine) < 3]
+    if short:
+        notes.append(f"{len(short)} users with fewer than 3 interactions: left out")
+        by_user = {u: mine for u, mine in by_user.items() if len(mine) >= 3}
+    if not by_user:
+        raise DataError(f"{name}: no user has 3 interactions left; lower --k-core or the limits, or check the files")
+    users = sorted(by_user)
+    ids = sorted({r[1] for mine in by_user.values() for r in mine})
+    number = {x: i + 1 for i, x in enumerate(ids)}
+    blank = [x for x in ids if not records.get(x, {}).get("title")]
+    if blank:
+        notes.append(f"{len(blank)} items without a title")
+    items = [{}] + [record(x, **records.get(x, {})) for x in ids]
+    take = lambda column: [np.array([r[column] for r in by_user[u]]) for u in users]
+    seqs = [np.array([number[r[1]] for r in by_user[u]]) for u in users]
+    rated = all(r[3] is not None for mine in by_user.values() for r in mine)
+    return build(name, items, users, seqs, take(2), take(3) if rated else None, notes=notes)
+
+
+def build(name, items, users, seqs, times, ratings, truth=None, notes=()) -> Dataset:
+    assert all((np.diff(t) >= 0).all() for t in times), "sequences must be chronological"
+    return Dataset(name, items, users, [np.asarray(s, dtype=np.int64) for s in seqs], times, ratings, truth, list(notes))
+
+
+def clean(value) -> str:
+    """One line of plain text: entities unescaped, markup and control tokens dropped, 'None' and 'nan' read as empty."""
+    if isinstance(value, (list, tuple)):
+        value = " ".join(str(v) for v in value)
+    text = html.unescape(html.unescape("" if value is None else str(value)))
+    text = " ".join(re.sub(r"<[^<>]*>", " ", text).replace("<", " ").replace(">", " ").split())
+    return "" if text.lower() in ("nan", "none", "null") else text
+
+
+def record(id, title="", brand="", categories=(), description="") -> dict:
+    return {"id": str(id), "title": clean(title), "brand": clean(brand), "description": clean(description),
+            "categories": [clean(c) for c in categories if clean(c)]}
+
+
+def lines(path: str):
+    """Decoded lines of a text or gzip file with their numbers; DataError if the file is not what its name says."""
+    opener = gzip.open if path.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as f:
+            yield from enumerate(f, 1)
+    except (OSError, EOFError) as e:
+        raise DataError(f"{path}: cannot be read to its end ({e}); delete it and download it again") from e
+
+
+def parse_line(line: str) -> dict | None:
+    """A JSON object or, in Amazon 2014 meta files, a Python dict literal (literal_eval runs no code)."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(line)
+            return value if isinstance(value, dict) else None
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return None
+
+
+def read_amazon(category: str, data_dir: str):
+    """Rows and item records of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
+    pick = {year: os.path.join(data_dir, pattern.format(category)) for year, pattern in
+            ((2014, "reviews_{}_5.json.gz"), (2018, "{}_5.json.gz"))}
+    meta = os.path.join(data_dir, f"meta_{category}.json.gz")
+    reviews = next((p for p in pick.values() if os.path.exists(p)), pick[2014])
+    wanted = [p for p in (reviews, meta) if not os.path.exists(p)]
+    if wanted:
+        download(category, wanted, data_dir)
+    rows, bad, notes = [], 0, []
+    for _, line in tqdm(lines(reviews), desc=f"reading {os.path.basename(reviews)}", unit=" lines", leave=False, disable=None):
+        r = parse_line(line)
+        try:
+            rating = r.get("overall")
+            rows.append((str(r["reviewerID"]), str(r["asin"]), int(r["unixReviewTime"]), None if rating is None else float(rating)))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            bad += 1
+    if not rows:
+        raise DataError(f"{reviews}: no line has reviewerID, asin and unixReviewTime; is it the 5-core review file?")
+    needed, records = {r[1] for r in rows}, {}
+    asin = re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
+    for _, line in tqdm(lines(meta), desc=f"reading {os.path.basename(meta)}", unit=" lines", leave=False, disable=None):
+        found = asin.search(line)                  # cheap test first: the full meta files have ten times the items
+        if not found or found[1] not in needed:
+            continue
+        r = parse_line(line)
+        if r is None:
+            bad += 1
+            continue
+        path = r.get("categories") or [r.get("category") or []]                # 2014: list of paths; 2018: one path
+        path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
+        records.setdefault(found[1], {"title": r.get("title"), "brand": r.get("brand"), "description": r.get("description"),
+                                      "categories": path if isinstance(path, list) else [path]})
+    if bad:
+        notes.append(f"{bad} lines without the needed fields: skipped")
+    return rows, records, notes
+
+
+def read_folder(folder: str):
+    """Your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
+    for name in ("interactions.csv", "items.jsonl"):
+        if not os.path.exists(os.path.join(folder, name)):
+            raise DataError(f"{folder}: {name} is missing; a folder needs interactions.csv (user,item,timestamp[,rating]) "
+                            "and items.jsonl (id,title[,brand,categories,description])")
+    path, rows, records, notes, bad = os.path.join(folder, "interactions.csv"), [], {}, [], 0
+    reader = csv.DictReader(line.replace("\0", "") for _, line in lines(path))
+    if not {"user", "item", "timestamp"} <= set(reader.fieldnames or ()):
+        raise DataError(f"{path}: the first line must name the columns user,item,timestamp[,rating]")
+    for r in reader:
+        try:
+            rating = r.get("rating")
+            rows.append((r["user"], r["item"], int(float(r["timestamp"])), float(rating) if rating else None))
+        except (TypeError, ValueError, OverflowError):
+            bad += 1
+    for n, line in lines(os.path.join(folder, "items.jsonl")):
+        r = parse_line(line) if line.strip() else {}
+        if r is None or (r and "id" not in r):
+            raise DataError(f"{folder}/items.jsonl line {n}: not a JSON object with an id; mend or remove the line")
+        if r:
+            categories = r.get("categories") or []
+            records[str(r["id"])] = {k: r.get(k) for k in ("title", "brand", "description")} | {
+                "categories": categories if isinstance(categories, list) else [categories]}
+    if bad:
+        notes.append(f"{bad} lines of interactions.csv without a readable timestamp: skipped")
+    return rows, records, notes
+
+
+def download(category: str, wanted: list, data_dir: str):
+    """Fetches the missing files once: progress bar, .part file, size and gzip check, then an atomic rename."""
+    table = {pattern.format(category): url.format(category) for pattern, url in URLS.items()}
+    for path in wanted:
+        url, part = table[os.path.basename(path)], path + ".part"
+        try:
+            os.makedirs(data_dir, exist_ok=True)
+            with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
+                size = int(source.headers.get("Content-Length") or 0)
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"downloading {os.path.basename(path)}") as bar:
+                    while chunk := source.read(1 << 20):
+                        out.write(chunk)
+                        bar.update(len(chunk))
+            if size and os.path.getsize(part) != size:
+                raise OSError(f"{os.path.getsize(part)} of {size} bytes came")
+            for _ in lines_of_gzip(part):
+                pass
+            os.replace(part, path)
+        except (OSError, EOFError, urllib.error.URLError) as e:
+            if os.path.exists(part):
+                os.remove(part)
+            files = "\n".join(f"  {os.path.basename(p)}  from  {table[os.path.basename(p)]}" for p in wanted)
+            raise DataError(f"data set '{category}' is not in {os.path.abspath(data_dir)} and could not be downloaded ({e}).\n"
+                            f"Put there by hand:\n{files}\nor name their folder with --data-dir. `--dataset demo` needs no files.") from e
+
+
+def lines_of_gzip(path: str):
+    with gzip.open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            yield block
+
+
+# ---------------------------------------------------------------------------------------------- prompts and parsing
+REASON = "people choose it for {} and {}"
+ANSWER = "<think> {} </think> <reason> {} </reason>"
+ANSWER_PATTERN = re.compile(r"\s*<think>([^<>]{0,2000})</think>\s*<reason>([^<>]{0,2000})</reason>\s*")
+REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
+PROMPT = "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\nWhy do people choose it?"
+SYSTEM_TAGS = ("<think>", "</think>", "<reason>", "</reason>")
+
+
+def reason_prompt(data: Dataset, item: int, reason: str, histories: list) -> str:
+    """The one prompt for reasons: item text, reason so far ("" = none), up to PEOPLE histories (arrays of items)."""
+    shown = ["- " + "; ".join(title(data, i) for i in h[-HISTORY:]) for h in histories[:PEOPLE]]
+    return PROMPT.format("\n".join(shown) or "- nobody yet", reason or "none", item_text(data.items[item]))
+
+
+def parse_answer(text: str) -> tuple:
+    """Decoded answer -> (reason, named phrases, format_ok). The format: one think, one reason, two different phrases."""
+    answer = ANSWER_PATTERN.fullmatch(text[:10_000])
+    if not answer:
+        return "", [], False
+    reason = " ".join(answer[2].split())
+    named = REASON_PATTERN.fullmatch(reason)
+    named = [p.strip() for p in named.groups()] if named else []
+    return reason, named, len(named) == 2 and named[0] != named[1] and all(words(p) for p in named)
+
+
+def grounded(data: Dataset, item: int, reason: str) -> float:
+    """Share of the reason's content words that the item's own text says; 1.0 for a reason without content words."""
+    content = [w for w in words(reason) if w not in STOPWORDS and w not in ("people", "choose")]
+    said = set(words(item_text(data.items[item])))
+    return sum(w in said for w in content) / len(content) if content else 1.0
+
+
+def mask_identity(data: Dataset, text: str) -> str:
+    """The text without brands, numbers, common words and those only a few items have: what the reward's encoder reads."""
+    kept = [w for w in words(text) if w not in data.masked_words and w not in data.common_words and not w[0].isdigit()]
+    return " ".join(kept) or "item"
+
+
+def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
+    """A grounded reason that names phrases of the item drawn at random (weak supervision knows no better)."""
+    own = data.phrases[item]
+    named = [own[i] for i in rng.permutation(len(own))[:size]]
+    return REASON.format(*named) if len(named) == 2 else "people choose it for " + " and ".join(named or ["itself"])
+
+
+def reason_sample(data: Dataset, item: int, events, rng, current: str = "") -> tuple:
+    """(prompt, answer) whose weak target is the overlap of the item's words with the words of the histories shown."""
+    histories = [data.history(e) for e in events]
+    said = Counter(w for h in histories for i in h[-HISTORY:] for w in words(title(data, i)))
+    own = data.phrases[item]
+    shared = sorted((w for w in own if said[w]), key=lambda w: -said[w])[:6]
+    weight = np.array([said[w] + 1e-3 for w in own])
+    named = [own[i] for i in rng.choice(len(own), size=2, replace=False, p=weight / weight.sum())]
+    think = "shared " + " ".join(shared) if shared else "nothing shared"
+    return reason_prompt(data, item, current, histories), ANSWER.format(think, REASON.format(*named))
+
+
+def choosers(data: Dataset) -> list:
+    """For each item the train events that chose it: a list of arrays of event numbers, index 0 empty."""
+    order = np.argsort(data.events["item"], kind="stable")
+    return np.split(order, np.cumsum(np.bincount(data.events["item"], minlength=data.n_items + 1))[:-1])
+
+
+def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE) -> list:
+    """n (prompt, answer) pairs from the train split alone: reasons, MIM, MLM, BPR, next item, ranking, rating."""
+    who, total = choosers(data), data.counts
+    nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
+    users = [u for u, s in enumerate(data.train) if len(s) >= 2]
+    tasks = ["mim", "mlm", "bpr", "next", "rank"] + ["rate"] * (data.ratings is not None)
+    out = []
+    for k in range(n):
+        if rng.random() < reason_share and nameable:
+            item = int(nameable[rng.integers(len(nameable))])
+            shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
+            current = random_reason(data, item, rng) if rng.random() < 0.5 else ""
+            out.append(reason_sample(data, item, shown, rng, current))
+            continue
+        u = users[rng.integers(len(users))]
+        s = data.train[u]
+        end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told
+        past = [title(data, i) for i in s[max(0, end - HISTORY): end]]
+        goal, task = title(data, s[end]), tasks[rng.integers(len(tasks))]
+        others = [int(j) for j in rng.integers(1, data.n_items + 1, 8) if j not in s][:2]
+        told = "Chosen in order: " + "; ".join(past)
+        if task == "mim":
+            hide = int(rng.integers(len(past)))
+            blanked = "; ".join("____" if j == hide else t for j, t in enumerate(past + [goal]))
+            out.append((f"Chosen in order: {blanked}\nWhich item is blank?", past[hide]))
+        elif task == "mlm":
+            split = "; ".join(past).split()
+            hide = int(rng.integers(len(split)))
+            blanked = " ".join("____" if j == hide else w for j, w in enumerate(split))
+            out.append((f"Chosen in order: {blanked}\nWhich word is blank?", split[hide].strip(";") or ";"))
+        elif task == "bpr" and others:
+            pair = [goal, title(data, others[0])][:: 1 if (first := rng.random() < 0.5) else -1]
+            out.append((f"{told}\nWhich is preferred, A: {pair[0]} or B: {pair[1]}?", "A" if first else "B"))
+        elif task == "rank" and len(others) == 2:
+            order = sorted(others, key=lambda j: -total[j])                    # the choice first, then by popularity
+            mixed = [title(data, j) for j in rng.permutation([s[end], *others])]
+            out.append((f"{told}\nRank these: {'; '.join(mixed)}", "; ".join([goal] + [title(data, j) for j in order])))
+        elif task == "rate":
+            out.append((f"{told}\nWhich rating from 1 to 5 for {goal}?", f"{data.ratings[u][end]:.0f}"))
+        else:
+            out.append((f"{told}\nWhat comes next?", goal))
+    return out

@@ -1,0 +1,291 @@
+"""SASRec with fused item features, the two counting baselines, and evaluation over the full catalogue.
+
+    x_j  = E[i_j] + W f[i_j] + pos_j            item vector = ID + projected features (text, reasons)
+    h_t  = SASRec(x_1 .. x_t)                   causal self-attention, pre-norm
+    loss = -log softmax_i(h_t . (E + W f)_i)    full softmax over the catalogue, real positions only
+
+Sequences are padded on the right: behind a causal mask no real position ever sees the padding, so no key mask is
+needed. Item 0 is padding. The fused table E + W f is computed once for ranking, so features cost nothing there.
+
+Left out: negative sampling (the full softmax is stronger and simpler at this size) and sampled metrics (they rank
+models differently from the full catalogue: Krichene & Rendle 2020).  Try it alone: pytest tests/test_recommender.py
+Sources: SASRec (Kang & McAuley 2018); cross-entropy for SASRec (Klenitskiy & Vasilev 2023).
+"""
+import copy
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+MAX_LEN = 50                       # longest history the model sees, in items
+CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+class Block(nn.Module):
+    """One pre-norm transformer block; attention is causal, so position t sees items 1..t only."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        assert width % heads == 0, "width must be a multiple of heads"
+        self.heads, self.p = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.p if self.training else 0.0)
+        x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, D)))
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class SASRec(nn.Module):
+    """SASRec whose item vectors are ID embeddings plus projected item features.
+
+    n_items: catalogue size without padding. features: (n_items + 1, F) float tensor, row 0 zeros, or None.
+    """
+
+    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, max_len=MAX_LEN):
+        super().__init__()
+        self.max_len = max_len
+        self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
+        self.pos = nn.Embedding(max_len, width)
+        self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(blocks)])
+        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.project = None
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        with torch.no_grad():
+            self.item.weight[0] = 0
+        if features is not None:       # made last: every arm draws the same random numbers for the shared parts
+            self.register_buffer("features", features.float())
+            self.project = nn.Linear(features.shape[1], width, bias=False)
+            nn.init.normal_(self.project.weight, std=(width * features.shape[1]) ** -0.5)
+
+    def table(self) -> torch.Tensor:
+        """The fused item table, (n_items + 1, D): what input and output share."""
+        if self.project is None:
+            return self.item.weight
+        return self.item.weight + self.project(self.drop(self.features))
+
+    def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states (B, T, D)."""
+        x = table[ids] + self.pos.weight[: ids.shape[1]]
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
+    """The last max_len items of each sequence, right-padded with 0: (B, longest)."""
+    cut = [np.asarray(s[-max_len:]) for s in sequences]
+    ids = np.zeros((len(cut), max((len(s) for s in cut), default=0)), dtype=np.int64)
+    for row, s in zip(ids, cut):
+        row[: len(s)] = s
+    return torch.from_numpy(ids)
+
+
+# -------------------------------------------------------------------------------------------------------- training
+def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=6, batch=128, lr=2e-3,
+          weight_decay=0.0, width=64, blocks=2, dropout=0.3, device="cpu", name="SASRec"):
+    """Trains until validation NDCG@10 has not risen for `patience` epochs; gives back the best epoch's model.
+
+    train_seqs: one array of item numbers a user, chronological. valid_items: (users,) the next item, for selection
+    only. Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
+    """
+    torch.manual_seed(seed)
+    order_rng = np.random.default_rng(seed)
+    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    usable = np.array([u for u, s in enumerate(train_seqs) if len(s) > 1])
+    best, best_epoch, best_state = -1.0, 0, None
+    bar = tqdm(range(1, epochs + 1), desc=name, unit="epoch", leave=False, mininterval=1, disable=None)
+    for epoch in bar:
+        model.train()
+        order = order_rng.permutation(usable)
+        for start in range(0, len(order), batch):
+            ids = pad([train_seqs[u] for u in order[start: start + batch]], MAX_LEN + 1).to(device)  # (B, T + 1)
+            table = model.table()
+            states = model(ids[:, :-1], table)                                                       # (B, T, D)
+            real = ids[:, 1:] > 0
+            logits = states[real] @ table.T                                            # (real positions, n + 1)
+            logits[:, 0] = -torch.inf                                                  # padding is never an answer
+            loss = F.cross_entropy(logits, ids[:, 1:][real])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+        value = metrics(ranks(scorer(model, device), train_seqs, valid_items))["ndcg@10"].mean()
+        bar.set_postfix_str(f"valid NDCG@10 {value:.4f}, best {max(best, value):.4f}")
+        if value > best:
+            best, best_epoch, best_state = value, epoch, copy.deepcopy(model.state_dict())
+        if epoch - best_epoch >= patience:
+            break
+    bar.close()
+    model.load_state_dict(best_state)
+    return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": float(best)}
+
+
+# --------------------------------------------------------------------------------- scores: sequences -> (B, n + 1)
+def scorer(model: SASRec, device="cpu"):
+    """A function from sequences to the scores of every item, (B, n_items + 1), with the table fused once."""
+    model.eval()
+    with torch.no_grad():
+        table = model.table()
+
+    @torch.no_grad()
+    def score(sequences):
+        ids = pad(sequences).to(device)
+        last = torch.tensor([min(len(s), MAX_LEN) - 1 for s in sequences], device=device)
+        states = model(ids, table)[torch.arange(len(ids), device=device), last]
+        return (states @ table.T).float().cpu()
+    return score
+
+
+def popularity(n_items, train_seqs):
+    """Scores every item by its number of train interactions."""
+    counts = torch.from_numpy(np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)).float()
+    return lambda sequences: counts.repeat(len(sequences), 1)
+
+
+def markov(n_items, train_seqs):
+    """First-order transition counts from the last item; popularity breaks ties and fills the rest."""
+    counts = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)
+    fill = torch.from_numpy(counts / (counts.max() + 1.0))                 # < 1: less than any transition
+    follow = {}
+    for s in train_seqs:
+        for a, b in zip(s[:-1], s[1:]):
+            row = follow.setdefault(int(a), {})
+            row[int(b)] = row.get(int(b), 0) + 1
+
+    def score(sequences):
+        out = fill.repeat(len(sequences), 1)
+        for row, s in zip(out, sequences):
+            for b, count in follow.get(int(s[-1]), {}).items():
+                row[b] += count
+        return out
+    return score
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+def ranks(score, sequences, targets, batch: int = 512, lists=None) -> np.ndarray:
+    """Rank (1 = best) of each user's target among all items that the user has not seen; ties count against us.
+
+    score: sequences -> (B, n + 1). sequences: what is known of each user. targets: (users,) item numbers.
+    lists: if a list is given, each user's ten best items are appended to it, (users, 10).
+    """
+    out = np.empty(len(sequences), dtype=np.int64)
+    for start in range(0, len(sequences), batch):
+        part = sequences[start: start + batch]
+        scores = score(part)
+        scores.scatter_(1, pad(part, max_len=10 ** 9), -torch.inf)         # everything seen; padding hits item 0
+        scores[:, 0] = -torch.inf
+        goal = scores.gather(1, torch.as_tensor(np.asarray(targets[start: start + batch]))[:, None])
+        if not torch.isfinite(goal).all():
+            raise ValueError("a target has no finite score: it is among the items seen, or training diverged")
+        out[start: start + len(part)] = (scores >= goal).sum(1).numpy()
+        if lists is not None:
+            lists.append(scores.topk(min(10, scores.shape[1] - 1)).indices.numpy())
+    return out
+
+
+def metrics(rank: np.ndarray) -> dict:
+    """Per-user HR@k, NDCG@k (one target: DCG = 1 / log2(rank + 1)) and reciprocal rank, each (users,)."""
+    out = {}
+    for k in CUTOFFS:
+        out[f"hr@{k}"] = (rank <= k).astype(np.float64)
+        out[f"ndcg@{k}"] = np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
+    out["mrr"] = 1.0 / rank
+    return out
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0):
+    """Mean of a - b over users and its 95 % interval. a, b: (seeds, users), averaged over seeds first."""
+    diff = a.mean(0) - b.mean(0)
+    rng = np.random.default_rng(seed)
+    means = [diff[rng.integers(len(diff), size=len(diff))].mean() for _ in range(draws)]
+    return float(diff.mean()), [float(x) for x in np.percentile(means, [2.5, 97.5])]
+
+
+def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
+    """Do the lists push popular items? top (users, 10) -> coverage@10, Gini of exposure, mean popularity rank."""
+    counts = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)[1:]
+    popularity_rank = np.empty(n_items)
+    popularity_rank[np.argsort(-counts, kind="stable")] = np.arange(1, n_items + 1)
+    shown = np.sort(np.bincount(top.ravel(), minlength=n_items + 1)[1:])
+    gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
+    return {"coverage@10": float((shown > 0).mean()), "gini@10": float(gini),
+            "mean_popularity_rank@10": float(popularity_rank[top - 1].mean())}
+
+
+def test(score, n_items, train_seqs, valid_items, test_items, slices):
+    """Everything that is read once, after validation has chosen: ranks on valid and test, slices, audit, time.
+
+    slices: {name: (users,) bool}. Returns (test ranks (users,), the arm's entry of metrics.json for one seed).
+    """
+    known = [np.append(s, v) for s, v in zip(train_seqs, valid_items)]
+    tops, start = [], time.perf_counter()
+    rank = ranks(score, known, test_items, lists=tops)
+    seconds = time.perf_counter() - start
+    per_user = metrics(rank)
+    valid = metrics(ranks(score, train_seqs, valid_items))
+    return rank, {"valid": {m: float(v.mean()) for m, v in valid.items()},
+                  "test": {m: float(v.mean()) for m, v in per_user.items()},
+                  "slices": {name: {m: float(v[keep].mean()) for m, v in per_user.items()}
+                             for name, keep in slices.items() if keep.any()},
+                  "audit": audit(np.concatenate(tops), n_items, train_seqs),
+                  "rank_ms_per_user": 1000 * seconds / len(known)}
+
+
+# ------------------------------------------------------------------------------------------- arms: train, test, compare
+def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=2):
+    """Trains and tests one arm on every seed. Returns (test ranks (seeds, users), entry of metrics.json, first model).
+
+    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
+    """
+    start, ranks_, rows, first = time.perf_counter(), [], [], None
+    fixed = {"popularity": popularity, "markov": markov}.get(arm)
+    numbers = [base_seed + k for k in range(1 if fixed else seeds)]
+    for k, seed in enumerate(numbers):
+        if fixed:
+            score = fixed(data.n_items, data.train)
+        else:
+            model, _ = train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
+                             blocks=blocks, name=f"{arm}, seed {k + 1} of {seeds}")
+            score, first = scorer(model, device), first or model
+        trained = time.perf_counter() - start
+        rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
+        ranks_.append(rank), rows.append(row)
+    collect = lambda dicts: {m: [d[m] for d in dicts] for m in dicts[0]}
+    entry = {"seeds": numbers, "valid": collect([r["valid"] for r in rows]), "test": collect([r["test"] for r in rows]),
+             "slices": {name: collect([r["slices"][name] for r in rows]) for name in rows[0]["slices"]},
+             "audit": {m: float(np.mean(v)) for m, v in collect([r["audit"] for r in rows]).items()},
+             "train_s": trained, "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
+    return np.stack(ranks_), entry, first
+
+
+def slices_of(data) -> dict:
+    """Test users whose target has at most 5 train interactions, and whose target nobody chose in train after the test event."""
+    last = np.full(data.n_items + 1, np.iinfo(np.int64).min)
+    for s, t in zip(data.train, data.times):
+        np.maximum.at(last, s, t[: len(s)])
+    when = np.array([t[-1] for t in data.times])
+    return {"train<=5": data.counts[data.test] <= 5, "no_later_train": last[data.test] <= when}
+
+
+def compare(ranks_: dict, pairs, metric: str = "ndcg@10") -> list:
+    """Paired differences a - b with 95 % bootstrap intervals over users, each user's metric averaged over seeds."""
+    out = []
+    for a, b in pairs:
+        if a in ranks_ and b in ranks_:
+            delta, ci = paired_bootstrap(*(metrics(ranks_[x])[metric] for x in (a, b)))
+            out.append({"a": a, "b": b, "metric": metric, "seeds": len(ranks_[a]), "delta": delta, "ci95": ci})
+    return out

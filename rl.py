@@ -1,0 +1,451 @@
+"""The LLM: a tiny one from nothing, 4-bit QLoRA loading, generation, supervised alignment, and a hand-written PPO.
+
+    score_t  = [t is last] * s - beta * (logp_t - ref_logp_t)        s = reward_fn(texts, rows), scaled once
+    A_t      = sum_k lambda^k (score_{t+k} + V_{t+k+1} - V_{t+k})    GAE, gamma = 1, V after the last token = 0
+    L        = mean_t max(-A_t ratio_t, -A_t clip(ratio_t)) + c_v * clipped value loss,  ratio_t = exp(logp_t - old_t)
+
+One base model in memory, two named LoRA adapters: `align` (frozen after alignment: PPO's reference) and `policy`.
+Layout of a batch: prompts are padded on the left to P, responses on the right to R; masks: True = real token.
+
+    ids    [ pad pad p p p | r r eos pad ]      logits at position P-1+t predict response token t
+            <----- P -----> <---- R ---->
+
+Left out: vLLM, several GPUs, a separate value backbone, reward-model training (reward.py).  Try it alone:
+pytest tests/test_rl.py     Source of the details: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
+"""
+import json
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+ADAPTERS = ("align", "policy")
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, width=128, layers=2, vocab=4096, seed=0,
+               device="cpu"):
+    """A Llama-shaped model and BPE tokenizer made from nothing, saved in Hugging Face format at path.
+
+    texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; a third of the steps goes to the easy
+    ones, whose short prompts teach copying at a fraction of the cost. tags: markup kept as single tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(texts + [t for s in samples for t in s], trainers.BpeTrainer(
+        vocab_size=vocab - len(tags), min_frequency=2, special_tokens=["<pad>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_tokens([AddedToken(t, lstrip=True, normalized=False) for t in tags])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    size = -(-len(tokenizer) // 64) * 64
+    # out_features % 32 == 0 and in_features % 64 == 0, or the 4-bit kernels refuse the layer (TRAPS 1)
+    config = LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
+                         tie_word_embeddings=True, initializer_range=width ** -0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).to(device)
+    for part, share, name in ((easy, steps // 3, "short prompts"), (samples, steps - steps // 3, "all prompts")):
+        supervise(model, tokenizer, part, list(model.parameters()), steps=share, batch=batch, lr=lr, seed=seed,
+                  name=f"tiny LLM from nothing, {name}", weight_decay=0.01)
+    part = path + ".part"
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    os.replace(part, path)
+
+
+def load(name, device="cpu", *, rank=16, checkpointing=False):
+    """Any Hugging Face causal LM in NF4 with a fresh trainable LoRA adapter `align`: (PeftModel, tokenizer)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    compute = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+    # load_in_4bit as a model argument is gone, and the config's defaults are fp4 without double quantisation (TRAPS 6)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                   bnb_4bit_compute_dtype=compute)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=compute,
+                                                    device_map={"": device})
+    except OSError as e:
+        raise OSError(f"the LLM '{name}' could not be loaded ({str(e).splitlines()[0]}). Check the name and the network, "
+                      "give a local folder with --llm PATH, or use --llm tiny, which needs neither.") from e
+    base.requires_grad_(False)       # by hand: prepare_model_for_kbit_training upcasts embeddings and head (TRAPS 5)
+    for module in base.modules():    # every dropout 0: sampling, reference and update must be the same function (TRAPS 14)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
+                                            task_type="CAUSAL_LM"), adapter_name="align")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()     # bf16 LoRA weights lose small steps (TRAPS 4)
+    if checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masks are carried, so pad may equal eos (TRAPS 10)
+    set_mode(model, training=False)
+    return model, tokenizer
+
+
+def set_mode(model, training: bool):
+    """train() or eval(), with the 4-bit layers always in training mode.
+
+    A Linear4bit that once runs with training == False repacks its weight on some CPUs for a kernel without autograd
+    and stays so: LoRA gradients are then silently wrong by 90 % (TRAPS 1). Its forward has no other use for the flag.
+    """
+    from bitsandbytes.nn import Linear4bit
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.training = True
+
+
+def use(model, adapter: str, trainable: bool = False):
+    """Makes one adapter active; its LoRA weights take gradients only if trainable, everything else never does."""
+    model.set_adapter(adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable and "lora_" in name and f".{adapter}." in name)
+
+
+def add_policy(model):
+    """The adapter `policy`, a copy of `align`: PPO starts at its own reference."""
+    model.add_adapter("policy", model.peft_config["align"])
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            if ".policy." in name:
+                parameter.data = weights[name.replace(".policy.", ".align.")].detach().clone().float()
+
+
+def restore(model, folder: str, adapter: str):
+    """Loads the weights of a saved adapter into the adapter of that name."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+    set_peft_model_state_dict(model, load_file(os.path.join(folder, adapter, "adapter_model.safetensors")), adapter)
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ------------------------------------------------------------------------------------------------- tokens and batches
+def prompt_ids(tokenizer, prompt: str) -> list:
+    """Token ids of a prompt, in the tokenizer's chat template where it has one."""
+    if tokenizer.chat_template:
+        encoded = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
+                                                return_dict=True)
+        return list(encoded["input_ids"])
+    return tokenizer(prompt + "\n")["input_ids"]
+
+
+def by_length(lengths, budget: int):
+    """Index lists of similar length, each of at most `budget` padded tokens: little padding, bounded memory."""
+    group, longest = [], 0
+    for i in np.argsort(lengths, kind="stable"):
+        longest = max(longest, lengths[i])
+        if group and longest * (len(group) + 1) > budget:
+            yield group
+            group, longest = [], lengths[i]
+        group.append(int(i))
+    if group:
+        yield group
+
+
+def left_pad(rows: list, pad: int):
+    """Lists of token ids -> ids (B, P) padded on the left, mask (B, P)."""
+    P = max(map(len, rows))
+    ids, mask = torch.full((len(rows), P), pad), torch.zeros(len(rows), P, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if row:
+            ids[i, P - len(row):] = torch.tensor(row)
+            mask[i, P - len(row):] = True
+    return ids, mask
+
+
+def hidden_states(model, ids, mask):
+    """Last hidden states (B, T, D) of the backbone under the active adapter; positions count real tokens only."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    positions = (mask.cumsum(1) - 1).clamp(min=0)        # a left-padded row must equal the same row unpadded (TRAPS 10)
+    return causal.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
+                             use_cache=False).last_hidden_state
+
+
+def token_logps(model, ids, mask, P: int, temperature: float = 1.0, value_head=None):
+    """Log-probabilities (B, R) of the response tokens ids[:, P:], and their values (B, R) if a value head is given.
+
+    The one function for rollout, reference and update: only then is the first ratio exactly 1 (TRAPS 3). The head runs
+    on response positions alone; gather minus logsumexp in float32 (TRAPS 8).
+    """
+    states = hidden_states(model, ids, mask)[:, P - 1: -1]                                   # (B, R, D)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logits = causal.get_output_embeddings()(states).float() / temperature                   # (B, R, V)
+    logp = logits.gather(-1, ids[:, P:, None]).squeeze(-1) - logits.logsumexp(-1)
+    values = value_head(states.float()).squeeze(-1) if value_head is not None else None
+    return logp, values, logits
+
+
+# ------------------------------------------------------------------------------------------------ supervised training
+def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_batch=0, lr=1e-3, seed=0, name="align",
+              weight_decay=0.0):
+    """Next-token training on answers only, linear warm-up and decay; returns the mean loss of the last tenth.
+
+    samples: (prompt, answer) pairs. Each step's loss is summed over micro-batches and divided by the step's tokens.
+    """
+    rng, device = np.random.default_rng([seed, 17]), next(model.parameters()).device
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    warmup = max(1, min(20, steps // 10))
+    encoded = [(prompt_ids(tokenizer, p), tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+               for p, a in samples]
+    losses, pool = [], []
+    set_mode(model, training=True)
+    bar = tqdm(range(steps), desc=name, unit="step", mininterval=1, disable=None)
+    for step in bar:
+        if not pool:      # 16 batches at a time, sorted by length inside: little padding, still random
+            some = rng.permutation(len(encoded))[: 16 * batch] if len(encoded) > 16 * batch else rng.permutation(len(encoded))
+            some = sorted(some, key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
+            pool = [some[k: k + batch] for k in range(0, len(some), batch)]
+            pool = [pool[k] for k in rng.permutation(len(pool))]
+        rows = pool.pop()
+        tokens = sum(len(encoded[i][1]) for i in rows)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (0.5 * steps))
+        total = 0.0
+        for k in range(0, len(rows), micro_batch or len(rows)):
+            part = [encoded[i] for i in rows[k: k + (micro_batch or len(rows))]]
+            ids, mask = left_pad([p + a for p, a in part], tokenizer.pad_token_id)
+            answer = torch.zeros_like(mask)
+            for row, (_, a) in zip(answer, part):
+                row[-len(a):] = True
+            ids, mask, answer = ids.to(device), mask.to(device), answer.to(device)
+            widest = max(len(a) for _, a in part)
+            logp, _, _ = token_logps(model, ids, mask, ids.shape[1] - widest)
+            loss = -(logp * answer[:, -widest:]).sum() / tokens                  # a sum over real tokens (TRAPS 15)
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(total)
+        bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
+    set_mode(model, training=False)
+    return float(np.mean(losses[-max(1, steps // 10):]))
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+@torch.no_grad()
+def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=32_768, seed=0, name=None):
+    """Samples one answer a prompt with the active adapter: (list of texts, list of sampled token-id lists).
+
+    Sorted by length and batched to `budget` padded tokens. A list ends with EOS unless max_new cut it off.
+    """
+    from transformers import GenerationConfig
+    eos, device = tokenizer.eos_token_id, next(model.parameters()).device
+    # replaced whole: unset fields would be filled from the checkpoint (repetition_penalty, top_k = 50) (TRAPS 2)
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal.generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+                                                eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(seed)
+    rows = [prompt_ids(tokenizer, p) for p in prompts]
+    out = [None] * len(rows)
+    bar = tqdm(total=len(rows), desc=name, unit="answer", leave=False, mininterval=1, disable=None if name else True)
+    for group in by_length([len(r) + max_new for r in rows], budget):
+        ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
+        made = model.generate(input_ids=ids.to(device), attention_mask=mask.long().to(device), max_new_tokens=max_new,
+                              use_cache=True)[:, ids.shape[1]:].tolist()
+        for i, answer in zip(group, made):
+            out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
+        bar.update(len(group))
+    bar.close()
+    return decode(tokenizer, out), out
+
+
+def decode(tokenizer, answers) -> list:
+    """Texts up to EOS: what a reward may see. The policy trains on the sampled ids themselves (TRAPS 17)."""
+    eos = tokenizer.eos_token_id
+    return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != eos] for a in answers])]
+
+
+@torch.no_grad()
+def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor:
+    """Text vectors (len(texts), D) on CPU: token means of the base model's input embeddings and last hidden states, added.
+
+    Adapters are off. The first-last average keeps the words that a causal model's last state has already traded for its
+    guess of the next one (Su et al. 2021, arXiv 2103.15316); each half has unit length.
+    """
+    rows = [tokenizer(" " + t, add_special_tokens=False)["input_ids"][:256] or [tokenizer.eos_token_id] for t in texts]
+    out, device = [None] * len(rows), next(model.parameters()).device
+    bar = tqdm(total=len(rows), desc=name, unit="text", leave=False, mininterval=1, disable=None if name else True)
+    with model.disable_adapter():
+        for group in by_length([len(r) for r in rows], budget):
+            ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
+            ids, mask = ids.to(device), mask.to(device)
+            first, last = model.get_input_embeddings()(ids).float(), hidden_states(model, ids, mask).float()
+            both = torch.cat([first, last], -1) * mask[..., None]
+            for i, vector in zip(group, (both.sum(1) / mask.sum(1, keepdim=True)).cpu()):
+                out[i] = vector
+            bar.update(len(group))
+    bar.close()
+    first, last = torch.stack(out).chunk(2, -1)
+    return F.normalize(first, dim=-1) + F.normalize(last, dim=-1)
+
+
+def load_encoder(name, device="cpu"):
+    """Any Hugging Face text encoder as a function: list of texts -> mean of its last hidden states (len(texts), D)."""
+    from transformers import AutoModel, AutoTokenizer
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).to(device).eval()
+    except OSError as e:
+        raise OSError(f"the encoder '{name}' could not be loaded ({str(e).splitlines()[0]}); check --encoder and the network") from e
+
+    @torch.no_grad()
+    def encode(texts):
+        out = [None] * len(texts)
+        for group in by_length([len(t) for t in texts], 32_768):
+            batch = tokenizer([texts[i] for i in group], padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
+            mask = batch["attention_mask"][..., None].float()
+            for i, v in zip(group, ((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)).cpu()):
+                out[i] = v
+        return torch.stack(out)
+    return encode
+
+
+# ------------------------------------------------------------------------------------------------ the maths of PPO
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def whiten(x, mask):
+    """Zero mean, unit variance over real tokens; padding stays 0."""
+    mean = masked_mean(x, mask)
+    return (x - mean) * (masked_mean((x - mean) ** 2, mask) + 1e-8).rsqrt() * mask
+
+
+def gae(rewards, values, mask, lam: float = 0.95):
+    """Advantages and returns (B, R) with gamma = 1; the value after a row's last real token is 0, padding stays 0."""
+    advantages, last, after = torch.zeros_like(rewards), 0.0, 0.0
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + after - values[:, t]
+        last = (delta + lam * last) * mask[:, t]
+        after = values[:, t] * mask[:, t]
+        advantages[:, t] = last
+    return advantages, (advantages + values) * mask      # returns from unwhitened advantages (TRAPS 13)
+
+
+def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, tokens, clip=0.2, value_coef=0.1):
+    """Clipped policy and value losses as a sum over real tokens / `tokens` (of the whole minibatch); and statistics."""
+    logratio = ((logp - old_logp) * mask).clamp(-20, 20)
+    ratio = logratio.exp()
+    policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    value = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
+    loss = ((policy + value_coef * value) * mask).sum() / tokens
+    with torch.no_grad():
+        stats = {"ratio": (ratio * mask).sum() / tokens, "approx_kl": ((ratio - 1 - logratio) * mask).sum() / tokens,
+                 "clipfrac": (((ratio - 1).abs() > clip) * mask).sum() / tokens}
+    return loss, {k: v.item() for k, v in stats.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- PPO
+def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32, micro_batch=32, epochs=2, lr=5e-4,
+        value_lr=1e-3, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,
+        seed=0, log_path=None):
+    """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (B,) tensor; rows index prompts.
+
+    beta: weight of the per-token KL to `align`, adapted towards kl_target nats a sequence. kl_stop: per-token KL to the
+    rollout policy at which the epochs of an update end. no_eos_penalty: taken from an unfinished answer's scaled score.
+    Returns the log, one dict an update, also written as JSON lines to log_path.
+    """
+    device = next(model.parameters()).device
+    encoded = [prompt_ids(tokenizer, p) for p in prompts]
+    use(model, "policy", trainable=True)
+    head = nn.Linear(model.config.hidden_size, 1).to(device)     # float32; zero: values start unbiased (TRAPS 14)
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    weights = trainable(model)
+    optimizer = torch.optim.AdamW([{"params": weights, "lr": lr}, {"params": head.parameters(), "lr": value_lr}],
+                                  eps=1e-5, weight_decay=0.0)    # TRAPS 16
+    rng, order, log, scale = np.random.default_rng([seed, 19]), [], [], None
+    bar = tqdm(range(updates), desc="PPO", unit="update", mininterval=1, disable=None)
+    for update in bar:
+        start = time.perf_counter()
+        # 1. sample answers
+        while len(order) < batch:
+            order += rng.permutation(len(prompts)).tolist()
+        rows, order = order[:batch], order[batch:]
+        set_mode(model, training=False)
+        texts, answers = generate(model, tokenizer, [prompts[i] for i in rows], max_new=max_new, temperature=temperature,
+                                  seed=int(rng.integers(2 ** 31)))
+        # 2. score them
+        raw = reward_fn(texts, rows).float().to(device)
+        scale = scale or 1.0 / max(raw.std().item(), 1e-6)       # once, by the first rollout's spread (TRAPS 13)
+        finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
+        scores = raw * scale - no_eos_penalty * ~finished
+        # 3. lay out prompts | responses; old and reference log-probabilities, values
+        left, left_mask = left_pad([encoded[i] for i in rows], tokenizer.pad_token_id)
+        P, R = left.shape[1], max(map(len, answers))
+        right, mask = torch.full((batch, R), tokenizer.pad_token_id), torch.zeros(batch, R, dtype=torch.bool)
+        for i, a in enumerate(answers):
+            right[i, : len(a)], mask[i, : len(a)] = torch.tensor(a), True
+        ids, full = torch.cat([left, right], 1).to(device), torch.cat([left_mask, mask], 1).to(device)
+        mask = mask.to(device)
+        parts = torch.arange(batch, device=device).split(micro_batch)
+        with torch.no_grad():
+            use(model, "align")
+            ref_logp = torch.cat([token_logps(model, ids[p], full[p], P, temperature)[0] for p in parts])
+            use(model, "policy", trainable=True)
+            out = [token_logps(model, ids[p], full[p], P, temperature, head) for p in parts]
+            old_logp, old_values = torch.cat([o[0] for o in out]) * mask, torch.cat([o[1] for o in out]) * mask
+            entropy = masked_mean(torch.cat([torch.distributions.Categorical(logits=o[2]).entropy() for o in out]), mask)
+            # 4. per-token rewards: the KL penalty everywhere, the score on the last real token (TRAPS 12)
+            kl = (old_logp - ref_logp) * mask
+            rewards = -beta * kl
+            rewards[torch.arange(batch), mask.sum(1) - 1] += scores
+            advantages, returns = gae(rewards, old_values, mask, lam)
+            advantages = whiten(advantages, mask)
+        # 5. several epochs of clipped updates
+        set_mode(model, training=True)
+        stats, skipped, stop = [], 0, False
+        for _ in range(epochs):
+            for rows_ in torch.from_numpy(rng.permutation(batch)).to(device).split(minibatch):
+                tokens, step = mask[rows_].sum(), []
+                for p in rows_.split(micro_batch):
+                    logp, values, _ = token_logps(model, ids[p], full[p], P, temperature, head)
+                    loss, s = ppo_loss(logp, old_logp[p], advantages[p], values, old_values[p], returns[p], mask[p], tokens)
+                    loss.backward()
+                    step.append(s | {"loss": loss.item()})
+                step = {k: sum(s[k] for s in step) for k in step[0]}
+                step["grad_norm"] = nn.utils.clip_grad_norm_([*weights, *head.parameters()], 1.0).item()
+                stop = step["approx_kl"] > kl_stop
+                if not np.isfinite(step["loss"] + step["grad_norm"]) or step["ratio"] > 10:
+                    skipped += 1
+                elif not stop:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                stats.append(step)
+                if stop:
+                    break
+            if stop:
+                break
+        # 6. adapt beta, log
+        kl_sequence = kl.sum(1).mean().item()
+        explained = 1 - ((returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
+        row = {"update": update, "reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
+               "kl": kl_sequence, "beta": beta, "entropy": entropy.item(), "explained_variance": explained,
+               **{k: float(np.mean([s[k] for s in stats])) for k in stats[0]}, "first_ratio": stats[0]["ratio"],
+               "steps": len(stats), "skipped": skipped, "eos_rate": finished.float().mean().item(),
+               "length": mask.sum(1).float().mean().item(),
+               "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)}
+        beta *= 1 + float(np.clip(kl_sequence / kl_target - 1, -0.2, 0.2)) * 0.1
+        log.append(row)
+        if log_path:
+            with open(log_path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {kl_sequence:.2f}")
+    set_mode(model, training=False)
+    use(model, "policy")
+    return log
