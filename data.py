@@ -8,7 +8,7 @@ sits in Dataset.truth and is read by curec.py's truth figures and oracle arm alo
 of your own. Everything that trains a model reads `train`, `events` and `items` only: never valid, test or truth.
 
 Left out: sampled negatives for evaluation, images, prices.  Try it alone:
-    python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', [d.train[0][:3]]), sep='\\n')"
+    python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
 """
 import ast
 import csv
@@ -17,7 +17,6 @@ import html
 import json
 import os
 import re
-import urllib.error
 import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
@@ -27,10 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 ALIASES = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors"}
-URLS = {  # file name pattern -> address; the first pair is Amazon 2014, the second Amazon 2018
-    "reviews_{}_5.json.gz": "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
-    "meta_{}.json.gz": "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
-    "{}_5.json.gz": "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}_5.json.gz"}
+FILES = (("reviews_{}_5.json.gz", "meta_{}.json.gz"), ("{}_5.json.gz", "meta_{}.json.gz"))        # Amazon 2014 | 2018
+SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"
+URLS = ((SNAP + FILES[0][0], SNAP + FILES[0][1]), (UCSD + "categoryFilesSmall/" + FILES[1][0], UCSD + "metaFiles2/" + FILES[1][1]))
 HISTORY, PEOPLE = 3, 4             # items shown of each person's history; people shown in a prompt (H)
 TITLE_WORDS, TEXT_WORDS = 12, 40   # longest title and item text in a prompt, in words
 MIN_ITEMS = 5                      # a word found in fewer items identifies an item: it is masked from rewards
@@ -55,21 +54,10 @@ class Dataset:
     truth: dict | None = None      # demo only: {"early": drivers an item, "late": drivers an item}; index 0 unused
     notes: list = field(default_factory=list)    # what was skipped and why, for the summary
 
-    @property
-    def n_items(self):
-        return len(self.items) - 1
-
-    @cached_property
-    def train(self):
-        return [s[:-2] for s in self.seqs]
-
-    @cached_property
-    def valid(self):
-        return np.array([s[-2] for s in self.seqs])
-
-    @cached_property
-    def test(self):
-        return np.array([s[-1] for s in self.seqs])
+    def __post_init__(self):
+        assert all((np.diff(t) >= 0).all() for t in self.times), "sequences must be chronological"
+        self.n_items, self.train = len(self.items) - 1, [s[:-2] for s in self.seqs]
+        self.valid, self.test = (np.array([s[k] for s in self.seqs]) for k in (-2, -1))
 
     @cached_property
     def events(self):
@@ -91,8 +79,8 @@ class Dataset:
     @cached_property
     def masked_words(self):
         """Words that tell which item it is (in fewer than MIN_ITEMS items, brands): never shown to the reward's encoder."""
-        rare = {w for w, n in self.document_frequency.items() if n < MIN_ITEMS}
-        return rare | {w for item in self.items[1:] for w in words(item["brand"])}
+        branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
+        return {w for w, n in self.document_frequency.items() if n < MIN_ITEMS or branded[w] > n / 2}
 
     @cached_property
     def common_words(self):
@@ -168,11 +156,10 @@ def demo(seed: int, n_users: int = 2000, n_items: int = 600) -> Dataset:
             open_items[chosen[-1]] = False
         seqs.append(np.array(chosen) + 1)
         times.append(when + 1_400_000_000)
-    items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s) + " bag", "categories": ["Bags"],
+    items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s) + " bag", "categories": [],
                      "brand": BRANDS[rng.integers(len(BRANDS))], "description": ""} for i, s in enumerate(said)]
     names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
-    return build("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, None,
-                 truth={"early": names[0], "late": names[1]})
+    return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, truth={"early": names[0], "late": names[1]})
 
 
 # --------------------------------------------------------------------------------------------------- real data sets
@@ -193,14 +180,12 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None,
     if ties == "shuffle":
         rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
     rows.sort(key=lambda r: r[2])                                              # list.sort is stable
-    seen, unique = set(), []
+    unique = {}
     for r in rows:
-        if (r[0], r[1]) not in seen:
-            seen.add((r[0], r[1]))
-            unique.append(r)
+        unique.setdefault(r[:2], r)
     if len(rows) > len(unique):
         notes.append(f"{len(rows) - len(unique)} repeated user-item pairs: the first is kept")
-    rows = core(unique, k_core or 0)
+    rows = core(list(unique.values()), k_core or 0)
     if limit_items:
         left = Counter(r[0] for r in rows)
         train = Counter()
@@ -210,8 +195,7 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None,
         keep = {i for i, _ in sorted(train.items(), key=lambda kv: (-kv[1], kv[0]))[:limit_items]}
         rows = core([r for r in rows if r[1] in keep], 5)
     if limit_users:
-        people = sorted({r[0] for r in rows})
-        keep = set(np.random.default_rng([seed, 13]).permutation(people)[:limit_users].tolist())
+        keep = set(np.random.default_rng([seed, 13]).permutation(sorted({r[0] for r in rows}))[:limit_users].tolist())
         rows = [r for r in rows if r[0] in keep]
     return from_rows(os.path.basename(os.path.normpath(name)), rows, records, notes)
 
@@ -238,22 +222,15 @@ def from_rows(name, rows, records, notes) -> Dataset:
         by_user = {u: mine for u, mine in by_user.items() if len(mine) >= 3}
     if not by_user:
         raise DataError(f"{name}: no user has 3 interactions left; lower --k-core or the limits, or check the files")
-    users = sorted(by_user)
-    ids = sorted({r[1] for mine in by_user.values() for r in mine})
+    users, ids = sorted(by_user), sorted({r[1] for mine in by_user.values() for r in mine})
     number = {x: i + 1 for i, x in enumerate(ids)}
-    blank = [x for x in ids if not records.get(x, {}).get("title")]
-    if blank:
-        notes.append(f"{len(blank)} items without a title")
     items = [{}] + [record(x, **records.get(x, {})) for x in ids]
+    if blank := sum(not item["title"] for item in items[1:]):
+        notes.append(f"{blank} items without a title")
     take = lambda column: [np.array([r[column] for r in by_user[u]]) for u in users]
     seqs = [np.array([number[r[1]] for r in by_user[u]]) for u in users]
     rated = all(r[3] is not None for mine in by_user.values() for r in mine)
-    return build(name, items, users, seqs, take(2), take(3) if rated else None, notes=notes)
-
-
-def build(name, items, users, seqs, times, ratings, truth=None, notes=()) -> Dataset:
-    assert all((np.diff(t) >= 0).all() for t in times), "sequences must be chronological"
-    return Dataset(name, items, users, [np.asarray(s, dtype=np.int64) for s in seqs], times, ratings, truth, list(notes))
+    return Dataset(name, items, users, seqs, take(2), take(3) if rated else None, notes=notes)
 
 
 def clean(value) -> str:
@@ -280,6 +257,10 @@ def lines(path: str):
         raise DataError(f"{path}: cannot be read to its end ({e}); delete it and download it again") from e
 
 
+def progress(path: str):
+    return tqdm(lines(path), desc=f"reading {os.path.basename(path)}", unit=" lines", leave=False, disable=None)
+
+
 def parse_line(line: str) -> dict | None:
     """A JSON object or, in Amazon 2014 meta files, a Python dict literal (literal_eval runs no code)."""
     for parse in (json.loads, ast.literal_eval):
@@ -293,15 +274,13 @@ def parse_line(line: str) -> dict | None:
 
 def read_amazon(category: str, data_dir: str):
     """Rows and item records of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
-    pick = {year: os.path.join(data_dir, pattern.format(category)) for year, pattern in
-            ((2014, "reviews_{}_5.json.gz"), (2018, "{}_5.json.gz"))}
-    meta = os.path.join(data_dir, f"meta_{category}.json.gz")
-    reviews = next((p for p in pick.values() if os.path.exists(p)), pick[2014])
-    wanted = [p for p in (reviews, meta) if not os.path.exists(p)]
-    if wanted:
+    path = lambda year, kind: os.path.join(data_dir, FILES[year][kind].format(category))
+    year = int(not os.path.exists(path(0, 0)) and os.path.exists(path(1, 0)))
+    reviews, meta = path(year, 0), path(year, 1)
+    if wanted := {path(year, k): URLS[year][k].format(category) for k in (0, 1) if not os.path.exists(path(year, k))}:
         download(category, wanted, data_dir)
-    rows, bad, notes = [], 0, []
-    for _, line in tqdm(lines(reviews), desc=f"reading {os.path.basename(reviews)}", unit=" lines", leave=False, disable=None):
+    rows, records, bad = [], {}, 0
+    for _, line in progress(reviews):
         r = parse_line(line)
         try:
             rating = r.get("overall")
@@ -310,23 +289,18 @@ def read_amazon(category: str, data_dir: str):
             bad += 1
     if not rows:
         raise DataError(f"{reviews}: no line has reviewerID, asin and unixReviewTime; is it the 5-core review file?")
-    needed, records = {r[1] for r in rows}, {}
-    asin = re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
-    for _, line in tqdm(lines(meta), desc=f"reading {os.path.basename(meta)}", unit=" lines", leave=False, disable=None):
-        found = asin.search(line)                  # cheap test first: the full meta files have ten times the items
-        if not found or found[1] not in needed:
-            continue
-        r = parse_line(line)
-        if r is None:
-            bad += 1
-            continue
-        path = r.get("categories") or [r.get("category") or []]                # 2014: list of paths; 2018: one path
-        path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
-        records.setdefault(found[1], {"title": r.get("title"), "brand": r.get("brand"), "description": r.get("description"),
-                                      "categories": path if isinstance(path, list) else [path]})
-    if bad:
-        notes.append(f"{bad} lines without the needed fields: skipped")
-    return rows, records, notes
+    needed, asin = {r[1] for r in rows}, re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
+    for _, line in progress(meta):
+        named = asin.search(line)                  # cheap test first: the full meta files have ten times the items
+        if named and named[1] in needed:
+            if (r := parse_line(line)) is None:
+                bad += 1
+                continue
+            path = r.get("categories") or [r.get("category") or []]            # 2014: list of paths; 2018: one path
+            path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
+            records.setdefault(named[1], {"title": r.get("title"), "brand": r.get("brand"), "description": r.get("description"),
+                                          "categories": path if isinstance(path, list) else [path]})
+    return rows, records, [f"{bad} lines without the needed fields: skipped"] if bad else []
 
 
 def read_folder(folder: str):
@@ -335,14 +309,13 @@ def read_folder(folder: str):
         if not os.path.exists(os.path.join(folder, name)):
             raise DataError(f"{folder}: {name} is missing; a folder needs interactions.csv (user,item,timestamp[,rating]) "
                             "and items.jsonl (id,title[,brand,categories,description])")
-    path, rows, records, notes, bad = os.path.join(folder, "interactions.csv"), [], {}, [], 0
+    path, rows, records, bad = os.path.join(folder, "interactions.csv"), [], {}, 0
     reader = csv.DictReader(line.replace("\0", "") for _, line in lines(path))
     if not {"user", "item", "timestamp"} <= set(reader.fieldnames or ()):
         raise DataError(f"{path}: the first line must name the columns user,item,timestamp[,rating]")
     for r in reader:
         try:
-            rating = r.get("rating")
-            rows.append((r["user"], r["item"], int(float(r["timestamp"])), float(rating) if rating else None))
+            rows.append((r["user"], r["item"], int(float(r["timestamp"])), float(r["rating"]) if r.get("rating") else None))
         except (TypeError, ValueError, OverflowError):
             bad += 1
     for n, line in lines(os.path.join(folder, "items.jsonl")):
@@ -350,19 +323,16 @@ def read_folder(folder: str):
         if r is None or (r and "id" not in r):
             raise DataError(f"{folder}/items.jsonl line {n}: not a JSON object with an id; mend or remove the line")
         if r:
-            categories = r.get("categories") or []
-            records[str(r["id"])] = {k: r.get(k) for k in ("title", "brand", "description")} | {
-                "categories": categories if isinstance(categories, list) else [categories]}
-    if bad:
-        notes.append(f"{bad} lines of interactions.csv without a readable timestamp: skipped")
-    return rows, records, notes
+            leaves = r.get("categories") or []
+            records[str(r["id"])] = {**{k: r.get(k) for k in ("title", "brand", "description")},
+                                     "categories": leaves if isinstance(leaves, list) else [leaves]}
+    return rows, records, [f"{bad} lines of interactions.csv without a readable timestamp: skipped"] if bad else []
 
 
-def download(category: str, wanted: list, data_dir: str):
-    """Fetches the missing files once: progress bar, .part file, size and gzip check, then an atomic rename."""
-    table = {pattern.format(category): url.format(category) for pattern, url in URLS.items()}
-    for path in wanted:
-        url, part = table[os.path.basename(path)], path + ".part"
+def download(category: str, wanted: dict, data_dir: str):
+    """Fetches missing files, {path: address}: progress bar, .part file, size and gzip check, then an atomic rename."""
+    for path, url in wanted.items():
+        part = path + ".part"
         try:
             os.makedirs(data_dir, exist_ok=True)
             with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
@@ -373,21 +343,16 @@ def download(category: str, wanted: list, data_dir: str):
                         bar.update(len(chunk))
             if size and os.path.getsize(part) != size:
                 raise OSError(f"{os.path.getsize(part)} of {size} bytes came")
-            for _ in lines_of_gzip(part):
-                pass
+            with gzip.open(part) as f:
+                while f.read(1 << 20):
+                    pass                                                       # to the end: the checksum stands there
             os.replace(part, path)
-        except (OSError, EOFError, urllib.error.URLError) as e:
+        except (OSError, EOFError) as e:                                       # URLError is an OSError
             if os.path.exists(part):
                 os.remove(part)
-            files = "\n".join(f"  {os.path.basename(p)}  from  {table[os.path.basename(p)]}" for p in wanted)
+            files = "\n".join(f"  {os.path.basename(p)}  from  {u}" for p, u in wanted.items())
             raise DataError(f"data set '{category}' is not in {os.path.abspath(data_dir)} and could not be downloaded ({e}).\n"
                             f"Put there by hand:\n{files}\nor name their folder with --data-dir. `--dataset demo` needs no files.") from e
-
-
-def lines_of_gzip(path: str):
-    with gzip.open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            yield block
 
 
 # ---------------------------------------------------------------------------------------------- prompts and parsing
@@ -396,12 +361,12 @@ ANSWER = "<think> {} </think> <reason> {} </reason>"
 ANSWER_PATTERN = re.compile(r"\s*<think>([^<>]{0,2000})</think>\s*<reason>([^<>]{0,2000})</reason>\s*")
 REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 PROMPT = "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\nWhy do people choose it?"
-SYSTEM_TAGS = ("<think>", "</think>", "<reason>", "</reason>")
+TAGS = ("<think>", "</think>", "<reason>", "</reason>")
 
 
-def reason_prompt(data: Dataset, item: int, reason: str, histories: list) -> str:
-    """The one prompt for reasons: item text, reason so far ("" = none), up to PEOPLE histories (arrays of items)."""
-    shown = ["- " + "; ".join(title(data, i) for i in h[-HISTORY:]) for h in histories[:PEOPLE]]
+def reason_prompt(data: Dataset, item: int, reason: str, events) -> str:
+    """The one prompt for reasons: up to PEOPLE histories (of these train events), the reason so far ("" = none), item text."""
+    shown = ["- " + "; ".join(title(data, i) for i in data.history(e)[-HISTORY:]) for e in events[:PEOPLE]]
     return PROMPT.format("\n".join(shown) or "- nobody yet", reason or "none", item_text(data.items[item]))
 
 
@@ -417,10 +382,10 @@ def parse_answer(text: str) -> tuple:
 
 
 def grounded(data: Dataset, item: int, reason: str) -> float:
-    """Share of the reason's content words that the item's own text says; 1.0 for a reason without content words."""
+    """Share of the reason's content words that the item's own text says; 0 for a reason without any."""
     content = [w for w in words(reason) if w not in STOPWORDS and w not in ("people", "choose")]
     said = set(words(item_text(data.items[item])))
-    return sum(w in said for w in content) / len(content) if content else 1.0
+    return sum(w in said for w in content) / len(content) if content else 0.0
 
 
 def mask_identity(data: Dataset, text: str) -> str:
@@ -438,14 +403,13 @@ def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
 
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "") -> tuple:
     """(prompt, answer) whose weak target is the overlap of the item's words with the words of the histories shown."""
-    histories = [data.history(e) for e in events]
-    said = Counter(w for h in histories for i in h[-HISTORY:] for w in words(title(data, i)))
+    said = Counter(w for e in events for i in data.history(e)[-HISTORY:] for w in words(title(data, i)))
     own = data.phrases[item]
     shared = sorted((w for w in own if said[w]), key=lambda w: -said[w])[:6]
     weight = np.array([said[w] + 1e-3 for w in own])
     named = [own[i] for i in rng.choice(len(own), size=2, replace=False, p=weight / weight.sum())]
     think = "shared " + " ".join(shared) if shared else "nothing shared"
-    return reason_prompt(data, item, current, histories), ANSWER.format(think, REASON.format(*named))
+    return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
 
 
 def choosers(data: Dataset) -> list:
@@ -456,12 +420,11 @@ def choosers(data: Dataset) -> list:
 
 def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE) -> list:
     """n (prompt, answer) pairs from the train split alone: reasons, MIM, MLM, BPR, next item, ranking, rating."""
-    who, total = choosers(data), data.counts
+    who, out = choosers(data), []
     nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
     users = [u for u, s in enumerate(data.train) if len(s) >= 2]
     tasks = ["mim", "mlm", "bpr", "next", "rank"] + ["rate"] * (data.ratings is not None)
-    out = []
-    for k in range(n):
+    for _ in range(n):
         if rng.random() < reason_share and nameable:
             item = int(nameable[rng.integers(len(nameable))])
             shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
@@ -471,26 +434,24 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
         u = users[rng.integers(len(users))]
         s = data.train[u]
         end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told
-        past = [title(data, i) for i in s[max(0, end - HISTORY): end]]
-        goal, task = title(data, s[end]), tasks[rng.integers(len(tasks))]
+        past, goal = [title(data, i) for i in s[max(0, end - HISTORY): end]], title(data, s[end])
         others = [int(j) for j in rng.integers(1, data.n_items + 1, 8) if j not in s][:2]
-        told = "Chosen in order: " + "; ".join(past)
+        task, told = tasks[rng.integers(len(tasks))], "Chosen in order: " + "; ".join(past)
         if task == "mim":
             hide = int(rng.integers(len(past)))
             blanked = "; ".join("____" if j == hide else t for j, t in enumerate(past + [goal]))
             out.append((f"Chosen in order: {blanked}\nWhich item is blank?", past[hide]))
         elif task == "mlm":
-            split = "; ".join(past).split()
-            hide = int(rng.integers(len(split)))
-            blanked = " ".join("____" if j == hide else w for j, w in enumerate(split))
-            out.append((f"Chosen in order: {blanked}\nWhich word is blank?", split[hide].strip(";") or ";"))
+            split = told.split()
+            hide = int(rng.integers(3, len(split)))
+            out.append((" ".join(split[:hide] + ["____"] + split[hide + 1:]) + "\nWhich word is blank?", split[hide].strip(";") or ";"))
         elif task == "bpr" and others:
             pair = [goal, title(data, others[0])][:: 1 if (first := rng.random() < 0.5) else -1]
             out.append((f"{told}\nWhich is preferred, A: {pair[0]} or B: {pair[1]}?", "A" if first else "B"))
         elif task == "rank" and len(others) == 2:
-            order = sorted(others, key=lambda j: -total[j])                    # the choice first, then by popularity
-            mixed = [title(data, j) for j in rng.permutation([s[end], *others])]
-            out.append((f"{told}\nRank these: {'; '.join(mixed)}", "; ".join([goal] + [title(data, j) for j in order])))
+            order = [s[end]] + sorted(others, key=lambda j: -data.counts[j])   # the choice first, then by popularity
+            mixed, best = (("; ".join(title(data, j) for j in js)) for js in (rng.permutation(order), order))
+            out.append((f"{told}\nRank these: {mixed}", best))
         elif task == "rate":
             out.append((f"{told}\nWhich rating from 1 to 5 for {goal}?", f"{data.ratings[u][end]:.0f}"))
         else:

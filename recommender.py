@@ -94,7 +94,7 @@ def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- training
-def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=6, batch=128, lr=2e-3,
+def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=5, batch=128, lr=3e-3,
           weight_decay=0.0, width=64, blocks=2, dropout=0.3, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs; gives back the best epoch's model.
 
@@ -289,3 +289,41 @@ def compare(ranks_: dict, pairs, metric: str = "ndcg@10") -> list:
             delta, ci = paired_bootstrap(*(metrics(ranks_[x])[metric] for x in (a, b)))
             out.append({"a": a, "b": b, "metric": metric, "seeds": len(ranks_[a]), "delta": delta, "ci95": ci})
     return out
+
+
+def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
+    """How much of oracle - content each arm that adds reasons recovers."""
+    value = {a: float(np.mean(e["test"][metric])) for a, e in arms.items()}
+    room = value["oracle"] - value["content"]
+    return {metric: room, "recovered": {a: (v - value["content"]) / room for a, v in value.items()
+                                        if a in ("placebo", "aligned", "rl", "bestof", "curec")}}
+
+
+def markdown(header: list, rows) -> str:
+    """A Markdown table; floats with four digits."""
+    cells = lambda row: "| " + " | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) + " |"
+    return "\n".join([cells(header), "|" + "---|" * len(header), *map(cells, rows)])
+
+
+def arms_table(arms: dict) -> str:
+    columns = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
+    return markdown(["arm", "seeds", *(c.upper() for c in columns), "valid NDCG@10", "ms/user"],
+                    [[arm, len(e["seeds"]), *(float(np.mean(e["test"][c])) for c in columns),
+                      float(np.mean(e["valid"]["ndcg@10"])), e["rank_ms_per_user"]] for arm, e in arms.items()])
+
+
+def report(m: dict) -> list:
+    """The evaluation as Markdown paragraphs: arms, paired differences, headroom, slices and popularity audit (metrics.json)."""
+    slices = list(dict.fromkeys(n for e in m["arms"].values() for n in e["slices"]))
+    audits = list(next(iter(m["arms"].values()))["audit"])
+    out = ["## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds.", arms_table(m["arms"]),
+           "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
+           markdown(["a - b", "delta", "95 % interval"], [[f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}",
+                                                          "{:+.4f} .. {:+.4f}".format(*c["ci95"])] for c in m["comparisons"]])]
+    if "headroom" in m:
+        out.append(f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: "
+                   + ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) + ".")
+    return out + ["## Slices and popularity audit", markdown(
+        ["arm", *(f"NDCG@10, {n}" for n in slices), *audits],
+        [[arm, *(float(np.mean(e["slices"][n]["ndcg@10"])) for n in slices), *(e["audit"][k] for k in audits)]
+         for arm, e in m["arms"].items()])]

@@ -13,6 +13,7 @@ so that no reason can become an item ID. The epoch is chosen on held-out people 
 Left out: an LLM as judge, pairwise preference data.  Try it alone: pytest tests/test_reward.py
 """
 import copy
+import time
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as D
-from recommender import Block, pad
+from recommender import Block, markdown, pad
 
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
-SHARED_WEIGHT = 0.5                                # lambda: weight of the audience
+AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
 STATES, AUDIENCE = 256, 16                         # |N|; most people of an audience
 MAX_HISTORY = 20                                   # items of a history the user tower reads
 
@@ -36,11 +37,31 @@ class Whitening:
         self.mean = vectors.mean(0)
         _, s, v = torch.linalg.svd(vectors - self.mean, full_matrices=False)
         keep = min(k, int((s > 1e-3 * s[0]).sum()))
-        self.matrix = v[:keep].T / (s[:keep] + 0.02 * s[0]) * len(vectors) ** 0.5    # shrunk: noise is not blown up
+        self.matrix = v[:keep].T / (s[:keep] + 0.2 * s[0]) * len(vectors) ** 0.5     # shrunk: noise is not blown up
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         z = (vectors - self.mean) @ self.matrix
         return z / self.matrix.shape[1] ** 0.5
+
+
+def load_encoder(name, device="cpu", batch: int = 64):
+    """Any Hugging Face text encoder as a function: list of texts -> mean of its last hidden states (len(texts), D)."""
+    from transformers import AutoModel, AutoTokenizer
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).to(device).eval()
+    except OSError as e:
+        raise OSError(f"the encoder '{name}' could not be loaded ({str(e).splitlines()[0]}); check --encoder and the network") from e
+
+    @torch.no_grad()
+    def encode(texts):
+        out, order = torch.zeros(len(texts), model.config.hidden_size), sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for k in range(0, len(texts), batch):                 # by length: little padding
+            some = order[k: k + batch]
+            x = tokenizer([texts[i] for i in some], padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
+            mask = x["attention_mask"][..., None].float()
+            out[some] = ((model(**x).last_hidden_state * mask).sum(1) / mask.sum(1)).float().cpu()
+        return out
+    return encode
 
 
 class RewardModel(nn.Module):
@@ -192,18 +213,96 @@ class Judge:
         mean = lambda values: np.array([v.mean() if len(v) else 0.0 for v in values])
         a_shown = mean(self.judge(reasons, shown, period, seed))
         a_audience = mean(self.judge(reasons, audience, period, seed))
-        weight = np.array([SHARED_WEIGHT if len(a) and len(s) else float(len(a) > 0) for s, a in zip(shown, audience)])
+        weight = np.array([AUDIENCE_WEIGHT if len(a) and len(s) else float(len(a) > 0) for s, a in zip(shown, audience)])
         ground = np.array([D.grounded(self.data, i, r) for i, r in zip(items, reasons)])
         ok = np.array([p[2] for p in parsed])
         total = (1 - weight) * a_shown + weight * a_audience - FORMAT_PENALTY * ~ok - UNGROUNDED_PENALTY * (1 - ground)
         return total, {"shown": a_shown, "audience": a_audience, "grounded": ground, "format_ok": ok}
 
 
-def driver_choice(judge: Judge, truth: list, who: list, period, seed: int, items) -> float:
+    def choose(self, items, current, proposals, shown, judges, period, seed, margin, rng):
+        """For each item the proposal of highest reward, and whether it may replace the current answer.
+
+        proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old
+        one, and its mean paired gain over the judges exceeds margin standard errors. Returns a list of {"best", "before", "after", "accepted"} and the false-accept rate: the same
+        test with the signs of the paired gains drawn at random, as if old and new reasons were alike.
+        """
+        K = len(proposals) // len(items)
+        spread = lambda xs: [x for x in xs for _ in range(K)]
+        reasons, old_reasons = ([D.parse_answer(a)[0] for a in answers] for answers in (proposals, current))
+        total, parts = self.rewards(spread(items), proposals, spread(shown), spread(judges), period, seed)
+        old = self.judge(old_reasons, judges, period, seed)
+        new = self.judge(reasons, spread(judges), period, seed)
+        rows, false = [], 0
+        for k, before in enumerate(old):
+            mine = range(k * K, (k + 1) * K)
+            best = max(mine, key=lambda j: total[j])
+            sound = parts["format_ok"][best] and parts["grounded"][best] >= D.grounded(self.data, items[k], old_reasons[k])
+            yes = bool(sound) and convincing(new[best] - before, margin)
+            rows.append({"best": best, "before": float(before.mean()), "after": float(new[best].mean()), "accepted": yes})
+            false += convincing(max(((new[j] - before) * rng.choice([-1.0, 1.0], len(before)) for j in mine), key=np.mean), margin)
+        return rows, false / len(items)
+
+    def figures(self, answers, shown, audience, period, seed) -> dict:
+        """Share grounded and well-formed and mean reward of one kind of reasons (index 0 unused), items with choosers."""
+        items = [i for i in range(1, len(answers)) if len(shown[i])]
+        total, parts = self.rewards(items, [answers[i] for i in items], [shown[i] for i in items],
+                                    [audience[i] for i in items], period, seed)
+        return {"grounded": float(parts["grounded"].mean()), "format_ok": float(parts["format_ok"].mean()),
+                "mean_reward": float(total.mean())}
+
+
+def window_cuts(data, windows: int) -> list:
+    """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events; equal times stay together."""
+    times = data.events["time"]
+    inner = np.quantile(times, np.arange(1, windows) / windows, method="lower")
+    return sorted({int(times.min()), *(int(c) for c in inner), int(times.max()) + 1})
+
+
+def one_shot_people(who, seed):
+    """For every item a seeded sample of its train choosers: shown (at most PEOPLE) and audience (others, at most AUDIENCE)."""
+    rng = np.random.default_rng([seed, 43])
+    mixed = [rng.permutation(w) for w in who]
+    return [w[: D.PEOPLE] for w in mixed], [w[D.PEOPLE:][:AUDIENCE] for w in mixed]
+
+
+def halves(events, rng):
+    """Half of the people for the prompt (at most PEOPLE), the other half (at most AUDIENCE) to judge."""
+    mixed = rng.permutation(events)
+    half = (len(mixed) + 1) // 2
+    return mixed[:half][: D.PEOPLE], mixed[half:][:AUDIENCE]
+
+
+def practice(data, who, cuts, seed):
+    """PPO's prompts, for every item one of each kind: lists (items, prompts, shown people, audiences), rows held out, rows to train.
+
+    One-shot kind: all train choosers, no reason yet. Correction kind: the people of one window and a random reason. A tenth of
+    the items is held out; rows whose prompt shows nobody are in neither set: there is nothing to judge them by.
+    """
+    rng = np.random.default_rng([seed, 47])
+    shown, audience = one_shot_people(who, seed + 1)
+    items, prompts, people, ears = [], [], [], []
+    for i in range(1, data.n_items + 1):
+        w = int(rng.integers(len(cuts) - 1))
+        times = data.events["time"][who[i]]
+        half, others = halves(who[i][(times >= cuts[w]) & (times < cuts[w + 1])], rng)
+        for reason, some, rest in (("", shown[i], audience[i]), (D.random_reason(data, i, rng), half, others)):
+            items.append(i), people.append(some), ears.append(rest)
+            prompts.append(D.reason_prompt(data, i, reason, some))
+    kept_out = np.isin(items, rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1)
+    judged = rng.permutation([k for k in range(len(items)) if len(people[k])])
+    return items, prompts, people, ears, judged[kept_out[judged]], judged[~kept_out[judged]]
+
+
+def convincing(gain: np.ndarray, margin: float) -> bool:
+    """Is the mean paired gain above zero by more than margin standard errors?"""
+    return len(gain) > 1 and bool(gain.mean() > margin * gain.std(ddof=1) / len(gain) ** 0.5 + 1e-9)
+
+
+def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> float:
     """Demo only, a figure of the report: how often a true driver pair beats a decoy pair with the item's audience."""
-    rng, wins = np.random.default_rng([seed, 31]), []
-    items = [i for i in items if len(who[i]) >= 2]
-    pairs = []
+    rng, pairs = np.random.default_rng([seed, 31]), []
+    items = [i for i in range(1, len(who)) if len(who[i]) >= 2]
     for i in items:
         decoys = [p for p in judge.data.phrases[i] if p not in truth[i]]
         pairs.append((D.REASON.format(*truth[i]), D.REASON.format(*rng.permutation(decoys)[:2])))
@@ -211,3 +310,36 @@ def driver_choice(judge: Judge, truth: list, who: list, period, seed: int, items
     a, b = (judge.judge([p[k] for p in pairs], people, period, seed) for k in (0, 1))
     wins = [float(x.mean() > y.mean()) for x, y in zip(a, b)]
     return float(np.mean(wins)) if wins else float("nan")
+
+
+def truth_figures(named: list, truth: list) -> dict:
+    """Demo only: of the phrases named, the share that are drivers (chance .4); of the drivers, the share named."""
+    hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth))
+    return {"truth_precision": hits / max(1, sum(len(set(n)) for n in named)), "truth_recall": hits / sum(map(len, truth))}
+
+
+def timeline(r: dict) -> str:
+    """How a reason came about; r: a line of reasons.jsonl."""
+    day = lambda t: time.strftime("%Y-%m-%d", time.gmtime(t))
+    return "\n".join([f"**{r['title']}** ({r['item']}): {r['reason']}"] + [
+        f"- until {day(t['window_end'])} {'accepted' if t['accepted'] else 'rejected'}: {t['proposal']} "
+        f"(reward {t['reward_before']:+.2f} -> {t['reward_after']:+.2f})" for t in r["timeline"]])
+
+
+def report(m: dict, reasons: list, log: list) -> list:
+    """What became of the reasons, as Markdown paragraphs. m: metrics.json; reasons: reasons.jsonl; log: ppo.jsonl."""
+    keys = sorted({k for v in m["reasons"].values() for k in v})
+    standing = lambda r: r["timeline"][-1]["reward_after" if r["timeline"][-1]["accepted"] else "reward_before"]
+    judged = sorted((r for r in reasons if r["timeline"]), key=standing, reverse=True)
+    moved = sorted(judged, key=lambda r: -sum(t["accepted"] for t in r["timeline"]))[:2]
+    low, high = min(r["reward"] for r in log), max(r["reward"] for r in log)
+    bar = lambda x: "#" * round(1 + 40 * (x - low) / max(high - low, 1e-9))
+    return ["## Reasons", markdown(["kind", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]),
+            "Reward model: " + ", ".join(f"{k} {v:.3f}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: reward "
+            f"{m['ppo']['reward_before']:+.3f} before, {m['ppo']['reward_after']:+.3f} after {m['ppo']['updates']} updates.",
+            "PPO by update, mean reward over the reference reason:\n\n```\n" + "\n".join(
+                f"{r['update']:4d} {r['reward']:+.3f} {bar(r['reward'])}" for r in log[:: max(1, len(log) // 20)]) + "\n```",
+            "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
+            "False-accept rate: the same test with the signs of the paired gains drawn at random.",
+            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by their last window's reward",
+            "\n".join(f"- {standing(r):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]

@@ -14,8 +14,10 @@ Left out: vLLM, several GPUs, a separate value backbone, reward-model training (
 pytest tests/test_rl.py     Source of the details: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 """
 import json
+import logging as logging_
 import os
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, wi
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
     size = -(-len(tokenizer) // 64) * 64
     # out_features % 32 == 0 and in_features % 64 == 0, or the 4-bit kernels refuse the layer (TRAPS 1)
+    quiet()
     config = LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
                          num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
                          tie_word_embeddings=True, initializer_range=width ** -0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None)
@@ -63,6 +66,7 @@ def load(name, device="cpu", *, rank=16, checkpointing=False):
     """Any Hugging Face causal LM in NF4 with a fresh trainable LoRA adapter `align`: (PeftModel, tokenizer)."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    quiet()
     compute = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
     # load_in_4bit as a model argument is gone, and the config's defaults are fp4 without double quantisation (TRAPS 6)
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -91,6 +95,15 @@ def load(name, device="cpu", *, rank=16, checkpointing=False):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masks are carried, so pad may equal eos (TRAPS 10)
     set_mode(model, training=False)
     return model, tokenizer
+
+
+def quiet():
+    """No second progress bar while weights load, and none of the warnings that name nothing to mend here."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")        # peft's call, not ours
+    # on AVX512-BF16 machines bitsandbytes asks for a package that fetches remote code: not wanted (TRAPS 9)
+    logging_.getLogger("bitsandbytes").addFilter(lambda record: "kernels" not in record.getMessage())
 
 
 def set_mode(model, training: bool):
@@ -275,8 +288,8 @@ def decode(tokenizer, answers) -> list:
 def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor:
     """Text vectors (len(texts), D) on CPU: token means of the base model's input embeddings and last hidden states, added.
 
-    Adapters are off. The first-last average keeps the words that a causal model's last state has already traded for its
-    guess of the next one (Su et al. 2021, arXiv 2103.15316); each half has unit length.
+    Adapters are off. Both halves have unit length, the second weighs 0.3: first and last layer together (Su et al. 2021,
+    arXiv 2103.15316) keep the words that a causal model's last state has traded for its guess of the next one.
     """
     rows = [tokenizer(" " + t, add_special_tokens=False)["input_ids"][:256] or [tokenizer.eos_token_id] for t in texts]
     out, device = [None] * len(rows), next(model.parameters()).device
@@ -292,27 +305,7 @@ def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor
             bar.update(len(group))
     bar.close()
     first, last = torch.stack(out).chunk(2, -1)
-    return F.normalize(first, dim=-1) + F.normalize(last, dim=-1)
-
-
-def load_encoder(name, device="cpu"):
-    """Any Hugging Face text encoder as a function: list of texts -> mean of its last hidden states (len(texts), D)."""
-    from transformers import AutoModel, AutoTokenizer
-    try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).to(device).eval()
-    except OSError as e:
-        raise OSError(f"the encoder '{name}' could not be loaded ({str(e).splitlines()[0]}); check --encoder and the network") from e
-
-    @torch.no_grad()
-    def encode(texts):
-        out = [None] * len(texts)
-        for group in by_length([len(t) for t in texts], 32_768):
-            batch = tokenizer([texts[i] for i in group], padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
-            mask = batch["attention_mask"][..., None].float()
-            for i, v in zip(group, ((model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)).cpu()):
-                out[i] = v
-        return torch.stack(out)
-    return encode
+    return F.normalize(first, dim=-1) + 0.3 * F.normalize(last, dim=-1)
 
 
 # ------------------------------------------------------------------------------------------------ the maths of PPO
@@ -353,7 +346,7 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
 
 # --------------------------------------------------------------------------------------------------------------- PPO
 def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32, micro_batch=32, epochs=2, lr=5e-4,
-        value_lr=1e-3, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,
+        value_lr=1e-2, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,
         seed=0, log_path=None):
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (B,) tensor; rows index prompts.
 

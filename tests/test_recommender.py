@@ -1,0 +1,327 @@
+"""recommender.py: metrics against brute force, causality, selection, baselines and audit by hand.
+
+    pytest tests/test_recommender.py             a few seconds
+"""
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import recommender as rec
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+def fixed(scores):
+    """A score function that gives prepared rows, one a user, in order of calling."""
+    rows = iter(torch.tensor(np.array(scores), dtype=torch.float32))
+    return lambda sequences: torch.stack([next(rows) for _ in sequences])
+
+
+def ring(n=12, n_users=48, length=5, seed=0):
+    """Everyone walks round a ring of n items: the next item is known once the last is. n_items, train, valid, test."""
+    starts = np.random.default_rng(seed).integers(0, n, n_users)
+    walks = [(s + np.arange(length + 2)) % n + 1 for s in starts]
+    return SimpleNamespace(n_items=n, train=[w[:-2] for w in walks], valid=np.array([w[-2] for w in walks]),
+                           test=np.array([w[-1] for w in walks]))
+
+
+def quick(d, features=None, **kw):
+    return rec.train(d.n_items, d.train, d.valid, features, **{"epochs": 3, "width": 16, "blocks": 1, "batch": 16, **kw})
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    torch.manual_seed(0)
+    return rec.SASRec(30, torch.randn(31, 5), width=16, heads=2, dropout=0.3).eval()
+
+
+# ------------------------------------------------------------------------------------------------ ranks and metrics
+def brute_force(scores, seen, target, k):
+    """HR, NDCG and reciprocal rank the long way: sort every unseen item, the target behind all it ties with."""
+    items = [i for i in range(1, len(scores)) if i not in seen]
+    order = sorted(items, key=lambda i: (-scores[i], i == target))
+    gain = [float(i == target) for i in order]
+    dcg = sum(g / np.log2(place + 2) for place, g in enumerate(gain[:k]))
+    ideal = sum(g / np.log2(place + 2) for place, g in enumerate(sorted(gain, reverse=True)[:k]))
+    return sum(gain[:k]), dcg / ideal, 1 / (order.index(target) + 1)
+
+
+def test_ranks_and_metrics_equal_brute_force_with_ties_and_seen_items():
+    """Guards: ties for us, seen items or the padding item in the ranking, log2(rank) off by one, k off by one."""
+    rng, n, users = np.random.default_rng(0), 40, 300
+    scores = rng.integers(0, 8, (users, n + 1)).astype(np.float32)           # few levels: ties everywhere
+    scores[:, 0] = 100                                                       # padding must never count
+    orders = [rng.permutation(n) + 1 for _ in range(users)]
+    seen, targets = [o[: rng.integers(1, 12)] for o in orders], np.array([o[-1] for o in orders])
+    for u in range(users):
+        scores[u, seen[u]] += 50 * (u % 2)                                   # seen items would be on top
+    m = rec.metrics(rec.ranks(fixed(scores), seen, targets, batch=64))
+    for u in range(users):
+        for k in rec.CUTOFFS:
+            expected = brute_force(scores[u], set(seen[u]), targets[u], k)
+            assert np.allclose((m[f"hr@{k}"][u], m[f"ndcg@{k}"][u], m["mrr"][u]), expected)
+    assert {f"{x}@{k}" for x in ("hr", "ndcg") for k in (5, 10, 20)} | {"mrr"} == set(m)
+
+
+def test_all_ties_are_the_last_rank():
+    """Guards: a constant model looking perfect."""
+    assert rec.ranks(fixed(np.ones((1, 31))), [np.array([1, 2])], [5]).tolist() == [28]
+
+
+def test_ranks_do_not_depend_on_the_batch_size():
+    """Guards: rows that see their neighbours' padding or seen items."""
+    rng = np.random.default_rng(1)
+    scores, seen = rng.random((50, 21)), [np.arange(1, rng.integers(3, 10)) for _ in range(50)]
+    by = {b: rec.ranks(fixed(scores), seen, np.full(50, 15), batch=b).tolist() for b in (1, 7, 512)}
+    assert by[1] == by[7] == by[512]
+
+
+def test_items_seen_long_ago_are_masked_too():
+    """Guards: masking only the last MAX_LEN items, those that the model reads."""
+    n = rec.MAX_LEN + 30
+    scores = np.arange(n + 1, 0, -1)                                         # item 1 best, item n worst
+    assert rec.ranks(fixed([scores]), [np.arange(1, n)], [n]).tolist() == [1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_target_score_that_is_not_finite_raises(value):
+    """Guards: NaN compares false with everything, so a diverged model would rank every target first or last."""
+    scores = np.ones((2, 6))
+    scores[1, 5] = value
+    with pytest.raises(ValueError, match="finite"):
+        rec.ranks(fixed(scores), [np.array([1])] * 2, [5, 5])
+
+
+def test_a_target_among_the_seen_items_raises():
+    """Guards: a split that repeats an item is an error of the data, not a rank."""
+    with pytest.raises(ValueError):
+        rec.ranks(fixed(np.ones((1, 6))), [np.array([1, 2])], [2])
+
+
+def test_ranks_lists_the_ten_best_unseen_items():
+    """Guards: seen items in the recommended lists (the audit and --explain read them)."""
+    scores, lists = np.arange(31.0), []
+    rec.ranks(fixed([scores]), [np.array([30, 28])], [1], lists=lists)
+    assert lists[0].tolist() == [[29, 27, 26, 25, 24, 23, 22, 21, 20, 19]]
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+def test_states_are_causal(small_model):
+    """Guards: attention that sees the answer: changing later items must leave earlier states as they were."""
+    ids = torch.randint(1, 31, (4, 10))
+    changed = ids.clone()
+    changed[:, 6:] = changed[:, 6:] % 30 + 1
+    with torch.no_grad():
+        a, b = (small_model(x, small_model.table()) for x in (ids, changed))
+    assert torch.equal(a[:, :6], b[:, :6]) and not torch.allclose(a[:, 6:], b[:, 6:])
+
+
+def test_a_row_alone_equals_the_row_in_a_padded_batch(small_model):
+    """Guards: padding that shifts positions or is attended to."""
+    short, long = np.array([3, 1, 4]), np.arange(1, 21)
+    ids = rec.pad([short, long])
+    assert ids.tolist()[0] == [3, 1, 4] + [0] * 17
+    with torch.no_grad():
+        both, alone = (small_model(x, small_model.table()) for x in (ids, rec.pad([short])))
+    assert torch.allclose(both[0, :3], alone[0], atol=1e-5)
+    score = rec.scorer(small_model)
+    assert torch.allclose(score([short, long])[0], score([short])[0], atol=1e-5)
+
+
+def test_scorer_reads_the_last_real_position_of_long_and_short_histories(small_model):
+    """Guards: the state at a padded position, or MAX_LEN counted from the wrong end."""
+    long = np.random.default_rng(0).integers(1, 31, rec.MAX_LEN + 25)
+    scores = rec.scorer(small_model)([long, long[-4:]])
+    assert scores.shape == (2, 31)
+    for row, s in zip(scores, (long[-rec.MAX_LEN:], long[-4:])):
+        with torch.no_grad():
+            state = small_model(torch.tensor(s)[None], small_model.table())[0, -1]
+        assert torch.allclose(row, small_model.table().detach() @ state, atol=1e-5)
+
+
+def test_the_fused_table_is_id_plus_projected_features():
+    """Guards: features that reach the input but not the output table, dropout left on when ranking, a padding row that moves."""
+    features = torch.randn(31, 5, dtype=torch.float64)
+    features[0] = 0
+    m = rec.SASRec(30, features, width=16).eval()
+    expected = m.item.weight + features.float() @ m.project.weight.T
+    assert torch.allclose(m.table(), expected, atol=1e-6) and torch.equal(m.table(), m.table())
+    assert m.table()[0].abs().max() == 0
+
+
+def test_id_and_content_arms_have_tables_of_one_shape_and_share_their_first_weights():
+    """Guards: two scorer paths that drift apart; arms that start from different random numbers, which looks like an effect."""
+    made = []
+    for features in (None, torch.randn(31, 5)):
+        torch.manual_seed(3)
+        made.append(rec.SASRec(30, features, width=16))
+    a, b = made
+    assert a.table().shape == b.table().shape == (31, 16) and a.table().dtype == b.table().dtype == torch.float32
+    x, y = (rec.scorer(m)([np.array([1, 2])]) for m in made)
+    assert x.shape == y.shape == (1, 31) and x.dtype == y.dtype
+    shared = a.state_dict()
+    assert all(torch.equal(shared[k], b.state_dict()[k]) for k in shared) and len(b.state_dict()) == len(shared) + 2
+
+
+# -------------------------------------------------------------------------------------------------------- training
+def test_the_loss_is_over_every_real_next_item_and_nothing_else(monkeypatch):
+    """Guards: loss on padding, the first item as a target, the valid item in training, histories cut at the wrong end."""
+    d, told = ring(), []
+    d.train.append(np.random.default_rng(0).integers(1, 13, rec.MAX_LEN + 9))    # longer than the model reads
+    d.train.append(np.array([7]))                                                # nothing to predict
+    real = torch.nn.functional.cross_entropy
+
+    def spy(logits, targets, **kw):
+        assert logits.shape == (len(targets), d.n_items + 1), "a full softmax over the catalogue"
+        told.extend(targets.tolist())
+        return real(logits, targets, **kw)
+    monkeypatch.setattr(rec.F, "cross_entropy", spy)
+    d.valid = np.append(d.valid, [0, 0])
+    monkeypatch.setattr(rec, "ranks", lambda *_, **__: np.ones(1, dtype=int))     # selection is not looked at here
+    quick(d, epochs=1)
+    expected = [i for s in d.train for i in s[-rec.MAX_LEN - 1:][1:]]
+    assert sorted(told) == sorted(expected) and 0 not in told
+
+
+def test_training_learns_a_deterministic_ring_and_carries_on_to_test():
+    """Guards: shifted targets, a table that is not trained, scores of the wrong position: any of them ends near chance (.3)."""
+    d = ring()
+    model, log = quick(d, epochs=30, width=32, lr=1e-2, dropout=0.1)
+    rank = rec.ranks(rec.scorer(model), [np.append(s, v) for s, v in zip(d.train, d.valid)], d.test)
+    assert log["valid_ndcg@10"] > 0.97 and rec.metrics(rank)["ndcg@10"].mean() > 0.9
+
+
+def test_features_count_in_the_history_and_in_the_ranking_and_are_trained():
+    """Guards: features that are stored but reach only one side, or a projection that never gets a gradient."""
+    d, features = ring(), torch.randn(13, 4)
+    model, _ = quick(d, features)
+    torch.manual_seed(0)
+    assert not torch.equal(model.project.weight, rec.SASRec(12, features, width=16, blocks=1).project.weight)
+    histories = [np.array([5]), np.array([1])]
+    before = rec.scorer(model)(histories)
+    model.features[5] += 1
+    change = (rec.scorer(model)(histories) - before).abs()
+    assert change[0].min() > 0, "item 5 in the history moves every score"
+    assert change[1, 5] > 0 and change[1, [i for i in range(13) if i != 5]].max() == 0, "as a candidate only its own"
+
+
+def test_same_seed_same_model_bit_for_bit_and_another_seed_differs():
+    """Guards: initial weights, order or dropout drawn outside the seed, or from whatever ran before."""
+    d, features = ring(), torch.randn(13, 4)
+    a, _ = quick(d, features, seed=5)
+    torch.rand(7), np.random.rand(7)                                           # somebody else draws
+    assert same(a, quick(d, features, seed=5)[0]) and not same(a, quick(d, features, seed=6)[0])
+
+
+def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
+    """Guards: the last epoch's weights under the best epoch's figure; patience that never ends."""
+    d = ring()
+
+    def run(values, **kw):
+        values = iter(values)
+        monkeypatch.setattr(rec, "metrics", lambda rank: {"ndcg@10": np.array([next(values)])})
+        return quick(d, **kw)
+    stopped, log = run([.2, .5, .1, .1, .1, .1, .1, .1], epochs=8, patience=2)
+    assert log == {"epochs": 4, "best_epoch": 2, "valid_ndcg@10": .5}
+    assert same(stopped, run([.2, .5], epochs=2)[0]) and not same(stopped, run([.2, .5, .6], epochs=3)[0])
+
+
+def test_test_items_are_not_read_in_training():
+    """Guards: selection on test. train() has no way to see it, and other test items leave run_arm's model as it was."""
+    assert not [p for p in inspect.signature(rec.train).parameters if "test" in p]
+    d, other = ring(), ring()
+    other.test = np.array([next(i for i in range(1, 13) if i not in (*s, v, t)) for s, v, t in zip(d.train, d.valid, d.test)])
+    (ranks_a, a, model_a), (ranks_b, b, model_b) = (rec.run_arm("id", x, None, {}, seeds=1, epochs=2) for x in (d, other))
+    assert same(model_a, model_b) and a["valid"] == b["valid"] and (ranks_a != ranks_b).any()
+
+
+# --------------------------------------------------------------------------------------------------- the baselines
+TOY = [np.array(s) for s in ([1, 2, 3], [1, 2, 4], [3, 2, 4], [1, 5])]       # counts 0, 3, 3, 2, 2, 1
+
+
+def test_popularity_by_hand():
+    """Guards: counts of padding, of valid or of distinct users only."""
+    assert rec.popularity(6, TOY)([TOY[0], TOY[3]]).tolist() == [[0, 3, 3, 2, 2, 1, 0]] * 2
+
+
+def test_markov_by_hand():
+    """Guards: reversed transitions, popularity that outweighs a transition, state kept from one user to the next."""
+    score = rec.markov(6, TOY)
+    after_2, after_6, after_2_again = score([np.array([5, 2]), np.array([6]), np.array([2])])
+    assert torch.equal(after_2, after_2_again)
+    assert after_2.argsort(descending=True)[:2].tolist() == [4, 3], "2 -> 4 twice, 2 -> 3 once"
+    assert after_2[3] > after_2[[1, 2]].max() and after_2[1] == after_2[2]
+    assert torch.equal(after_6.argsort(descending=True, stable=True)[:5], torch.tensor([1, 2, 3, 4, 5])), "popularity fills"
+    assert after_6.max() < 1 and after_6[1] == after_6[2] > after_6[3] == after_6[4] > after_6[5] > after_6[6] == 0
+
+
+# ------------------------------------------------------------------------------------- intervals, audit and slices
+def test_paired_bootstrap():
+    """Guards: unpaired resampling (an interval as wide as the users differ), seeds taken for users, unseeded draws."""
+    rng = np.random.default_rng(0)
+    users = rng.random((3, 400))
+    noise = rng.normal(0, .05, (3, 400))
+    delta, (low, high) = rec.paired_bootstrap(users, users)
+    assert delta == low == high == 0
+    delta, (low, high) = rec.paired_bootstrap(users + noise - noise.mean(), users)
+    assert low < 0 < high and abs(delta) < 1e-9
+    delta, (low, high) = rec.paired_bootstrap(users + .02 + noise - noise.mean(), users)
+    assert 0 < low < delta < high and abs(delta - .02) < 1e-9
+    spread = noise.mean(0).std() / 20                                          # standard error of 400 users' means
+    assert 3.4 < (high - low) / spread < 4.5, "95 % are 3.92 standard errors of the paired, seed-averaged differences"
+    assert rec.paired_bootstrap(users + noise, users) == rec.paired_bootstrap(users + noise, users)
+    assert rec.paired_bootstrap(users + noise, users, seed=1) != rec.paired_bootstrap(users + noise, users)
+
+
+def test_compare_pairs_the_arms_that_ran():
+    """Guards: a - b the wrong way round, arms that did not run, the number of seeds."""
+    r = {"curec": np.ones((2, 50), dtype=int), "content": np.full((2, 50), 2)}
+    (row,) = rec.compare(r, [("curec", "content"), ("curec", "oracle")])
+    assert (row["a"], row["b"], row["metric"], row["seeds"]) == ("curec", "content", "ndcg@10", 2)
+    assert row["delta"] == pytest.approx(1 - 1 / np.log2(3)) and row["ci95"] == pytest.approx([row["delta"]] * 2)
+
+
+def test_audit_by_hand():
+    """Guards: padding counted as an item, Gini of the wrong sign, popularity ranks off by one."""
+    train = [np.array([1, 2, 3, 4])] * 2 + [np.array([1, 2]), np.array([1])]   # popularity ranks 1, 2, 3, 4
+    equal = rec.audit(np.array([[1, 2], [3, 4]]), 4, train)
+    assert equal == {"coverage@10": 1.0, "gini@10": pytest.approx(0), "mean_popularity_rank@10": 2.5}
+    one = rec.audit(np.array([[1], [1]]), 4, train)
+    assert one == {"coverage@10": .25, "gini@10": pytest.approx(.75), "mean_popularity_rank@10": 1.0}
+    uneven = rec.audit(np.array([[1, 2], [1, 3]]), 4, train)                    # exposures 2, 1, 1, 0
+    pairs = sum(abs(a - b) for a in (2, 1, 1, 0) for b in (2, 1, 1, 0)) / (2 * 4 * 4)
+    assert uneven["gini@10"] == pytest.approx(pairs / 1.0) and uneven["mean_popularity_rank@10"] == 1.75
+
+
+def test_slices_by_hand():
+    """Guards: counting valid or test choices as train; 'later' measured against the wrong event of the user."""
+    train, times, test = [[1, 2], [2, 3], [4, 1]], [[1, 5, 6, 7], [2, 8, 9, 10], [1, 2, 3, 4]], np.array([3, 4, 2])
+    d = SimpleNamespace(n_items=4, train=[np.array(s) for s in train], times=[np.array(t) for t in times], test=test,
+                        counts=np.array([0, 6, 9, 5, 6]))
+    s = rec.slices_of(d)
+    assert s["train<=5"].tolist() == [True, False, False]
+    # item 3 was chosen in train at 8, after user 0's test event at 7; item 4 at 1, before 10; item 2 at 5, after 4
+    assert s["no_later_train"].tolist() == [False, True, False]
+
+
+def test_run_arm_reports_each_seed_and_slice():
+    """Guards: seeds overwritten by one another, slices averaged over all users, fixed arms repeated for nothing."""
+    d = ring()
+    keep = np.arange(len(d.train)) < 5
+    ranks_, entry, model = rec.run_arm("id", d, None, {"first": keep, "nobody": keep & False}, seeds=2, base_seed=7, epochs=2)
+    assert ranks_.shape == (2, len(d.train)) and entry["seeds"] == [7, 8] and not model.training
+    per_user = [rec.metrics(r) for r in ranks_]
+    for m in per_user[0]:
+        assert entry["test"][m] == pytest.approx([p[m].mean() for p in per_user])
+        assert entry["slices"]["first"][m] == pytest.approx([p[m][keep].mean() for p in per_user])
+    assert list(entry["slices"]) == ["first"], "a slice without users is absent, not zero"
+    once = rec.run_arm("markov", d, None, {}, seeds=3)
+    assert once[0].shape[0] == 1 == len(once[1]["seeds"]) and once[1]["test"]["ndcg@10"][0] > .99
+    assert entry["train_s"] > 0 and entry["rank_ms_per_user"] > 0 and 0 <= entry["audit"]["gini@10"] <= 1

@@ -1,0 +1,761 @@
+"""rl.py: parity with plain transformers and peft first, then invariants, then small training runs.
+
+    pytest tests/test_rl.py        no GPU, no download; one tiny model, trained for nine steps, serves every test
+
+Each docstring names the bug that the test guards against; TRAPS n is the entry of that number in the notes on QLoRA and PPO.
+"""
+import copy
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, BloomConfig, GenerationConfig, GPT2Config,
+                          GPTNeoXConfig, GraniteConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast)
+
+import rl
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+WORDS = "red green blue old calm loud warm dark".split()
+TAG = "<reason>"
+
+
+def pairs(n, seed=0):
+    """Prompts of 1 to 12 words with answers of 1 to 4: ragged on both sides."""
+    rng = np.random.default_rng(seed)
+    some = lambda most: " ".join(rng.choice(WORDS, int(rng.integers(1, most + 1))))
+    return [(some(12), some(4)) for _ in range(n)]
+
+
+PROMPTS = [p for p, _ in pairs(24, seed=1)]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("llm") / "tiny")
+    samples = pairs(200)
+    rl.train_tiny(path, [p for p, _ in samples], samples, samples, [TAG], steps=9, batch=16, lr=1e-2, width=64, vocab=512)
+    return path
+
+
+def fresh(path, policy=True, noise=0.05, **settings):
+    """(model, tokenizer) of its own for a test that changes weights; `align` made non-zero, so that an adapter matters."""
+    torch.manual_seed(0)
+    model, tokenizer = rl.load(path, rank=4, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=noise)
+    if policy:
+        rl.add_policy(model)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def shared(tiny):
+    """For tests that change no weight. They choose adapter and mode themselves."""
+    return fresh(tiny)
+
+
+def adapter(model, name):
+    return {k.replace(f".{name}.", "."): v.detach().clone() for k, v in model.named_parameters() if f".{name}." in k}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def batch_of(tokenizer, n=8):
+    """n ragged pairs as ids (n, P + R), mask (n, P + R), P, answer mask (n, R); answers end with EOS."""
+    samples = pairs(n, seed=3)
+    answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]
+    left, left_mask = rl.left_pad([rl.prompt_ids(tokenizer, p) for p, _ in samples], tokenizer.pad_token_id)
+    right = torch.full((n, max(map(len, answers))), tokenizer.pad_token_id)
+    mask = torch.zeros(right.shape, dtype=torch.bool)
+    for i, a in enumerate(answers):
+        right[i, : len(a)], mask[i, : len(a)] = torch.tensor(a), True
+    return torch.cat([left, right], 1), torch.cat([left_mask, mask], 1), left.shape[1], mask
+
+
+def by_row(texts, rows):
+    """A reward with a known spread that depends on no text."""
+    return torch.tensor([float(i % 5) for i in rows])
+
+
+def run(model, tokenizer, reward=by_row, **settings):
+    """One small PPO run; returns its log."""
+    settings = dict(updates=1, batch=8, minibatch=4, micro_batch=4, max_new=6, lr=5e-3) | settings
+    return rl.ppo(model, tokenizer, PROMPTS, reward, **settings)
+
+
+def spy(monkeypatch, name):
+    """Records (arguments, result) of every call of a function of rl."""
+    calls, original = [], getattr(rl, name)
+
+    def wrapper(*args, **settings):
+        result = original(*args, **settings)
+        calls.append((args, settings, result))
+        return result
+    monkeypatch.setattr(rl, name, wrapper)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+def test_tiny_model_fits_the_4bit_kernels(tiny, shared):
+    """Layer shapes that the packed CPU kernel refuses (TRAPS 1); markup split into many tokens."""
+    model, tokenizer = shared
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 2 * 7 and all(m.out_features % 32 == 0 and m.in_features % 64 == 0 for m in layers)
+    assert len(tokenizer(TAG)["input_ids"]) == 1
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_base_is_nf4_double_quantised_and_lora_is_fp32(shared):
+    """bitsandbytes' defaults: fp4, no double quantisation (TRAPS 6); bf16 LoRA weights (TRAPS 4); a base that trains."""
+    model, _ = shared
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            assert state.quant_type == "nf4" and state.nested and module.compute_dtype == torch.float32
+    rl.use(model, "policy", trainable=True)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name and ".policy." in name), name
+        if "lora_" in name:
+            assert parameter.dtype == torch.float32, name
+    rl.use(model, "align")
+    assert not rl.trainable(model)
+
+
+SIZE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1, pad_token_id=0,
+            bos_token_id=None)
+GPT2 = dict(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=1, bos_token_id=1)
+HALF = dict(attention_dropout=0.5, hidden_dropout=0.5)
+NOT_YET = lambda why: pytest.mark.xfail(reason=why, strict=False)
+
+
+@pytest.mark.parametrize("config", [
+    LlamaConfig(**SIZE, intermediate_size=128, attention_dropout=0.5),
+    GPT2Config(**GPT2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+    GPTNeoXConfig(**SIZE, intermediate_size=128, **HALF),
+    pytest.param(OPTConfig(**SIZE, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=256, dropout=0.5,
+                           attention_dropout=0.5, layerdrop=0.5),
+                 marks=NOT_YET("load() misses rates kept as plain numbers: dropout, layerdrop")),
+    pytest.param(BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4, eos_token_id=1, pad_token_id=0, **HALF),
+                 marks=NOT_YET("load() misses rates kept as plain numbers: hidden_dropout")),
+], ids=lambda c: c.model_type)
+def test_no_dropout_is_left(config, tiny, tmp_path):
+    """Sampling, reference and update become different functions where any dropout survives (TRAPS 14)."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    model, tokenizer = rl.load(str(tmp_path))
+    assert all(m.p == 0.0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    ids, mask, P, _ = batch_of(tokenizer)
+    out = []
+    for training in (False, True):
+        rl.set_mode(model, training)
+        out.append(rl.token_logps(model, ids, mask, P)[0])
+    assert torch.equal(*out)
+
+
+@NOT_YET("the filter sits on the logger 'bitsandbytes', whose filters do not see its children's records")
+def test_the_line_about_kernels_is_silent(tiny, caplog):
+    """A first impression that tells people to install a package that fetches remote code (TRAPS 9)."""
+    rl.load(tiny)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load: please pip install kernels")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("empty", [False, pytest.param(True, marks=NOT_YET("a folder without a model is a ValueError"))])
+def test_a_missing_model_says_what_to_do(empty, tmp_path):
+    """A bare traceback from the depths of a library for a mistyped name."""
+    path = tmp_path / "no" / "such" / "model"
+    if empty:
+        path.mkdir(parents=True)
+    with pytest.raises(OSError, match="(?s)such/model.*could not be loaded.*--llm PATH.*--llm tiny"):
+        rl.load(str(path))
+
+
+def test_adapters_off_equal_base_logits(tiny, shared):
+    """Loading or set_mode changed the base model."""
+    model, tokenizer = shared
+    ids, mask, _, _ = batch_of(tokenizer)
+    batch = dict(input_ids=ids, attention_mask=mask.long())
+    plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32).eval()
+    rl.use(model, "align"), rl.set_mode(model, training=False)
+    with torch.no_grad(), model.disable_adapter():
+        ours, theirs = model(**batch).logits, plain(**batch).logits
+    assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        assert not torch.allclose(model(**batch).logits, theirs, atol=1e-2)
+
+
+def nf4():
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.float32)
+
+
+def test_saved_adapter_loads_in_plain_peft(tiny, shared, tmp_path):
+    """A checkpoint that only this code can read; `policy` weights saved under the name `align`."""
+    from peft import PeftModel
+    model, tokenizer = shared
+    model.save_pretrained(str(tmp_path), selected_adapters=["align"])
+    assert not (tmp_path / "policy").exists()
+    base = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "align")).eval()
+    ids, mask, _, _ = batch_of(tokenizer)
+    rl.use(model, "align"), rl.set_mode(model, training=False)
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, attention_mask=mask.long()).logits for m in (model, plain))
+    assert torch.equal(ours, theirs)
+
+
+def test_restore_returns_the_saved_weights_to_their_adapter_only(tiny, tmp_path):
+    """A resumed run that continues from fresh weights, or writes one adapter over the other."""
+    model, _ = fresh(tiny)
+    before = adapter(model, "policy")
+    model.save_pretrained(str(tmp_path), selected_adapters=["policy"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(1.0)
+    shifted = adapter(model, "align")
+    rl.restore(model, str(tmp_path), "policy")
+    assert same(adapter(model, "policy"), before) and same(adapter(model, "align"), shifted)
+
+
+def test_add_policy_copies_exactly_and_shares_nothing(tiny):
+    """PPO that starts away from its reference, or a reference that moves along with the policy."""
+    model, _ = fresh(tiny)
+    assert len(adapter(model, "align")) == 2 * 14 and same(adapter(model, "align"), adapter(model, "policy"))
+    before = adapter(model, "align")
+    rl.use(model, "policy", trainable=True)
+    with torch.no_grad():
+        for parameter in rl.trainable(model):
+            parameter.add_(1.0)
+    assert same(adapter(model, "align"), before) and not same(adapter(model, "policy"), before)
+
+
+# ----------------------------------------------------------------------------------------------- gradients, TRAPS 1
+def lora_gradients(model, ids, mask, P):
+    rl.use(model, "policy", trainable=True)
+    rl.set_mode(model, training=True)
+    model.zero_grad(set_to_none=True)
+    rl.token_logps(model, ids, mask, P)[0].mean().backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+
+
+def test_4bit_layers_stay_in_training_mode(shared):
+    """Linear4bit in eval mode repacks its weight on some CPUs: LoRA gradients then 90 % wrong, silently (TRAPS 1)."""
+    model, _ = shared
+    for training in (True, False):
+        rl.set_mode(model, training)
+        assert model.training == training and model.get_base_model().training == training
+        assert all(m.training for m in model.modules() if isinstance(m, Linear4bit))
+
+
+def test_lora_gradients_equal_before_and_after_a_rollout(tiny, monkeypatch):
+    """The same, end to end. A CPU without that kernel is told that it has it; asking for the repacking is then an error."""
+    def repack(*_):
+        raise AssertionError("a 4-bit weight was repacked for the kernel without autograd")
+    monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", repack)
+    model, tokenizer = fresh(tiny)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    ids, mask, P, _ = batch_of(tokenizer)
+    before = lora_gradients(model, ids, mask, P)
+    assert len(before) == 28 and all(g.abs().max() > 0 for g in before.values())
+    rl.set_mode(model, training=False)
+    rl.generate(model, tokenizer, PROMPTS[:4], max_new=4)
+    rl.encode(model, tokenizer, PROMPTS[:4])
+    assert same(lora_gradients(model, ids, mask, P), before)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny):
+    """Checkpointing without inputs that require grad trains nothing; reentrant checkpointing drops gradients (TRAPS 5)."""
+    a, b = fresh(tiny), fresh(tiny, checkpointing=True)
+    ids, mask, P, _ = batch_of(a[1])
+    a, b = lora_gradients(a[0], ids, mask, P), lora_gradients(b[0], ids, mask, P)
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-7) for k in a)
+
+
+# --------------------------------------------------------------------------------------------------- tokens and batches
+def test_prompt_ids_use_the_chat_template(shared):
+    """An instruct model addressed as a plain one; a BatchEncoding where a list is expected (TRAPS 6)."""
+    tokenizer = copy.deepcopy(shared[1])
+    assert rl.prompt_ids(tokenizer, "red old") == tokenizer("red old\n")["input_ids"]
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+                               "{% if add_generation_prompt %}bot:{% endif %}")
+    assert rl.prompt_ids(tokenizer, "red old") == tokenizer("user: red old\nbot:", add_special_tokens=False)["input_ids"]
+
+
+def test_by_length_covers_each_row_once_within_budget():
+    """A row lost or answered twice; a batch that outgrows the memory it was promised."""
+    lengths = np.random.default_rng(0).integers(1, 60, 200).tolist() + [500]
+    groups = list(rl.by_length(lengths, 300))
+    assert sorted(i for g in groups for i in g) == list(range(201)) and len(groups) < 60
+    assert all(len(g) * max(lengths[i] for i in g) <= 300 for g in groups if len(g) > 1)
+    assert [200] in groups and list(rl.by_length([], 300)) == []
+
+
+def test_left_pad():
+    ids, mask = rl.left_pad([[5], [6, 7, 8], []], 9)
+    assert ids.tolist() == [[9, 9, 5], [6, 7, 8], [9, 9, 9]] and mask.sum(1).tolist() == [1, 3, 0] and mask[0, 2]
+
+
+def test_a_left_padded_row_equals_the_same_row_unpadded(shared):
+    """Positions that count padding, or attention that sees it (TRAPS 10)."""
+    model, tokenizer = shared
+    rl.use(model, "policy"), rl.set_mode(model, training=False)
+    ids, mask, P, answer = batch_of(tokenizer)
+    head = torch.nn.Linear(64, 1)
+    with torch.no_grad():
+        logp, values, _ = rl.token_logps(model, ids, mask, P, value_head=head)
+        for i in range(len(ids)):
+            row, n = ids[i][mask[i]][None], int(answer[i].sum())
+            alone, value, _ = rl.token_logps(model, row, torch.ones_like(row).bool(), row.shape[1] - n, value_head=head)
+            assert torch.allclose(logp[i, :n], alone[0], atol=1e-5) and torch.allclose(values[i, :n], value[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [
+    LlamaConfig(**SIZE, intermediate_size=128), GPT2Config(**GPT2),
+    pytest.param(GraniteConfig(**SIZE, intermediate_size=128, logits_scaling=8.0),
+                 marks=NOT_YET("token_logps skips what a model does to logits after its head (Granite, Cohere, Gemma 2)")),
+], ids=lambda c: c.model_type)
+def test_token_logps_equal_transformers(config, tiny, tmp_path):
+    """Off-by-one positions; a temperature left out: 0.7 nats (TRAPS 3); a model that scales its logits after the head."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    model, tokenizer = rl.load(str(tmp_path))
+    ids, mask, P, answer = batch_of(tokenizer)
+    with torch.no_grad():
+        logp, values, _ = rl.token_logps(model, ids, mask, P, 0.7)
+        for i in range(len(ids)):
+            row, n = ids[i][mask[i]], int(answer[i].sum())
+            whole = (model(input_ids=row[None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, row[1:, None])[:, 0]
+            assert torch.allclose(logp[i, :n], whole[-n:], atol=1e-5)
+    assert values is None
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 8])
+def test_ratio_is_one_between_rollout_and_update(shared, micro_batch):
+    """Old log-probabilities from another function, mode or temperature than the update's (TRAPS 3)."""
+    model, tokenizer = shared
+    ids, mask, P, answer = batch_of(tokenizer)
+    rl.use(model, "policy"), rl.set_mode(model, training=False)
+    with torch.no_grad():
+        old = torch.cat([rl.token_logps(model, i, m, P, 0.7)[0] for i, m in zip(ids.split(micro_batch), mask.split(micro_batch))])
+        whole = rl.token_logps(model, ids, mask, P, 0.7)[0]
+    rl.use(model, "policy", trainable=True), rl.set_mode(model, training=True)
+    new = torch.cat([rl.token_logps(model, i, m, P, 0.7)[0] for i, m in zip(ids.split(micro_batch), mask.split(micro_batch))])
+    assert new.requires_grad and torch.equal((new - old).exp()[answer], torch.ones(answer.sum()))
+    assert ((new - whole).exp()[answer] - 1).abs().max() < 5e-6        # other batch shapes add up in another order
+
+
+def test_tokens_after_eos_change_no_log_probability(shared):
+    """Attention or positions that see what follows the EOS (TRAPS 11)."""
+    model, tokenizer = shared
+    ids, mask, P, answer = batch_of(tokenizer)
+    rl.use(model, "policy"), rl.set_mode(model, training=False)
+    garbage = torch.where(mask, ids, torch.randint(3, 300, ids.shape, generator=torch.Generator().manual_seed(1)))
+    with torch.no_grad():
+        a, b = (rl.token_logps(model, x, mask, P)[0][answer] for x in (ids, garbage))
+    assert not torch.equal(ids, garbage) and torch.equal(a, b)
+
+
+# -------------------------------------------------------------------------------------------------------- supervise
+def test_supervise_is_the_token_mean_whatever_the_micro_batch(tiny, monkeypatch):
+    """A mean of micro-batch means: wrong weights for ragged lengths (TRAPS 15); prompts or padding in the loss; no EOS in it."""
+    found, original = [], torch.nn.utils.clip_grad_norm_
+    samples = pairs(6, seed=5)
+
+    def record(parameters, *args, **settings):
+        found.append([p.grad.clone() for p in parameters])
+        return original(parameters, *args, **settings)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
+    losses = []
+    for micro_batch in (0, 1, 4):
+        model, tokenizer = fresh(tiny, policy=False)
+        rl.use(model, "align", trainable=True)
+        losses.append(rl.supervise(model, tokenizer, samples, rl.trainable(model), steps=1, batch=6, micro_batch=micro_batch))
+    model, tokenizer = fresh(tiny, policy=False)                          # transformers' own loss, row by row
+    rl.use(model, "align", trainable=True)
+    total, tokens = 0.0, 0
+    for prompt, text in samples:
+        p, a = rl.prompt_ids(tokenizer, prompt), tokenizer(" " + text)["input_ids"] + [tokenizer.eos_token_id]
+        total += len(a) * model(input_ids=torch.tensor([p + a]), labels=torch.tensor([[-100] * len(p) + a])).loss
+        tokens += len(a)
+    (total / tokens).backward()
+    expected = [p.grad for p in rl.trainable(model)]
+    for loss, gradients in zip(losses, found, strict=True):
+        assert loss == pytest.approx((total / tokens).item(), abs=1e-5)
+        assert all(torch.allclose(g, e, atol=1e-6, rtol=1e-4) for g, e in zip(gradients, expected, strict=True))
+
+
+def test_supervise_learns_and_leaves_the_base_alone(tiny):
+    """An adapter that gets no gradient, or a base that does."""
+    model, tokenizer = fresh(tiny)
+    base = {k: v.clone() for k, v in model.state_dict().items() if "align" not in k}
+    rl.use(model, "align", trainable=True)
+    copied = [(p, p.split()[0]) for p, _ in pairs(64, seed=8)]
+    losses = [rl.supervise(model, tokenizer, copied, rl.trainable(model), steps=s, batch=16, lr=1e-2) for s in (1, 40)]
+    assert losses[1] < 0.7 * losses[0] and not model.training
+    assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items() if k in base)
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+@pytest.mark.parametrize("temperature, expected", [(1.0, []), (0.7, ["TemperatureLogitsWarper"])])
+def test_only_the_temperature_shapes_the_samples(tiny, tmp_path, monkeypatch, temperature, expected):
+    """A checkpoint's repetition_penalty and top_k, or the default top_k = 50, change the distribution sampled (TRAPS 2)."""
+    path = shutil.copytree(tiny, tmp_path / "llm")
+    odd = GenerationConfig(do_sample=True, repetition_penalty=1.3, top_k=5, top_p=0.9, eos_token_id=1, pad_token_id=0)
+    odd.save_pretrained(path)
+    model, tokenizer = rl.load(str(path))
+    base, seen = model.get_base_model(), []
+    assert base.generation_config.repetition_penalty == 1.3
+    original = base._get_logits_processor
+
+    def record(*args, **settings):
+        seen.append(original(*args, **settings))
+        return seen[-1]
+    monkeypatch.setattr(base, "_get_logits_processor", record)
+    rl.generate(model, tokenizer, PROMPTS[:2], max_new=2, temperature=temperature)
+    assert [[type(p).__name__ for p in processors] for processors in seen] == [expected]
+
+
+def test_samples_follow_token_logps(shared):
+    """The same without a look inside: 4096 first tokens against their probabilities."""
+    model, tokenizer = shared
+    rl.use(model, "policy"), rl.set_mode(model, training=False)
+    prompt, n = "red old warm", 4096
+    _, answers = rl.generate(model, tokenizer, [prompt] * n, max_new=1, temperature=0.7, budget=10 ** 6)
+    row = rl.prompt_ids(tokenizer, prompt)
+    with torch.no_grad():
+        logits = rl.token_logps(model, torch.tensor([row + [0]]), torch.ones(1, len(row) + 1, dtype=torch.bool), len(row), 0.7)[2]
+    p = logits[0, 0].softmax(-1)
+    counts = torch.bincount(torch.tensor(answers)[:, 0], minlength=len(p))
+    likely = p * n >= 5
+    assert ((counts - p * n)[likely].abs() < 5 * (n * p * (1 - p))[likely].sqrt()).all() and likely.sum() >= 8
+
+
+def test_answers_end_at_eos(shared):
+    """Padding or words after the EOS that reach reward or loss (TRAPS 11); an EOS dropped or counted as text."""
+    model, tokenizer = shared
+    rl.use(model, "policy"), rl.set_mode(model, training=False)
+    eos, prompts = tokenizer.eos_token_id, PROMPTS * 4
+    texts, answers = rl.generate(model, tokenizer, prompts, max_new=6, seed=1)
+    finished = [a[-1] == eos for a in answers]
+    assert 0 < sum(finished) < len(prompts)
+    for text, a, done in zip(texts, answers, finished):
+        assert eos not in a[:-1] and (1 <= len(a) <= 6 if done else len(a) == 6)
+        assert "<eos>" not in text and "<pad>" not in text
+        assert text == tokenizer.decode(a[:-1] if done else a).strip()
+    assert rl.generate(model, tokenizer, prompts, max_new=6, seed=1)[1] == answers
+    assert rl.generate(model, tokenizer, prompts, max_new=6, seed=2)[1] != answers
+
+
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_mixed_lengths_answer_as_alone_and_in_order(pad, tiny, tmp_path):
+    """Left padding that changes answers, pad = eos included (TRAPS 10); answers handed back in sorted order."""
+    path = str(shutil.copytree(tiny, tmp_path / "llm"))
+    PreTrainedTokenizerFast(tokenizer_file=f"{tiny}/tokenizer.json", eos_token="<eos>", pad_token=pad).save_pretrained(path)
+    assert AutoTokenizer.from_pretrained(path).pad_token == pad
+    model, tokenizer = fresh(path, noise=1.0)
+    assert tokenizer.pad_token == (pad or "<eos>")
+    greedy = dict(max_new=6, temperature=1e-4)
+    together = rl.generate(model, tokenizer, PROMPTS, **greedy)[1]
+    assert len({tuple(a) for a in together}) >= 8 and len({a[-1] == 1 for a in together}) == 2
+    assert together == rl.generate(model, tokenizer, PROMPTS, budget=60, **greedy)[1]
+    assert together == [rl.generate(model, tokenizer, [p], **greedy)[1][0] for p in PROMPTS]
+
+
+def test_encode_ignores_adapters_batch_and_padding(tiny, shared):
+    """Text vectors that move with the alignment or with their neighbours in the batch."""
+    model, tokenizer = shared
+    rl.use(model, "policy"), rl.set_mode(model, training=False)
+    texts = PROMPTS[:8] + [""]
+    vectors = rl.encode(model, tokenizer, texts)
+    alone = torch.cat([rl.encode(model, tokenizer, [t]) for t in texts])
+    bare = rl.encode(*rl.load(tiny), texts)
+    assert vectors.shape == (9, 64) and torch.allclose(vectors, alone, atol=1e-5) and torch.allclose(vectors, bare, atol=1e-5)
+    assert model.active_adapter == "policy"
+
+
+@NOT_YET("encode() leaves the active adapter trainable: peft's disable_adapter() does that on exit")
+def test_encode_leaves_frozen_weights_frozen(shared):
+    """A reference that would take gradients."""
+    model, tokenizer = shared
+    rl.use(model, "align")
+    rl.encode(model, tokenizer, PROMPTS[:2])
+    assert not rl.trainable(model)
+
+
+# -------------------------------------------------------------------------------------------------- the maths of PPO
+def ragged(B=5, R=7, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.arange(R) < torch.tensor([7, 1, 3, 6, 2])[:B, None]
+    return mask, lambda: torch.randn(B, R, generator=rng)
+
+
+def spoiled(x, mask):
+    return torch.where(mask, x, torch.full_like(x, 1e3))
+
+
+def test_gae_lambda_1_is_return_minus_value_and_lambda_0_the_td_error():
+    """A bootstrap after the last token; a reward from another row or from padding."""
+    mask, draw = ragged()
+    rewards, values = draw(), draw()
+    td, (one, one_returns), (zero, _) = torch.zeros(5, 7), rl.gae(rewards, values, mask, 1.0), rl.gae(rewards, values, mask, 0.0)
+    future = torch.zeros(5, 7)
+    for i in range(5):
+        n = int(mask[i].sum())
+        for t in range(n):
+            future[i, t] = rewards[i, t:n].sum()
+            td[i, t] = rewards[i, t] + (values[i, t + 1] if t + 1 < n else 0.0) - values[i, t]
+    assert torch.allclose(one, (future - values) * mask, atol=1e-5) and torch.allclose(one_returns, future, atol=1e-5)
+    assert torch.allclose(zero, td, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gae_equals_a_second_implementation(seed):
+    """The recursion against the sum of its definition, row by row in float64, with garbage in the padding."""
+    mask, draw = ragged(seed=seed)
+    lam, rewards, values = float(np.random.default_rng(seed).random()), draw(), draw()
+    advantages, returns = rl.gae(spoiled(rewards, mask), spoiled(values, mask), mask, lam)
+    for i in range(5):
+        n = int(mask[i].sum())
+        r, v = rewards[i, :n].double().numpy(), np.append(values[i, :n].double().numpy(), 0.0)
+        delta = r + v[1:] - v[:-1]
+        expected = np.array([sum(lam ** k * delta[t + k] for k in range(n - t)) for t in range(n)])
+        assert np.allclose(advantages[i, :n], expected, atol=1e-5) and np.allclose(returns[i, :n], expected + v[:-1], atol=1e-5)
+        assert not advantages[i, n:].any() and not returns[i, n:].any()
+
+
+def test_whiten_and_masked_mean_use_real_tokens_only():
+    """Statistics over padding (TRAPS 11)."""
+    mask, draw = ragged()
+    x = draw() * 3 + 2
+    white, real = rl.whiten(spoiled(x, mask), mask), x[mask]
+    assert torch.allclose(white[mask], (real - real.mean()) / real.std(unbiased=False), atol=1e-5) and not white[~mask].any()
+    assert rl.masked_mean(spoiled(x, mask), mask).item() == pytest.approx(real.mean().item(), abs=1e-5)
+    assert torch.isfinite(rl.whiten(torch.ones(5, 7), mask)).all()
+
+
+def test_ppo_loss_equals_its_definition_token_by_token():
+    """min for max, a clip on the wrong side, a value clip around the return, a mean over rows or padding (TRAPS 11, 15)."""
+    mask, draw = ragged()
+    old, advantages, old_values, returns = draw(), draw(), draw(), draw()
+    logp, values = old + 0.4 * draw(), old_values + 0.4 * draw()
+    total, ratios = 0.0, []
+    for i, t in mask.nonzero().tolist():
+        ratio, A = (logp[i, t] - old[i, t]).exp().item(), advantages[i, t].item()
+        v, v0, G = values[i, t].item(), old_values[i, t].item(), returns[i, t].item()
+        surrogate = min(ratio * A, min(max(ratio, 0.8), 1.2) * A)
+        total += -surrogate + 0.1 * 0.5 * max((v - G) ** 2, (v0 + min(max(v - v0, -0.2), 0.2) - G) ** 2)
+        ratios.append(ratio)
+    n, ratios = int(mask.sum()), np.array(ratios)
+    args = [spoiled(x, mask) for x in (logp, old, advantages, values, old_values, returns)]
+    args[0] = torch.where(mask, args[0], -args[0]).requires_grad_()
+    args[3].requires_grad_()
+    loss, stats = rl.ppo_loss(*args, mask, mask.sum())
+    assert loss.item() == pytest.approx(total / n, abs=1e-5)
+    assert stats["ratio"] == pytest.approx(ratios.mean(), abs=1e-5)
+    assert stats["approx_kl"] == pytest.approx((ratios - 1 - np.log(ratios)).mean(), abs=1e-5)
+    assert stats["clipfrac"] == pytest.approx((abs(ratios - 1) > 0.2).mean(), abs=1e-6) and 0 < stats["clipfrac"] < 1
+    loss.backward()
+    assert not args[0].grad[~mask].any() and not args[3].grad[~mask].any() and args[0].grad[mask].any()
+    parts = [rl.ppo_loss(*(x[rows] for x in args), mask[rows], mask.sum()) for rows in torch.arange(5).split(2)]
+    assert sum(p[0].item() for p in parts) == pytest.approx(loss.item(), abs=1e-5)
+    assert {k: pytest.approx(sum(p[1][k] for p in parts), abs=1e-5) for k in stats} == stats
+
+
+def test_an_absurd_log_ratio_stays_finite():
+    """exp of an unbounded log-ratio: inf, then nan in every weight (TRAPS 16)."""
+    one = torch.ones(1, 1)
+    loss, stats = rl.ppo_loss(500 * one, 0 * one, one, one, one, one, one.bool(), one.sum())
+    assert torch.isfinite(loss) and np.isfinite(list(stats.values())).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- PPO
+def recorded(raws):
+    def reward(texts, rows):
+        raws.append(by_row(texts, rows))
+        return raws[-1]
+    return reward
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_first_update_starts_at_its_reference(tiny, monkeypatch, micro_batch):
+    """Ratio != 1 or KL != 0 before the first step: other function, adapter or temperature (TRAPS 3); the score on another
+    token than the last real one (TRAPS 12); an unfinished answer that pays nothing, or a mask without the EOS (TRAPS 11)."""
+    raws, calls, made = [], spy(monkeypatch, "gae"), spy(monkeypatch, "generate")
+    row, = run(*fresh(tiny), recorded(raws), batch=16, minibatch=16, micro_batch=micro_batch, epochs=1, max_new=4,
+               temperature=0.7, no_eos_penalty=3.0)
+    rewards, values, mask = calls[0][0][:3]
+    answers = made[0][2][1]
+    assert row["first_ratio"] == row["ratio"] == pytest.approx(1, abs=1e-6) and row["kl"] == 0.0
+    assert row["approx_kl"] == pytest.approx(0, abs=1e-6) and row["clipfrac"] == 0.0
+    assert mask.sum(1).tolist() == [len(a) for a in answers] and not values.any()
+    unfinished = torch.tensor([a[-1] != 1 for a in answers])
+    assert 0 < unfinished.sum() < 16 and row["eos_rate"] == pytest.approx(1 - unfinished.float().mean().item())
+    scores = raws[0] / raws[0].std() - 3.0 * unfinished
+    assert row["score"] == pytest.approx(scores.mean().item(), abs=1e-5) and row["reward"] == pytest.approx(raws[0].mean().item())
+    last = mask.sum(1, keepdim=True) - 1
+    assert torch.allclose(rewards, torch.zeros_like(rewards).scatter(1, last, scores[:, None]), atol=1e-5)
+
+
+def test_later_rewards_carry_the_kl_to_align(tiny, monkeypatch):
+    """A KL with the wrong sign, of the wrong adapters or at another temperature (TRAPS 3, 7, 12); a scale that moves (13)."""
+    raws, calls, likely = [], spy(monkeypatch, "gae"), spy(monkeypatch, "token_logps")
+    model, tokenizer = fresh(tiny)
+    log = run(model, tokenizer, recorded(raws), updates=2, epochs=1, minibatch=8, micro_batch=8, beta=0.5, temperature=0.7,
+              no_eos_penalty=0.0)
+    rewards, _, mask = calls[1][0][:3]
+    reference, old = [c for c in likely if not c[2][0].requires_grad][2:]   # of the second update
+    rl.use(model, "align")
+    with torch.no_grad():
+        assert torch.equal(rl.token_logps(model, *reference[0][1:4], 0.7)[0], reference[2][0])
+    kl = (old[2][0] - reference[2][0]) * mask
+    scores = raws[1] / raws[0].std()
+    last = torch.zeros_like(rewards).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
+    assert torch.allclose(rewards - last, -log[1]["beta"] * kl, atol=1e-5)
+    assert log[1]["kl"] == pytest.approx(kl.sum(1).mean().item(), abs=1e-5) and abs(log[1]["kl"]) > 1e-3
+    assert log[1]["beta"] < 0.5                                             # KL below its target: the leash gets longer
+
+
+def test_ppo_trains_on_the_sampled_ids(tiny, monkeypatch):
+    """Re-tokenised text is another answer (TRAPS 17); a reward that sees the prompts of other rows."""
+    seen, made, likely = [], spy(monkeypatch, "generate"), spy(monkeypatch, "token_logps")
+    model, tokenizer = fresh(tiny)
+
+    def reward(texts, rows):
+        seen.append((texts, list(rows)))
+        return by_row(texts, rows)
+    run(model, tokenizer, reward, updates=3, micro_batch=8, minibatch=8, epochs=1)
+    for k, (texts, rows) in enumerate(seen):
+        (_, _, prompts), _, (made_texts, answers) = made[k]
+        ids, mask, P = likely[3 * k][0][1:4]
+        assert texts == made_texts and prompts == [PROMPTS[i] for i in rows]
+        assert [ids[i][mask[i]].tolist() for i in range(8)] == [rl.prompt_ids(tokenizer, p) + a for p, a in zip(prompts, answers)]
+        assert mask[:, :P].sum(1).tolist() == [len(rl.prompt_ids(tokenizer, p)) for p in prompts]
+    assert sorted(i for _, rows in seen for i in rows) == list(range(24))   # every prompt once before any comes again
+
+
+def test_ppo_moves_the_policy_and_nothing_else(tiny):
+    """A reference that drifts with the policy (TRAPS 7); a base that trains; a model left trainable."""
+    model, tokenizer = fresh(tiny)
+    before, policy = {k: v.clone() for k, v in model.state_dict().items() if ".policy." not in k}, adapter(model, "policy")
+    log = run(model, tokenizer, updates=3)
+    assert same({k: v for k, v in model.state_dict().items() if ".policy." not in k}, before)
+    assert all(not torch.equal(v, policy[k]) for k, v in adapter(model, "policy").items())
+    assert log[1]["kl"] != 0 and log[1]["first_ratio"] == pytest.approx(1, abs=1e-6) and log[2]["explained_variance"] != 0
+    assert model.active_adapter == "policy" and not rl.trainable(model) and not model.training
+
+
+def figures(log):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in log]
+
+
+def close(a, b):
+    return all(x.keys() == y.keys() and all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in x)
+               for x, y in zip(figures(a), figures(b), strict=True))
+
+
+def test_ppo_is_decided_by_its_seed(tiny):
+    """A random state that leaks in from outside."""
+    a = run(*fresh(tiny), updates=2, seed=3)
+    torch.manual_seed(99), np.random.seed(99)
+    b, c = run(*fresh(tiny), updates=2, seed=3), run(*fresh(tiny), updates=2, seed=4)
+    assert figures(a) == figures(b) and not close(a, c)
+
+
+def test_ppo_does_not_depend_on_the_micro_batch(tiny):
+    """Means of means (TRAPS 15); a divisor of the micro-batch where the minibatch's belongs."""
+    settings = dict(batch=12, minibatch=12, epochs=1, beta=0.5)
+    whole = run(*fresh(tiny), micro_batch=12, **settings)
+    for micro_batch in (1, 5):
+        assert close(run(*fresh(tiny), micro_batch=micro_batch, **settings), whole)
+
+
+def test_tokens_after_eos_change_no_metric(tiny):
+    """Padding in any loss, mean, whitening or metric; masks computed as ids != pad, which drop the EOS where pad = eos
+    (TRAPS 10, 11). The pad token is drawn nowhere, so another one must not show in any figure."""
+    logs = []
+    for pad in ("<pad>", "z", "<eos>"):
+        model, tokenizer = fresh(tiny)
+        tokenizer.pad_token = pad
+        logs.append(run(model, tokenizer, updates=2, max_new=8))
+    assert 0 < logs[0][0]["eos_rate"] and logs[0][0]["length"] < 8
+    assert close(logs[0], logs[1]) and close(logs[0], logs[2])
+
+
+def test_kl_stop_ends_the_epochs_before_the_step(tiny):
+    """Epochs that go on after the policy has left its rollout, or the step that left it still taken (TRAPS 16)."""
+    model, tokenizer = fresh(tiny)
+    row, = run(model, tokenizer, kl_stop=-1.0)
+    assert row["steps"] == 1 and same(adapter(model, "policy"), adapter(model, "align"))
+    free, held = run(*fresh(tiny), lr=0.05, epochs=6, kl_stop=float("inf"))[0], run(*fresh(tiny), lr=0.05, epochs=6)[0]
+    assert free["steps"] == 12 and 1 < held["steps"] < 12 and held["skipped"] == 0
+
+
+@pytest.mark.parametrize("kind", ["nan", "ratio"])
+def test_a_broken_step_is_skipped_and_counted(tiny, monkeypatch, kind):
+    """One nan in a loss destroys every weight; a ratio above 10 means that rollout and update disagree (TRAPS 16)."""
+    original, model, tokenizer = rl.ppo_loss, *fresh(tiny)
+
+    def broken(*args, **settings):
+        loss, stats = original(*args, **settings)
+        return (loss * float("nan"), stats) if kind == "nan" else (loss, stats | {"ratio": 11.0})
+    monkeypatch.setattr(rl, "ppo_loss", broken)
+    row, = run(model, tokenizer)
+    assert row["steps"] == row["skipped"] == 4 and same(adapter(model, "policy"), adapter(model, "align"))
+    monkeypatch.setattr(rl, "ppo_loss", original)
+    row, = run(model, tokenizer)
+    assert row["skipped"] == 0 and not same(adapter(model, "policy"), adapter(model, "align"))
+
+
+@pytest.mark.parametrize("at", [1, pytest.param(0, marks=NOT_YET("an infinite reward in the first rollout: scale nan for good"))])
+def test_an_infinite_reward_costs_one_update(tiny, at):
+    """A reward that overflows once and poisons the run."""
+    count = iter(range(9))
+    reward = lambda texts, rows: by_row(texts, rows) + (float("inf") if next(count) == at else 0.0)
+    model, tokenizer = fresh(tiny)
+    log = run(model, tokenizer, reward, updates=3)
+    assert [row["skipped"] == row["steps"] for row in log] == [update == at for update in range(3)]
+    assert all(torch.isfinite(p).all() for p in adapter(model, "policy").values())
+
+
+@NOT_YET("ppo() fixes the scale at 1e6 where the first rollout's rewards are all equal")
+def test_equal_first_rewards_do_not_blow_up_the_scale(tiny):
+    """A rare reward, absent from the first rollout: scores of 1e6, and a value loss that takes the whole gradient norm."""
+    count = iter(range(9))
+    log = run(*fresh(tiny), lambda texts, rows: by_row(texts, rows) * (next(count) > 0), updates=3)
+    assert max(abs(row["score"]) for row in log) < 100
+
+
+def test_jsonl_has_one_line_an_update_with_every_figure(tiny, tmp_path):
+    """A run whose health nobody can read afterwards (TRAPS 18)."""
+    path = tmp_path / "ppo.jsonl"
+    log = run(*fresh(tiny), updates=3, log_path=str(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == log and [row["update"] for row in log] == [0, 1, 2]
+    for row in lines:
+        assert row.keys() >= {"reward", "reward_std", "score", "kl", "beta", "approx_kl", "clipfrac", "ratio", "first_ratio",
+                              "entropy", "explained_variance", "eos_rate", "length", "grad_norm", "loss", "steps", "skipped",
+                              "tokens_per_s"}
+        assert all(np.isfinite(v) for v in row.values()) and 0 < row["entropy"] < np.log(320) and 1 <= row["length"] <= 6
+
+
+def test_bandit_reward_rises(tiny):
+    """Any sign, mask or index that is wrong somewhere: one word is worth 1, and the policy must find it in 20 updates."""
+    model, tokenizer = fresh(tiny)
+    log = run(model, tokenizer, lambda texts, rows: torch.tensor([float("red" in t) for t in texts]), updates=20, batch=24,
+              minibatch=12, micro_batch=12, max_new=4, beta=0.02)
+    first, last = (np.mean([row["reward"] for row in part]) for part in (log[:3], log[-3:]))
+    assert first < 0.4 and last > 0.8, [row["reward"] for row in log]
+    assert np.isfinite(log[-1]["kl"]) and log[-1]["kl"] > 0.5 and log[-1]["entropy"] < log[0]["entropy"] + 1
+    assert np.mean(["red" in t for t in rl.generate(model, tokenizer, PROMPTS, max_new=4)[0]]) > 0.6
