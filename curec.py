@@ -5,9 +5,8 @@
 
     data -> LLM (align) -> reward model -> PPO (policy) -> chronological correction -> SASRec with reasons -> report
 
-The five stages run one after another; each leaves its result in the run folder, from where --resume goes on. The hidden
-truth of the demo world is read in two places only: `truth_figures` and the `oracle` arm, both after everything else.
-Reading order: this file, reward.py, rl.py, recommender.py, data.py.
+Each stage leaves its result in the run folder, from where --resume goes on. The hidden truth of the demo world is read in two
+places only: the truth figures and the `oracle` arm, after everything else. Read on: reward.py, rl.py, recommender.py, data.py.
 """
 import argparse
 import hashlib
@@ -22,8 +21,6 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import numpy as np
 import torch
 
@@ -31,19 +28,15 @@ import data as D
 import recommender
 import reward
 import rl
+from recommender import ARMS
 
-ARMS = ("popularity", "markov", "id", "content", "placebo", "aligned", "rl", "bestof", "curec", "oracle")
 LLM_ARMS = {"content", "placebo", "aligned", "rl", "bestof", "curec", "oracle"}      # these need text vectors
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}                        # these need the whole method
-COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"),
-               ("curec", "content"), ("curec", "placebo"), ("curec", "rl"), ("curec", "bestof"), ("placebo", "content"),
-               ("oracle", "content"))
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
 
 
 # -------------------------------------------------------------------------------------------------------- settings
-def opt(default, group, text):
-    return field(default=default, metadata={"group": group, "help": text})
+opt = lambda default, group, text: field(default=default, metadata={"group": group, "help": text})
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class Settings:
     micro_batch: int = opt(0, "LLM", "rows a forward-backward pass holds; lower it if memory runs out; 0: 48 tiny, else 4")
     ppo_updates: int = opt(40, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(96, "method", "answers sampled for each PPO update")
-    ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 3e-3 for tiny, else 1e-5")
+    ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1e-3 for tiny, else 1e-5")
     windows: int = opt(2, "method", "time windows of the correction, equal in train events")
     proposals: int = opt(6, "method", "corrections proposed for an item and window")
     margin: float = opt(1.0, "method", "accept a correction if its paired gain exceeds this many standard errors")
@@ -77,8 +70,7 @@ class Settings:
     resume: bool = opt(False, "run", "go on with the run folder from its last finished stage")
 
 
-QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "windows": 2, "proposals": 2, "seeds": 1,
-         "epochs": 3}
+QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "seeds": 1, "epochs": 3}
 
 
 def parse_args(argv=None):
@@ -90,29 +82,24 @@ def parse_args(argv=None):
     groups = {}
     for f in fields(Settings):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].replace("%", "%%")
-        if f.type is bool:
-            group.add_argument(flag, action="store_true", help=text)
-        else:
-            default = "" if f.default == "" else f" [{f.default}]"
-            group.add_argument(flag, type=f.type, default=None, metavar=f.name.split("_")[-1].upper(), help=text + default)
+        text = f.metadata["help"] + ("" if f.default in ("", False) else f" [{f.default}]")
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
+        group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     look = parser.add_argument_group("look at a finished run")
     look.add_argument("--run", metavar="DIR", help="the run folder to look at")
     look.add_argument("--explain", metavar="USER", help="this user's top items, each with its reason and the reason's history")
-    args = vars(parser.parse_args(argv))
-    run, user = args.pop("run"), args.pop("explain")
-    given = {k: v for k, v in args.items() if v is not None and v is not False}
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
+    run, user = given.pop("run", None), given.pop("explain", None)
     if (run is None) != (user is None):
         raise D.DataError("--run DIR and --explain USER go together")
-    return Settings(**{**(QUICK if args["quick"] else {}), **given}), run, user
+    return Settings(**{**(QUICK if "quick" in given else {}), **given}), run, user
 
 
 def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arms = [a for a in ARMS if a != "oracle" or demo] if s.arms == "all" else s.arms.split(",")
-    least = {"k_core": -1, "ppo_batch": 8, **dict.fromkeys(("seeds", "windows", "ppo_updates", "epochs", "tiny_steps", "align_steps",
-                                                            "proposals", "blocks"), 1)}
+    least = {"k_core": -1, "ppo_batch": 8} | dict.fromkeys("seeds windows ppo_updates epochs tiny_steps align_steps proposals blocks".split(), 1)
     low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
     for wrong, message in (
             (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
@@ -126,7 +113,7 @@ def resolve(s: Settings) -> Settings:
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     tiny, name = llm == "tiny", os.path.basename(os.path.normpath(s.dataset)).lower()
     return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{name}", max_new=s.max_new or (32 if tiny else 128),
-                   micro_batch=s.micro_batch or (48 if tiny else 4), ppo_lr=s.ppo_lr or (3e-3 if tiny else 1e-5))
+                   micro_batch=s.micro_batch or (48 if tiny else 4), ppo_lr=s.ppo_lr or (1e-3 if tiny else 1e-5))
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -140,15 +127,11 @@ def write(path: str, text: str):
 def stage(run: str, name: str, times: dict, work):
     """The result of work() (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again."""
     path = os.path.join(run, "state", name + ".pt")
-    if os.path.exists(path):
-        saved = torch.load(path, weights_only=True)
-        print(f"  {name}: done before, read from {path}")
-    else:
+    if not os.path.exists(path):
         start = time.perf_counter()
-        saved = {"value": work(), "seconds": 0.0}
-        saved["seconds"] = time.perf_counter() - start
-        torch.save(saved, path + ".part")
+        torch.save({"value": work(), "seconds": time.perf_counter() - start}, path + ".part")
         os.replace(path + ".part", path)
+    saved = torch.load(path, weights_only=True)
     times[name] = saved["seconds"]
     return saved["value"]
 
@@ -197,61 +180,54 @@ def tiny_llm(s: Settings, data) -> str:
     return path
 
 
-def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts, log_path):
-    """PPO on the adapter `policy`; the score is R(answer) - R(answer of `align` to the same prompt)."""
+def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
+    """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt."""
     items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
-    train = train[: s.ppo_updates * s.ppo_batch]                                     # more prompts would never be drawn
+    train, log_path = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "ppo.jsonl")     # more would never be drawn
+    write(log_path, "")
 
     def total(texts, rows):
         return judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
                              (cuts[0], cuts[-1]), s.seed)[0]
 
-    def sample(rows, adapter, name):
+    def sample(rows, adapter, name, seed=s.seed):
         rl.use(model, adapter)
-        return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], max_new=s.max_new, seed=s.seed, name=name)[0], rows)
-    before, reference = sample(held, "align", "held-out prompts before PPO"), sample(train, "align", "reference reasons")
+        return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], max_new=s.max_new, seed=seed, name=name)[0], rows)
+    before = sample(held, "align", "held-out prompts before PPO")
+    reference = (sample(train, "align", "reference 1 of 2") + sample(train, "align", "reference 2 of 2", s.seed + 1)) / 2
     log = rl.ppo(model, tokenizer, [prompts[k] for k in train],
                  lambda texts, rows: torch.from_numpy(total(texts, train[rows]) - reference[rows]),
                  updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, lr=s.ppo_lr,
                  max_new=s.max_new, seed=s.seed, log_path=log_path)
-    return {"reward_before": float(before.mean()), "reward_after": float(sample(held, "policy", "held-out prompts after PPO").mean()),
-            "kl": log[-1]["kl"], "updates": len(log)}
+    model.save_pretrained(s.out, selected_adapters=["policy"])
+    after = sample(held, "policy", "held-out prompts after PPO")
+    return {"reward_before": float(before.mean()), "reward_after": float(after.mean()), "kl": log[-1]["kl"], "updates": len(log)}
 
 
 # ----------------------------------------------------------------------------- stage 5: chronological correction
 def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
     """Corrects every item's reason at the end of each window; nothing after the window is in a prompt or a judgement.
 
-    Half of a window's choosers of an item are shown to the LLM, the other half judge (see Judge.choose). A window with fewer
-    than 4 new choosers of an item joins the next. Returns (answers, timelines, judges and number of proposals an item, rows).
+    Half of a window's choosers of an item are shown to the LLM, the other half judge (see reward.windows and Judge.choose).
+    Returns (answers, timelines, judges and number of proposals an item, one row a window).
     """
     n, rows = data.n_items, []
     rl.use(model, "policy")
     answers = [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", ()) for i in range(1, n + 1)], max_new=s.max_new,
                                  seed=s.seed, name="first reasons, from the item's text alone")[0]
     timelines, judged, made = [[] for _ in answers], [[] for _ in answers], [1] * (n + 1)
-    waiting = [np.zeros(0, int)] * (n + 1)
-    for w, (start, end) in enumerate(zip(cuts[:-1], cuts[1:])):
-        rng = np.random.default_rng([s.seed, 53, w])
-        for i in range(1, n + 1):
-            times = data.events["time"][who[i]]
-            waiting[i] = np.append(waiting[i], who[i][(times >= start) & (times < end)])
-        items = [i for i in range(1, n + 1) if len(waiting[i]) >= 4]
-        if not items:
-            continue
-        shown, judges = zip(*(reward.halves(waiting[i], rng) for i in items))
+    for w, period, items, shown, judges in reward.windows(data, who, cuts, s.seed):
         prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
         proposals, _ = rl.generate(model, tokenizer, [p for p in prompts for _ in range(s.proposals)], max_new=s.max_new,
-                                   seed=s.seed + 1 + w, name=f"correction, window {w + 1} of {len(cuts) - 1}")
-        chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, (start, end), s.seed, s.margin, rng)
+                                   seed=s.seed + w, name=f"correction, window {w} of {len(cuts) - 1}")
+        chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
         for i, c, j in zip(items, chosen, judges):
-            timelines[i].append({"window_end": end, "proposal": D.parse_answer(proposals[c["best"]])[0],
+            timelines[i].append({"window_end": period[1], "proposal": D.parse_answer(proposals[c["best"]])[0],
                                  "reward_before": c["before"], "reward_after": c["after"], "accepted": c["accepted"]})
             answers[i] = proposals[c["best"]] if c["accepted"] else answers[i]
             judged[i] += j.tolist()
             made[i] += s.proposals
-            waiting[i] = np.zeros(0, int)
-        rows.append({"window": w + 1, "proposed": len(proposals), "accepted": sum(c["accepted"] for c in chosen),
+        rows.append({"window": w, "proposed": len(proposals), "accepted": sum(c["accepted"] for c in chosen),
                      "reward_before": float(np.mean([c["before"] for c in chosen])),
                      "reward_after": float(np.mean([c["after" if c["accepted"] else "before"] for c in chosen])),
                      "items": len(items), "false_accept_rate": false})
@@ -273,41 +249,24 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     many = [i for i in items for _ in range(made[i])]
     texts = answer("policy", many, s.seed + 91, "best of one-shot proposals")
     total, _ = judge.rewards(many, texts, [shown[i] for i in many], [np.array(judged[i], int) for i in many], (cuts[0], cuts[-1]), s.seed)
-    best = [max(part, key=lambda k: total[k]) for part in np.split(np.arange(len(many)), np.cumsum(made[1:])[:-1])]
-    kinds["bestof"] = [""] + [texts[k] for k in best]
+    parts = np.split(np.arange(len(many)), np.cumsum(made[1:])[:-1])
+    kinds["bestof"] = [""] + [texts[max(part, key=lambda k: total[k])] for part in parts]
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
 
 
 # -------------------------------------------------------------------------------------------- downstream and report
 def features_of(arm, data, encode, kinds, seed):
     """Item features (n_items + 1, F) of an arm: whitened vectors of the item's text, beside those of its reason; None for id."""
-    def table(texts):
-        raw = encode(texts)
-        vectors = reward.Whitening(raw)(raw)
-        return torch.cat([torch.zeros(1, vectors.shape[1]), vectors])
     if arm not in LLM_ARMS:
         return None
-    content = table([D.item_text(item) for item in data.items[1:]])
-    if arm == "content":
-        return content
+    texts = [[D.item_text(item) for item in data.items[1:]]]
     if arm == "oracle":
-        reasons = [D.REASON.format(*t) for t in data.truth["late"][1:]]
-    else:
-        reasons = [D.parse_answer(a)[0] for a in kinds["curec" if arm == "placebo" else arm][1:]]
+        texts.append([" ".join(t) for t in data.truth["late"][1:]])
+    elif arm != "content":
+        texts.append([D.mask_identity(data, D.parse_answer(a)[0]) for a in kinds["curec" if arm == "placebo" else arm][1:]])
     if arm == "placebo":
-        reasons = [reasons[i] for i in np.random.default_rng([seed, 61]).permutation(len(reasons))]
-    return torch.cat([content, table([D.mask_identity(data, r) for r in reasons])], 1)
-
-
-def report(s: Settings, data, m: dict, reasons: list, log: list) -> str:
-    """report.md: what happened, for a person."""
-    told = ("{name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}. LLM: " + s.llm
-            + (", trained from nothing on this data set's own texts" if s.llm == "tiny" else "")).format(**m["dataset"])
-    spent = ", ".join(f"{k} {v:.0f} s" for k, v in m["time_s"].items())
-    held = ", ".join(f"{k} {v:,.0f} MB" for k, v in m["peak_memory_mb"].items())
-    return "\n\n".join(["# CURec on " + told + "."] + ["**Quick run: these figures mean nothing.**"] * s.quick
-                       + [f"- {note}" for note in data.notes] + recommender.report(m) + (reward.report(m, reasons, log) if reasons else [])
-                       + ["## Cost", f"Time: {spent}. Peak memory: {held}."]) + "\n"
+        np.random.default_rng([seed, 61]).shuffle(texts[1])
+    return torch.nn.functional.pad(torch.cat([reward.whitened(encode(t)) for t in texts], 1), (0, 0, 1, 0))
 
 
 # --------------------------------------------------------------------------------------------------------- the run
@@ -320,22 +279,16 @@ def learn(s, data, model, tokenizer, encode, who, cuts, times, m):
                             lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
         model.save_pretrained(s.out, selected_adapters=["align"])
         return loss
-
-    def reinforced():
-        write(log_path, "")
-        out = reinforce(s, data, model, tokenizer, judge, who, cuts, log_path)
-        model.save_pretrained(s.out, selected_adapters=["policy"])
-        return out
     stage(s.out, "align", times, align)
     rl.restore(model, s.out, "align")
     print("[2/5] reward model")
-    judge, log_path = reward.Judge(data, encode), os.path.join(s.out, "ppo.jsonl")
+    judge = reward.Judge(data, encode)
     fit = stage(s.out, "reward", times, lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()})
     judge.model.load_state_dict(fit["weights"])
     judge.remember()
     print("[3/5] PPO")
     rl.add_policy(model)
-    m["ppo"] = stage(s.out, "ppo", times, reinforced)
+    m["ppo"] = stage(s.out, "ppo", times, lambda: reinforce(s, data, model, tokenizer, judge, who, cuts))
     rl.restore(model, s.out, "policy")
     print("[4/5] reasons and chronological correction")
     out = stage(s.out, "correct", times, lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts))
@@ -362,8 +315,7 @@ def pipeline(s: Settings):
               "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
                            "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
     write(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    encode, out, reasons, log = None, {"kinds": {}}, [], []
-    with_reasons = bool(REASON_ARMS & set(arms))
+    encode, out, reasons, log, with_reasons = None, {"kinds": {}}, [], [], bool(REASON_ARMS & set(arms))
     if with_reasons or (LLM_ARMS & set(arms) and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
         start = time.perf_counter()
@@ -377,25 +329,23 @@ def pipeline(s: Settings):
         encode = reward.load_encoder(s.encoder, s.device)
     if with_reasons:
         out, judge = learn(s, data, model, tokenizer, encode, who, cuts, times, m)
-        reasons = [{"item": item["id"], "title": item["title"], "aligned": D.parse_answer(out["kinds"]["aligned"][i])[0],
-                    "rl": D.parse_answer(out["kinds"]["rl"][i])[0], "timeline": out["timelines"][i],
-                    "reason": D.parse_answer(out["kinds"]["curec"][i])[0]} for i, item in enumerate(data.items) if i]
+        said = {kind: [D.parse_answer(a)[0] for a in answers] for kind, answers in out["kinds"].items()}
+        reasons = [{"item": item["id"], "title": item["title"], "aligned": said["aligned"][i], "rl": said["rl"][i],
+                    "timeline": out["timelines"][i], "reason": said["curec"][i]} for i, item in enumerate(data.items) if i]
         write(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
-        with open(os.path.join(s.out, "ppo.jsonl")) as f:
-            log = [json.loads(line) for line in f]
+        log = [json.loads(line) for _, line in D.lines(os.path.join(s.out, "ppo.jsonl"))]
     print("[5/5] downstream: the arms, same seeds and budget")
     slices, ranks, start = recommender.slices_of(data), {}, time.perf_counter()
     for arm in arms:
         def work():
             rank, entry, model = recommender.run_arm(arm, data, features_of(arm, data, encode, out["kinds"], s.seed), slices,
-                                                     seeds=s.seeds, base_seed=s.seed, epochs=s.epochs,
-                                                     blocks=s.blocks, device=s.device)
+                                                     seeds=s.seeds, base_seed=s.seed, epochs=s.epochs, blocks=s.blocks, device=s.device)
             return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
         done = stage(s.out, f"arm-{arm}", {}, work)
         ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
         print(f"  {arm:10s} test NDCG@10 {np.mean(done['entry']['test']['ndcg@10']):.4f}")
     times["downstream"] = time.perf_counter() - start
-    m["comparisons"] = recommender.compare(ranks, COMPARISONS)
+    m["comparisons"] = recommender.compare(ranks)
     if {"oracle", "content"} <= set(arms):
         m["headroom"] = recommender.headroom(m["arms"])
     if with_reasons and data.truth:                      # the truth, read last, feeds nothing
@@ -408,27 +358,29 @@ def pipeline(s: Settings):
     if s.device.startswith("cuda"):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2 ** 20
     write(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
-    write(os.path.join(s.out, "report.md"), report(s, data, m, reasons, log))
-    print("\n" + recommender.arms_table(m["arms"]) + ("\n\nquick run: these figures mean nothing" if s.quick else "")
-          + f"\n\nreport: {os.path.join(s.out, 'report.md')}")
+    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny")] + data.notes
+    notes += ["**Quick run: these figures mean nothing.**"] * s.quick
+    parts = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
+    write(os.path.join(s.out, "report.md"), "\n\n".join(parts) + "\n")
+    print(f"\n{recommender.arms_table(m['arms'])}\n" + "\nquick run: these figures mean nothing\n" * s.quick
+          + f"\nreport: {os.path.join(s.out, 'report.md')}")
 
 
 def explain(run: str, user: str):
-    """Prints a user's history and top items of the best available arm, each with its reason and how the reason came about."""
-    try:
-        with open(os.path.join(run, "config.json")) as f:
-            s = Settings(**json.load(f)["settings"])
-        with open(os.path.join(run, "reasons.jsonl")) as f:
-            reasons = [json.loads(line) for line in f]
-        saved = torch.load(os.path.join(run, "state", "arm-curec.pt"), weights_only=True)["value"]["model"]
-    except OSError as e:
-        raise D.DataError(f"--run {run}: {e.filename} is missing; it needs a finished run with the arm curec") from e
+    """Prints a user's history and top items of the arm curec, each with its reason and how the reason came about."""
+    files = [os.path.join(run, name) for name in ("config.json", "reasons.jsonl", "state/arm-curec.pt")]
+    if missing := [f for f in files if not os.path.exists(f)]:
+        raise D.DataError(f"--run {run}: {missing[0]} is missing; it needs a finished run with the arm curec")
+    with open(files[0]) as f:
+        s = Settings(**json.load(f)["settings"])
+    reasons = [json.loads(line) for _, line in D.lines(files[1])]
+    weights = torch.load(files[2], weights_only=True)["value"]["model"]
     data = load_data(s)
     if user not in data.users:
         raise D.DataError(f"--explain {user}: no such user; some there are: {', '.join(data.users[:5])}")
     known = data.seqs[data.users.index(user)][:-1]
-    model = recommender.SASRec(data.n_items, saved["features"])
-    model.load_state_dict(saved)
+    model = recommender.SASRec(data.n_items, weights["features"], blocks=s.blocks)
+    model.load_state_dict(weights)
     scores = recommender.scorer(model)([known])[0]
     scores[[0, *known]] = -torch.inf
     print(f"{user} chose: " + "; ".join(D.title(data, i) for i in known[-10:]) + "\n")
@@ -441,12 +393,12 @@ def main(argv=None) -> int:
         s, run, user = parse_args(argv)
         explain(run, user) if run else pipeline(resolve(s))
         return 0
-    except D.DataError as e:
+    except (D.DataError, OSError) as e:
         print(f"curec.py: error: {e}", file=sys.stderr)
         return 2
-    except OSError as e:
-        print(f"curec.py: error: {e}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on from the last finished stage", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -7,17 +7,19 @@ Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, whose 
 sits in Dataset.truth and is read by curec.py's truth figures and oracle arm alone; Amazon 2014 and 2018 files; a folder
 of your own. Everything that trains a model reads `train`, `events` and `items` only: never valid, test or truth.
 
-Left out: sampled negatives for evaluation, images, prices.  Try it alone:
+Left out: images, prices.  Try it alone:
     python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
 """
 import ast
 import csv
 import gzip
 import html
+import http.client
 import json
 import os
 import re
 import urllib.request
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,10 +35,10 @@ URLS = ((SNAP + FILES[0][0], SNAP + FILES[0][1]), (UCSD + "categoryFilesSmall/" 
 HISTORY, PEOPLE = 3, 4             # items shown of each person's history; people shown in a prompt (H)
 TITLE_WORDS, TEXT_WORDS = 12, 40   # longest title and item text in a prompt, in words
 MIN_ITEMS = 5                      # a word found in fewer items identifies an item: it is masked from rewards
-STOPWORDS = frozenset("a about above all also an and any are as at be been by can for from has have how in into is it its "
-                      "more most new no none not of off on one or other our out over per set so than that the their them "
-                      "these they this to too two up use used very was we what when which who will with you your "
-                      "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
+STOPWORDS = frozenset(  # the last line: sizes
+    "a about above all also an and any are as at be been by can for from has have how in into is it its more most new no none "
+    "not of off on one or other our out over per so than that the their them these they this to too two up use used very was we "
+    "what when which who will with you your count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
 
 
 class DataError(ValueError):
@@ -51,7 +53,7 @@ class Dataset:
     seqs: list                     # per user: item numbers in time order, (L,) int64
     times: list                    # per user: seconds, (L,) int64
     ratings: list | None = None    # per user: (L,) float, or None where the source has none
-    truth: dict | None = None      # demo only: {"early": drivers an item, "late": drivers an item}; index 0 unused
+    truth: dict | None = None      # demo only: {"early", "late": the drivers of every item}, index 0 unused
     notes: list = field(default_factory=list)    # what was skipped and why, for the summary
 
     def __post_init__(self):
@@ -89,10 +91,9 @@ class Dataset:
     @cached_property
     def phrases(self):
         """What an item says about itself and a reason may name: its words, less masked and common ones."""
-        common = self.common_words
         out = [[]]
         for item in self.items[1:]:
-            own = [w for w in dict.fromkeys(words(item_text(item))) if w not in common and not w[0].isdigit()]
+            own = [w for w in dict.fromkeys(words(item_text(item))) if w not in self.common_words and not w[0].isdigit()]
             clear = [w for w in own if w not in self.masked_words]
             out.append(clear if len(clear) >= 2 else own)
         return out
@@ -108,7 +109,7 @@ def words(text: str) -> list:
 
 def item_text(item: dict) -> str:
     """All that an item says about itself, one line."""
-    parts = (item["title"], item["brand"] and "by " + item["brand"], ", ".join(item["categories"][-2:]), item["description"])
+    parts = item["title"], item["brand"] and "by " + item["brand"], ", ".join(item["categories"][-2:]), item["description"]
     return " ".join(" . ".join(p for p in parts if p).split()[:TEXT_WORDS]) or "no description"
 
 
@@ -130,7 +131,7 @@ def demo(seed: int, n_users: int = 2000, n_items: int = 600) -> Dataset:
     A person picks item i at time t with probability ~ exp(3 m + [m = 2] + popularity_i), m = |drivers(i, t) & needs(u, t)|.
     """
     rng = np.random.default_rng([seed, 7])
-    K = len(ASPECTS)
+    K, span = len(ASPECTS), 100_000_000                                        # about three years of seconds
     said = np.array([rng.permutation(K)[:5] for _ in range(n_items)])
     early = np.array([rng.permutation(s)[:2] for s in said])
     late = early.copy()
@@ -139,8 +140,7 @@ def demo(seed: int, n_users: int = 2000, n_items: int = 600) -> Dataset:
     drives = np.zeros((2, n_items, K))
     for half, drivers in enumerate((early, late)):
         np.put_along_axis(drives[half], drivers, 1.0, axis=1)
-    popularity, span = rng.normal(0, 0.3, n_items), 100_000_000                # about three years of seconds
-    seqs, times = [], []
+    popularity, seqs, times = rng.normal(0, 0.3, n_items), [], []
     for _ in range(n_users):
         wants = rng.permutation(K)[:4]
         needs = np.zeros((2, K))
@@ -149,8 +149,7 @@ def demo(seed: int, n_users: int = 2000, n_items: int = 600) -> Dataset:
         when = np.sort(rng.integers(0, span, rng.integers(5, 10)))
         open_items, chosen = np.ones(n_items, bool), []
         for t in when:
-            half = int(t > span // 2)
-            matches = drives[half] @ needs[half]
+            matches = drives[int(t > span // 2)] @ needs[int(t > span // 2)]
             utility = 3 * matches + (matches == 2) + popularity + rng.gumbel(size=n_items)
             chosen.append(int(np.where(open_items, utility, -np.inf).argmax()))
             open_items[chosen[-1]] = False
@@ -175,6 +174,8 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None,
     if os.path.isdir(name):
         rows, records, notes = read_folder(name)
         k_core = 5 if k_core is None else k_core
+    elif os.sep in name:
+        raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
     else:
         rows, records, notes = read_amazon(ALIASES.get(name.lower(), name), data_dir)
     if ties == "shuffle":
@@ -183,12 +184,10 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None,
     unique = {}
     for r in rows:
         unique.setdefault(r[:2], r)
-    if len(rows) > len(unique):
-        notes.append(f"{len(rows) - len(unique)} repeated user-item pairs: the first is kept")
+    notes += [f"{n} repeated user-item pairs: the first is kept" for n in [len(rows) - len(unique)] if n]
     rows = core(list(unique.values()), k_core or 0)
     if limit_items:
-        left = Counter(r[0] for r in rows)
-        train = Counter()
+        left, train = Counter(r[0] for r in rows), Counter()
         for r in rows:                             # rows are chronological: a user's last two are valid and test
             left[r[0]] -= 1
             train[r[1]] += left[r[0]] >= 2
@@ -216,8 +215,7 @@ def from_rows(name, rows, records, notes) -> Dataset:
     by_user = {}
     for r in rows:
         by_user.setdefault(r[0], []).append(r)
-    short = [u for u, mine in by_user.items() if len(mine) < 3]
-    if short:
+    if short := [u for u, mine in by_user.items() if len(mine) < 3]:
         notes.append(f"{len(short)} users with fewer than 3 interactions: left out")
         by_user = {u: mine for u, mine in by_user.items() if len(mine) >= 3}
     if not by_user:
@@ -225,12 +223,10 @@ def from_rows(name, rows, records, notes) -> Dataset:
     users, ids = sorted(by_user), sorted({r[1] for mine in by_user.values() for r in mine})
     number = {x: i + 1 for i, x in enumerate(ids)}
     items = [{}] + [record(x, **records.get(x, {})) for x in ids]
-    if blank := sum(not item["title"] for item in items[1:]):
-        notes.append(f"{blank} items without a title")
-    take = lambda column: [np.array([r[column] for r in by_user[u]]) for u in users]
-    seqs = [np.array([number[r[1]] for r in by_user[u]]) for u in users]
+    notes += [f"{n} items without a title" for n in [sum(not item["title"] for item in items[1:])] if n]
+    take = lambda column, as_=lambda x: x: [np.array([as_(r[column]) for r in by_user[u]]) for u in users]
     rated = all(r[3] is not None for mine in by_user.values() for r in mine)
-    return Dataset(name, items, users, seqs, take(2), take(3) if rated else None, notes=notes)
+    return Dataset(name, items, users, take(1, number.get), take(2), take(3) if rated else None, notes=notes)
 
 
 def clean(value) -> str:
@@ -248,17 +244,12 @@ def record(id, title="", brand="", categories=(), description="") -> dict:
 
 
 def lines(path: str):
-    """Decoded lines of a text or gzip file with their numbers; DataError if the file is not what its name says."""
-    opener = gzip.open if path.endswith(".gz") else open
+    """(number, text) of each line of a text or gzip file, with progress; DataError if the file is not what its name says."""
     try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace") as f:
-            yield from enumerate(f, 1)
-    except (OSError, EOFError) as e:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors="replace") as f:
+            yield from enumerate(tqdm(f, "reading " + os.path.basename(path), unit=" lines", leave=False, disable=None, delay=1), 1)
+    except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read to its end ({e}); delete it and download it again") from e
-
-
-def progress(path: str):
-    return tqdm(lines(path), desc=f"reading {os.path.basename(path)}", unit=" lines", leave=False, disable=None)
 
 
 def parse_line(line: str) -> dict | None:
@@ -280,7 +271,7 @@ def read_amazon(category: str, data_dir: str):
     if wanted := {path(year, k): URLS[year][k].format(category) for k in (0, 1) if not os.path.exists(path(year, k))}:
         download(category, wanted, data_dir)
     rows, records, bad = [], {}, 0
-    for _, line in progress(reviews):
+    for _, line in lines(reviews):
         r = parse_line(line)
         try:
             rating = r.get("overall")
@@ -290,16 +281,16 @@ def read_amazon(category: str, data_dir: str):
     if not rows:
         raise DataError(f"{reviews}: no line has reviewerID, asin and unixReviewTime; is it the 5-core review file?")
     needed, asin = {r[1] for r in rows}, re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
-    for _, line in progress(meta):
+    for _, line in lines(meta):
         named = asin.search(line)                  # cheap test first: the full meta files have ten times the items
         if named and named[1] in needed:
             if (r := parse_line(line)) is None:
                 bad += 1
                 continue
-            path = r.get("categories") or [r.get("category") or []]            # 2014: list of paths; 2018: one path
-            path = path[0] if isinstance(path, list) and path and isinstance(path[0], list) else path
-            records.setdefault(named[1], {"title": r.get("title"), "brand": r.get("brand"), "description": r.get("description"),
-                                          "categories": path if isinstance(path, list) else [path]})
+            tree = r.get("categories") or [r.get("category") or []]            # 2014: list of paths; 2018: one path
+            tree = tree[0] if isinstance(tree, list) and tree and isinstance(tree[0], list) else tree
+            records.setdefault(named[1], {**{k: r.get(k) for k in ("title", "brand", "description")},
+                                          "categories": tree if isinstance(tree, list) else [tree]})
     return rows, records, [f"{bad} lines without the needed fields: skipped"] if bad else []
 
 
@@ -318,6 +309,8 @@ def read_folder(folder: str):
             rows.append((r["user"], r["item"], int(float(r["timestamp"])), float(r["rating"]) if r.get("rating") else None))
         except (TypeError, ValueError, OverflowError):
             bad += 1
+    if not rows:
+        raise DataError(f"{path}: no line has a readable timestamp; it must be a number, seconds since 1970")
     for n, line in lines(os.path.join(folder, "items.jsonl")):
         r = parse_line(line) if line.strip() else {}
         if r is None or (r and "id" not in r):
@@ -334,8 +327,7 @@ def download(category: str, wanted: dict, data_dir: str):
     for path, url in wanted.items():
         part = path + ".part"
         try:
-            os.makedirs(data_dir, exist_ok=True)
-            with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
+            with urllib.request.urlopen(url, timeout=20) as source, (os.makedirs(data_dir, exist_ok=True) or open(part, "wb")) as out:
                 size = int(source.headers.get("Content-Length") or 0)
                 with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"downloading {os.path.basename(path)}") as bar:
                     while chunk := source.read(1 << 20):
@@ -347,7 +339,7 @@ def download(category: str, wanted: dict, data_dir: str):
                 while f.read(1 << 20):
                     pass                                                       # to the end: the checksum stands there
             os.replace(part, path)
-        except (OSError, EOFError) as e:                                       # URLError is an OSError
+        except (OSError, EOFError, zlib.error, http.client.HTTPException) as e:           # URLError is an OSError
             if os.path.exists(part):
                 os.remove(part)
             files = "\n".join(f"  {os.path.basename(p)}  from  {u}" for p, u in wanted.items())
@@ -377,14 +369,13 @@ def parse_answer(text: str) -> tuple:
         return "", [], False
     reason = " ".join(answer[2].split())
     named = REASON_PATTERN.fullmatch(reason)
-    named = [p.strip() for p in named.groups()] if named else []
-    return reason, named, len(named) == 2 and named[0] != named[1] and all(words(p) for p in named)
+    named = [p.strip() for p in named.groups()] if named and " and " not in named[2] else []
+    return reason, named, len(named) == 2 and words(named[0]) != words(named[1]) and all(words(p) for p in named)
 
 
 def grounded(data: Dataset, item: int, reason: str) -> float:
     """Share of the reason's content words that the item's own text says; 0 for a reason without any."""
-    content = [w for w in words(reason) if w not in STOPWORDS and w not in ("people", "choose")]
-    said = set(words(item_text(data.items[item])))
+    content, said = [w for w in words(reason) if w not in STOPWORDS | {"people", "choose"}], set(words(item_text(data.items[item])))
     return sum(w in said for w in content) / len(content) if content else 0.0
 
 
@@ -397,18 +388,21 @@ def mask_identity(data: Dataset, text: str) -> str:
 def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
     """A grounded reason that names phrases of the item drawn at random (weak supervision knows no better)."""
     own = data.phrases[item]
-    named = [own[i] for i in rng.permutation(len(own))[:size]]
+    named = [own[i] for i in sorted(rng.permutation(len(own))[:size])]
     return REASON.format(*named) if len(named) == 2 else "people choose it for " + " and ".join(named or ["itself"])
 
 
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "") -> tuple:
-    """(prompt, answer) whose weak target is the overlap of the item's words with the words of the histories shown."""
-    said = Counter(w for e in events for i in data.history(e)[-HISTORY:] for w in words(title(data, i)))
+    """(prompt, answer) with a weak target: a tally of the item's words in the histories shown, then two of them at random.
+
+    Which of the shared words matter is left to the reward. Words keep the item's order, so that no word comes twice.
+    """
+    said = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i)))
     own = data.phrases[item]
-    shared = sorted((w for w in own if said[w]), key=lambda w: -said[w])[:6]
-    weight = np.array([said[w] + 1e-3 for w in own])
-    named = [own[i] for i in rng.choice(len(own), size=2, replace=False, p=weight / weight.sum())]
-    think = "shared " + " ".join(shared) if shared else "nothing shared"
+    shared = [w for w in own if said[w]][:6]
+    pool = shared if len(shared) > 1 else own
+    named = [pool[k] for k in sorted(rng.permutation(len(pool))[:2])]
+    think = "shared " + " ".join(f"{w} {said[w]}" for w in shared) if shared else "nothing shared"
     return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
 
 
@@ -422,17 +416,16 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
     """n (prompt, answer) pairs from the train split alone: reasons, MIM, MLM, BPR, next item, ranking, rating."""
     who, out = choosers(data), []
     nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
-    users = [u for u, s in enumerate(data.train) if len(s) >= 2]
-    tasks = ["mim", "mlm", "bpr", "next", "rank"] + ["rate"] * (data.ratings is not None)
+    users, tasks = [u for u, s in enumerate(data.train) if len(s) >= 2], ["mim", "mlm", "bpr", "next", "rank"]
+    tasks += ["rate"] * (data.ratings is not None)
     for _ in range(n):
-        if rng.random() < reason_share and nameable:
+        if nameable and (not users or rng.random() < reason_share):
             item = int(nameable[rng.integers(len(nameable))])
             shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
             current = random_reason(data, item, rng) if rng.random() < 0.5 else ""
             out.append(reason_sample(data, item, shown, rng, current))
             continue
-        u = users[rng.integers(len(users))]
-        s = data.train[u]
+        s = data.train[u := users[rng.integers(len(users))]]
         end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told
         past, goal = [title(data, i) for i in s[max(0, end - HISTORY): end]], title(data, s[end])
         others = [int(j) for j in rng.integers(1, data.n_items + 1, 8) if j not in s][:2]

@@ -22,6 +22,10 @@ from tqdm import tqdm
 
 MAX_LEN = 50                       # longest history the model sees, in items
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
+ARMS = ("popularity", "markov", "id", "content", "placebo", "aligned", "rl", "bestof", "curec", "oracle")
+COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"),
+               ("curec", "content"), ("curec", "placebo"), ("curec", "rl"), ("curec", "bestof"), ("placebo", "content"),
+               ("oracle", "content"))
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -162,21 +166,20 @@ def markov(n_items, train_seqs):
     fill = torch.from_numpy(counts / (counts.max() + 1.0))                 # < 1: less than any transition
     follow = {}
     for s in train_seqs:
-        for a, b in zip(s[:-1], s[1:]):
-            row = follow.setdefault(int(a), {})
-            row[int(b)] = row.get(int(b), 0) + 1
+        for a, b in zip(s[:-1].tolist(), s[1:].tolist()):
+            follow.setdefault(a, []).append(b)
 
     def score(sequences):
         out = fill.repeat(len(sequences), 1)
         for row, s in zip(out, sequences):
-            for b, count in follow.get(int(s[-1]), {}).items():
-                row[b] += count
+            after = torch.tensor(follow.get(int(s[-1]), []), dtype=torch.long)
+            row.index_add_(0, after, torch.ones(len(after), dtype=row.dtype))
         return out
     return score
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
-def ranks(score, sequences, targets, batch: int = 512, lists=None) -> np.ndarray:
+def ranks(score, sequences, targets, batch: int = 64, lists=None) -> np.ndarray:
     """Rank (1 = best) of each user's target among all items that the user has not seen; ties count against us.
 
     score: sequences -> (B, n + 1). sequences: what is known of each user. targets: (users,) item numbers.
@@ -189,11 +192,12 @@ def ranks(score, sequences, targets, batch: int = 512, lists=None) -> np.ndarray
         scores.scatter_(1, pad(part, max_len=10 ** 9), -torch.inf)         # everything seen; padding hits item 0
         scores[:, 0] = -torch.inf
         goal = scores.gather(1, torch.as_tensor(np.asarray(targets[start: start + batch]))[:, None])
-        if not torch.isfinite(goal).all():
-            raise ValueError("a target has no finite score: it is among the items seen, or training diverged")
+        if not torch.isfinite(goal).all() or torch.isnan(scores).any():
+            raise ValueError("a target is among the items seen, or a score is not a number: training diverged")
         out[start: start + len(part)] = (scores >= goal).sum(1).numpy()
         if lists is not None:
-            lists.append(scores.topk(min(10, scores.shape[1] - 1)).indices.numpy())
+            best = scores.topk(min(10, scores.shape[1] - 1))
+            lists.append(best.indices.masked_fill(best.values == -torch.inf, 0).numpy())         # 0: nothing left to show
     return out
 
 
@@ -220,7 +224,8 @@ def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
     counts = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)[1:]
     popularity_rank = np.empty(n_items)
     popularity_rank[np.argsort(-counts, kind="stable")] = np.arange(1, n_items + 1)
-    shown = np.sort(np.bincount(top.ravel(), minlength=n_items + 1)[1:])
+    top = top[top > 0]
+    shown = np.sort(np.bincount(top, minlength=n_items + 1)[1:])
     gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
     return {"coverage@10": float((shown > 0).mean()), "gini@10": float(gini),
             "mean_popularity_rank@10": float(popularity_rank[top - 1].mean())}
@@ -251,17 +256,18 @@ def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, devic
 
     data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
     """
-    start, ranks_, rows, first = time.perf_counter(), [], [], None
+    ranks_, rows, first, trained = [], [], None, 0.0
     fixed = {"popularity": popularity, "markov": markov}.get(arm)
     numbers = [base_seed + k for k in range(1 if fixed else seeds)]
     for k, seed in enumerate(numbers):
+        start = time.perf_counter()
         if fixed:
             score = fixed(data.n_items, data.train)
         else:
             model, _ = train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
                              blocks=blocks, name=f"{arm}, seed {k + 1} of {seeds}")
             score, first = scorer(model, device), first or model
-        trained = time.perf_counter() - start
+        trained += time.perf_counter() - start
         rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
         ranks_.append(rank), rows.append(row)
     collect = lambda dicts: {m: [d[m] for d in dicts] for m in dicts[0]}
@@ -281,7 +287,7 @@ def slices_of(data) -> dict:
     return {"train<=5": data.counts[data.test] <= 5, "no_later_train": last[data.test] <= when}
 
 
-def compare(ranks_: dict, pairs, metric: str = "ndcg@10") -> list:
+def compare(ranks_: dict, pairs=COMPARISONS, metric: str = "ndcg@10") -> list:
     """Paired differences a - b with 95 % bootstrap intervals over users, each user's metric averaged over seeds."""
     out = []
     for a, b in pairs:
@@ -312,11 +318,14 @@ def arms_table(arms: dict) -> str:
                       float(np.mean(e["valid"]["ndcg@10"])), e["rank_ms_per_user"]] for arm, e in arms.items()])
 
 
-def report(m: dict) -> list:
-    """The evaluation as Markdown paragraphs: arms, paired differences, headroom, slices and popularity audit (metrics.json)."""
+def report(m: dict, notes: list) -> list:
+    """The evaluation in metrics.json as Markdown paragraphs: cost, arms, paired differences, headroom, slices and audit."""
+    told = "# CURec on {name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}".format(**m["dataset"])
+    cost = "Time: " + ", ".join(f"{k} {v:.0f} s" for k, v in m["time_s"].items()) + ". Peak memory: " + ", ".join(
+        f"{k} {v:,.0f} MB" for k, v in m["peak_memory_mb"].items()) + "."
     slices = list(dict.fromkeys(n for e in m["arms"].values() for n in e["slices"]))
     audits = list(next(iter(m["arms"].values()))["audit"])
-    out = ["## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds.", arms_table(m["arms"]),
+    out = [told, "\n".join(f"- {n}" for n in [*notes, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds.", arms_table(m["arms"]),
            "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
            markdown(["a - b", "delta", "95 % interval"], [[f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}",
                                                           "{:+.4f} .. {:+.4f}".format(*c["ci95"])] for c in m["comparisons"]])]

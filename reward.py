@@ -44,6 +44,10 @@ class Whitening:
         return z / self.matrix.shape[1] ** 0.5
 
 
+def whitened(vectors: torch.Tensor) -> torch.Tensor:
+    return Whitening(vectors)(vectors)
+
+
 def load_encoder(name, device="cpu", batch: int = 64):
     """Any Hugging Face text encoder as a function: list of texts -> mean of its last hidden states (len(texts), D)."""
     from transformers import AutoModel, AutoTokenizer
@@ -220,14 +224,14 @@ class Judge:
         return total, {"shown": a_shown, "audience": a_audience, "grounded": ground, "format_ok": ok}
 
 
-    def choose(self, items, current, proposals, shown, judges, period, seed, margin, rng):
+    def choose(self, items, current, proposals, shown, judges, period, seed, margin):
         """For each item the proposal of highest reward, and whether it may replace the current answer.
 
         proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old
         one, and its mean paired gain over the judges exceeds margin standard errors. Returns a list of {"best", "before", "after", "accepted"} and the false-accept rate: the same
         test with the signs of the paired gains drawn at random, as if old and new reasons were alike.
         """
-        K = len(proposals) // len(items)
+        K, rng = len(proposals) // len(items), np.random.default_rng([seed, 37, len(items)])
         spread = lambda xs: [x for x in xs for _ in range(K)]
         reasons, old_reasons = ([D.parse_answer(a)[0] for a in answers] for answers in (proposals, current))
         total, parts = self.rewards(spread(items), proposals, spread(shown), spread(judges), period, seed)
@@ -271,6 +275,24 @@ def halves(events, rng):
     mixed = rng.permutation(events)
     half = (len(mixed) + 1) // 2
     return mixed[:half][: D.PEOPLE], mixed[half:][:AUDIENCE]
+
+
+def windows(data, who, cuts, seed):
+    """Yields (number, (start, end), items, shown, judges) a window: half of an item's new choosers each (see halves).
+
+    An item with fewer than 4 new choosers waits: they join its next window. Nobody who came after `end` is in a window.
+    """
+    waiting = [np.zeros(0, int)] * len(who)
+    for number, (start, end) in enumerate(zip(cuts[:-1], cuts[1:])):
+        rng, items, split = np.random.default_rng([seed, 53, number]), [], []
+        for i, events in enumerate(who):
+            times = data.events["time"][events]
+            waiting[i] = np.append(waiting[i], events[(times >= start) & (times < end)])
+            if len(waiting[i]) >= 4:
+                items.append(i), split.append(halves(waiting[i], rng))
+                waiting[i] = np.zeros(0, int)
+        if items:
+            yield number + 1, (start, end), items, *zip(*split)
 
 
 def practice(data, who, cuts, seed):

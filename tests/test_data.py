@@ -154,7 +154,7 @@ def test_demo_is_chronological_and_split_leaves_one_out(world):
 # ---------------------------------------------------------------------------------------- firewalls of the samples
 def everything(d):
     """All that data.py hands to training, as comparable values."""
-    prompts = [data.reason_prompt(d, i, "", [d.history(e) for e in who[:4]]) for i, who in enumerate(data.choosers(d)) if i]
+    prompts = [data.reason_prompt(d, i, "", who) for i, who in enumerate(data.choosers(d)) if i]
     return {"items": d.items, "phrases": d.phrases, "masked": d.masked_words, "common": d.common_words,
             "events": {k: v.tolist() for k, v in d.events.items()}, "prompts": prompts, "samples": samples_of(d)}
 
@@ -255,23 +255,23 @@ def test_no_user_id_in_any_sample(world):
 
 
 # --------------------------------------------------------------------------------------------- prompts and parsing
-def test_reason_prompt_shows_only_the_histories_given(world):
-    """Guards: people or items in the prompt beyond those passed in (the causality of correction rests on it)."""
+def test_reason_prompt_shows_only_the_people_given_and_only_what_they_had_chosen_before(world):
+    """Guards: other people, later choices or the choice itself in the prompt (the causality of correction rests on it)."""
     d = named_world(world)
-    histories = [np.array([5, 6, 7, 8, 9]), np.array([10])]
-    prompt = data.reason_prompt(d, 3, "people choose it for charm and calm", histories)
-    assert tokens(prompt) == [7, 8, 9, 10, 3], "the last HISTORY items of each person, oldest first, then the item"
+    events = np.flatnonzero(d.events["pos"] > data.HISTORY)[[3, 1, 7, 20, 5, 6]]
+    past = [d.train[d.events["user"][e]][d.events["pos"][e] - data.HISTORY: d.events["pos"][e]].tolist() for e in events]
+    prompt = data.reason_prompt(d, 3, "people choose it for charm and calm", events[:2])
+    assert tokens(prompt) == [*past[0], *past[1], 3], "the last HISTORY items of each person, oldest first, then the item"
     assert "people choose it for charm and calm" in prompt and data.item_text(d.items[3]) in prompt
-    many = data.reason_prompt(d, 3, "", [np.array([k]) for k in range(20, 40)])
-    assert tokens(many) == [*range(20, 20 + data.PEOPLE), 3]
+    assert tokens(data.reason_prompt(d, 3, "", events)) == [*sum(past[: data.PEOPLE], []), 3], "at most PEOPLE of them"
 
 
 def test_reason_prompt_renders(world):
     """Guards: unfilled slots and 'None' in the text a model reads; prints one prompt (pytest -s) with its word count."""
-    prompt = data.reason_prompt(world, 1, "", [world.train[0][:3], world.train[1][:2]])
+    item = int(world.counts.argmax())
+    prompt, alone = (data.reason_prompt(world, item, "", who) for who in (data.choosers(world)[item][-2:], []))
     print(f"\n{prompt}\n[{len(prompt.split())} words]")
     assert prompt.splitlines()[-1] == "Why do people choose it?" and len(prompt.split()) < 90
-    alone = data.reason_prompt(world, 1, "", [])
     assert "nobody" in alone and not re.search(r"[{}]|None|nan\b|\[\]", prompt + alone)
 
 
@@ -290,7 +290,9 @@ def test_parse_answer_reads_its_own_format():
     "", "people choose it for grip and calm", GOOD.replace("</reason>", ""), GOOD.replace("<think>", ""), GOOD + GOOD,
     GOOD.replace("</reason>", "</reason> <reason> people choose it for shine and shade </reason>"),
     GOOD.replace("</reason>", "</reason> and more"), GOOD.replace("<think>", "<think> <think>"),
-    GOOD.replace("grip and calm", "grip and grip"), GOOD.replace("grip and calm", "grip and Grip"), GOOD.replace("grip and calm", "grip"), GOOD.replace("grip and calm", "grip and ..."),
+    GOOD.replace("grip and calm", "grip and grip"),
+    pytest.param(GOOD.replace("grip and calm", "grip and Grip")),
+    GOOD.replace("grip and calm", "grip"), GOOD.replace("grip and calm", "grip and ..."),
     GOOD.replace("people choose it for ", ""), "<reason> people choose it for grip and calm </reason> <think> x </think>"])
 def test_parse_answer_refuses(bad):
     """Guards: a broken format that would escape the format penalty (missing, doubled or swapped tags, a phrase named twice)."""
@@ -361,7 +363,7 @@ def test_missing_titles_brands_and_descriptions_are_never_printed(tmp_path):
                                            "{'asin': 'B', 'title': 'nan', 'brand': None, 'categories': [['None', 'Soaps']]}"]))
     assert any(n.startswith("3 items without a title") for n in d.notes), d.notes
     for i in range(1, 4):
-        shown = data.reason_prompt(d, i, "", [np.array([1, 2, 3])])
+        shown = data.reason_prompt(d, i, "", []) + "".join(data.title(d, j) for j in range(1, 4))
         assert not re.search(r"none|nan\b|\[|null", shown.replace("Reason so far: none", ""), re.I), shown
         assert data.title(d, i) and data.item_text(d.items[i])
 
@@ -579,7 +581,8 @@ def test_download_is_atomic_and_happens_once(shop):
 
 @pytest.mark.parametrize("spoil", [
     lambda body: (body, len(body) + 1), lambda body: (body[: len(body) // 2], len(body)),
-    lambda body: (b"<html>moved</html>", 18), lambda body: (body[:-9], len(body) - 9), lambda body: (corrupt(body), len(corrupt(body)))],
+    lambda body: (b"<html>moved</html>", 18), lambda body: (body[:-9], len(body) - 9),
+    pytest.param(lambda body: (corrupt(body), len(corrupt(body))))],
     ids=["size differs", "cut off", "a web page", "gzip without its end", "gzip with a spoilt body"])
 def test_download_that_came_broken_leaves_nothing(shop, spoil):
     """Guards: a broken file that is found, and believed, at the next start."""
@@ -591,7 +594,7 @@ def test_download_that_came_broken_leaves_nothing(shop, spoil):
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"), ConnectionResetError("reset"),
                                    urllib.error.HTTPError("http://x", 404, "Not Found", {}, None),
-                                   http.client.BadStatusLine("hello")], ids=lambda e: type(e).__name__)
+                                   pytest.param(http.client.BadStatusLine("hello"))], ids=lambda e: type(e).__name__)
 def test_download_refused_says_which_files_from_where_and_where_to(tmp_path, monkeypatch, error):
     """Guards: bar 3: no internet must end with one message that tells a person all that is needed, and no debris
     (BadStatusLine: what a captive portal gives; http.client's errors are no OSError)."""

@@ -233,12 +233,23 @@ def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     assert same(stopped, run([.2, .5], epochs=2)[0]) and not same(stopped, run([.2, .5, .6], epochs=3)[0])
 
 
-def test_test_items_are_not_read_in_training():
-    """Guards: selection on test. train() has no way to see it, and other test items leave run_arm's model as it was."""
+def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
+    """Guards: the epoch chosen on test. train() has no way to see it, run_arm looks at data.test only after train()
+    has returned, and other test items leave the model and its validation figures bit for bit as they were."""
     assert not [p for p in inspect.signature(rec.train).parameters if "test" in p]
-    d, other = ring(), ring()
-    other.test = np.array([next(i for i in range(1, 13) if i not in (*s, v, t)) for s, v, t in zip(d.train, d.valid, d.test)])
-    (ranks_a, a, model_a), (ranks_b, b, model_b) = (rec.run_arm("id", x, None, {}, seeds=1, epochs=2) for x in (d, other))
+
+    class Sealed(SimpleNamespace):
+        trained = False
+        test = property(lambda self: self.answers if self.trained else pytest.fail("test read before training ended"))
+
+    def run(answers):
+        d = ring()
+        sealed = Sealed(n_items=d.n_items, train=d.train, valid=d.valid, answers=answers)
+        monkeypatch.setattr(rec, "train", lambda *a, **k: (train(*a, **k), setattr(sealed, "trained", True))[0])
+        return rec.run_arm("id", sealed, None, {}, seeds=1, epochs=2)
+    train, d = rec.train, ring()
+    others = np.array([next(i for i in range(1, 13) if i not in (*s, v, t)) for s, v, t in zip(d.train, d.valid, d.test)])
+    (ranks_a, a, model_a), (ranks_b, b, model_b) = run(d.test), run(others)
     assert same(model_a, model_b) and a["valid"] == b["valid"] and (ranks_a != ranks_b).any()
 
 
@@ -286,6 +297,12 @@ def test_compare_pairs_the_arms_that_ran():
     (row,) = rec.compare(r, [("curec", "content"), ("curec", "oracle")])
     assert (row["a"], row["b"], row["metric"], row["seeds"]) == ("curec", "content", "ndcg@10", 2)
     assert row["delta"] == pytest.approx(1 - 1 / np.log2(3)) and row["ci95"] == pytest.approx([row["delta"]] * 2)
+
+
+def test_headroom_by_hand():
+    """Guards: shares of the wrong difference; an arm without reasons that recovers something."""
+    arms = {a: {"test": {"ndcg@10": v}} for a, v in {"id": [.01, .01], "content": [.05, .07], "curec": [.08, .10], "oracle": [.10, .10]}.items()}
+    assert rec.headroom(arms) == {"ndcg@10": pytest.approx(.04), "recovered": {"curec": pytest.approx(.75)}}
 
 
 def test_audit_by_hand():

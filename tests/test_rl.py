@@ -136,6 +136,14 @@ HALF = dict(attention_dropout=0.5, hidden_dropout=0.5)
 NOT_YET = lambda why: pytest.mark.xfail(reason=why, strict=False)
 
 
+def untrained(config, tiny, folder):
+    """A model of another kind with random weights, from a folder on disk; the tokenizer is the tiny model's."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return rl.load(str(folder))
+
+
 @pytest.mark.parametrize("config", [
     LlamaConfig(**SIZE, intermediate_size=128, attention_dropout=0.5),
     GPT2Config(**GPT2, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
@@ -148,9 +156,7 @@ NOT_YET = lambda why: pytest.mark.xfail(reason=why, strict=False)
 ], ids=lambda c: c.model_type)
 def test_no_dropout_is_left(config, tiny, tmp_path):
     """Sampling, reference and update become different functions where any dropout survives (TRAPS 14)."""
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
-    model, tokenizer = rl.load(str(tmp_path))
+    model, tokenizer = untrained(config, tiny, tmp_path)
     assert all(m.p == 0.0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
     ids, mask, P, _ = batch_of(tokenizer)
     out = []
@@ -306,10 +312,10 @@ def test_left_pad():
     assert ids.tolist() == [[9, 9, 5], [6, 7, 8], [9, 9, 9]] and mask.sum(1).tolist() == [1, 3, 0] and mask[0, 2]
 
 
-def test_a_left_padded_row_equals_the_same_row_unpadded(shared):
-    """Positions that count padding, or attention that sees it (TRAPS 10)."""
-    model, tokenizer = shared
-    rl.use(model, "policy"), rl.set_mode(model, training=False)
+@pytest.mark.parametrize("config", [LlamaConfig(**SIZE, intermediate_size=128), GPT2Config(**GPT2)], ids=lambda c: c.model_type)
+def test_a_left_padded_row_equals_the_same_row_unpadded(config, tiny, tmp_path):
+    """Positions that count padding (rotary ones hide it: they are relative), or attention that sees it (TRAPS 10)."""
+    model, tokenizer = untrained(config, tiny, tmp_path)
     ids, mask, P, answer = batch_of(tokenizer)
     head = torch.nn.Linear(64, 1)
     with torch.no_grad():
@@ -327,10 +333,7 @@ def test_a_left_padded_row_equals_the_same_row_unpadded(shared):
 ], ids=lambda c: c.model_type)
 def test_token_logps_equal_transformers(config, tiny, tmp_path):
     """Off-by-one positions; a temperature left out: 0.7 nats (TRAPS 3); a model that scales its logits after the head."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
-    model, tokenizer = rl.load(str(tmp_path))
+    model, tokenizer = untrained(config, tiny, tmp_path)
     ids, mask, P, answer = batch_of(tokenizer)
     with torch.no_grad():
         logp, values, _ = rl.token_logps(model, ids, mask, P, 0.7)
@@ -502,7 +505,7 @@ def ragged(B=5, R=7, seed=0):
 
 
 def spoiled(x, mask):
-    return torch.where(mask, x, torch.full_like(x, 1e3))
+    return torch.where(mask, x, 1e3 * x + 100)
 
 
 def test_gae_lambda_1_is_return_minus_value_and_lambda_0_the_td_error():

@@ -1,0 +1,225 @@
+"""curec.py: correction in time order, the truth firewall, and the real command line as a subprocess."""
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import curec
+import data as D
+import reward
+import rl
+
+ROOT = Path(curec.__file__).parent
+SMALL = ["--tiny-steps", "30", "--align-steps", "2", "--ppo-updates", "1", "--ppo-batch", "12", "--epochs", "1", "--device", "cpu"]
+
+
+def run(*args, cwd):
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, str(ROOT / "curec.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=400, env=env)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One quick run of the real command line; every test below looks at its folder."""
+    cwd = tmp_path_factory.mktemp("cwd")
+    done = run("--dataset", "demo", "--quick", *SMALL, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return cwd, done
+
+
+def metrics_of(cwd, name="demo"):
+    return json.loads((cwd / "runs" / name / "metrics.json").read_text())
+
+
+def test_quick_run_prints_every_arm_and_the_report(finished):
+    cwd, done = finished
+    assert all(f"| {arm} |" in done.stdout for arm in curec.ARMS)
+    assert "mean nothing" in done.stdout and "Traceback" not in done.stderr
+    assert str(Path("runs/demo/report.md")) in done.stdout
+    report = (cwd / "runs/demo/report.md").read_text()
+    assert "mean nothing" in report and "Two reasons and how they came about" in report
+
+
+def test_run_folder_keeps_the_contract(finished):
+    """DESIGN section 9: other tools read these names."""
+    cwd, _ = finished
+    m, folder = metrics_of(cwd), cwd / "runs/demo"
+    assert set(m) == {"dataset", "arms", "comparisons", "headroom", "reasons", "correction", "reward", "ppo", "time_s", "peak_memory_mb"}
+    assert set(m["dataset"]) == {"name", "users", "items", "interactions", "ties"}
+    for arm in m["arms"].values():
+        assert set(arm) == {"seeds", "valid", "test", "slices", "audit", "train_s", "rank_ms_per_user"}
+        assert {"hr@10", "ndcg@10", "mrr"} <= set(arm["test"]) and len(arm["test"]["mrr"]) == len(arm["seeds"])
+    assert set(m["reasons"]) == {"aligned", "rl", "bestof", "curec"}
+    assert {"truth_precision", "truth_recall", "grounded", "format_ok", "mean_tokens", "mean_reward"} == set(m["reasons"]["curec"])
+    assert {"reward_before", "reward_after", "kl", "updates"} == set(m["ppo"]) and {"auc_heldout", "driver_choice"} == set(m["reward"])
+    assert set(m["time_s"]) == {"load", "tiny_llm", "align", "reward", "ppo", "correct", "downstream", "total"}
+    rows = [json.loads(x) for x in (folder / "reasons.jsonl").read_text().splitlines()]
+    assert len(rows) == m["dataset"]["items"] and {"item", "title", "aligned", "rl", "timeline", "reason"} == set(rows[0])
+    config = json.loads((folder / "config.json").read_text())
+    assert {"settings", "windows", "versions", "git_commit", "hardware", "llm_path"} <= set(config)
+    assert not list(folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize("adapter", ["align", "policy"])
+def test_adapters_load_with_plain_transformers_and_peft(finished, adapter):
+    """The README's five lines."""
+    cwd, _ = finished
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    path = cwd / json.loads((cwd / "runs/demo/config.json").read_text())["llm_path"]
+    tokenizer, base = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    before = base(**tokenizer("Item: grip", return_tensors="pt")).logits
+    model = PeftModel.from_pretrained(base, cwd / "runs/demo" / adapter)
+    after = model(**tokenizer("Item: grip", return_tensors="pt")).logits
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+
+
+def test_resume_does_no_finished_stage_again_and_changes_no_figure(finished):
+    cwd, _ = finished
+    before = metrics_of(cwd)
+    (cwd / "runs/demo/state/arm-curec.pt").unlink()                                 # as if killed in the last but one arm
+    done = run("--dataset", "demo", "--quick", *SMALL, "--resume", cwd=cwd)
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = metrics_of(cwd)
+    for m in (before, after):
+        m.pop("time_s"), m.pop("peak_memory_mb")
+        for arm in m["arms"].values():
+            arm.pop("train_s"), arm.pop("rank_ms_per_user")
+    assert before == after
+
+
+def test_resume_refuses_other_settings(finished):
+    cwd, _ = finished
+    done = run("--dataset", "demo", "--quick", *SMALL, "--seed", "3", "--resume", cwd=cwd)
+    assert done.returncode == 2 and "--seed" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_explain_shows_items_reasons_and_their_history(finished):
+    cwd, _ = finished
+    done = run("--run", "runs/demo", "--explain", "user3", cwd=cwd)
+    assert done.returncode == 0 and "user3 chose:" in done.stdout and "until 20" in done.stdout
+    done = run("--run", "runs/demo", "--explain", "nobody", cwd=cwd)
+    assert done.returncode == 2 and "user0" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args, hint", [
+    (["--no-such-flag"], "--no-such-flag"), (["--seeds", "many"], "--seeds"), (["--arms", "id,magic"], "magic"),
+    (["--dataset", "demo", "--ties", "shuffle"], "--ties"), (["--dataset", "beauty", "--arms", "oracle"], "oracle"),
+    (["--run", "runs/x"], "--explain"), (["--run", "nowhere", "--explain", "u"], "config.json"), (["--seeds", "0"], "--seeds"),
+    (["--resume", "--out", "nowhere"], "--resume"), (["--ties", "random"], "--ties"), (["--windows", "-1"], "--windows")])
+def test_bad_flags_end_with_one_line_and_status_2(args, hint, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = curec.main(args)
+    except SystemExit as e:
+        status = e.code
+    err = capsys.readouterr().err
+    assert status == 2 and hint in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_missing_files_say_what_to_put_where(capsys, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(D.urllib.request, "urlopen", offline)
+    monkeypatch.chdir(tmp_path)
+    assert curec.main(["--dataset", "beauty", "--arms", "id"]) == 2
+    err = capsys.readouterr().err
+    assert all(x in err for x in ("reviews_Beauty_5.json.gz", "meta_Beauty.json.gz", "https://", "--data-dir", "--dataset demo"))
+
+
+def test_help_fits_two_screens():
+    done = run("--help", cwd=ROOT)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) <= 80
+    assert all("--" + f.name.replace("_", "-") in done.stdout for f in dataclasses.fields(curec.Settings))
+
+
+# ------------------------------------------------------------------------------------------ correction, in process
+@pytest.fixture
+def fake_llm(monkeypatch):
+    """An LLM that answers with two phrases of the prompt's item, drawn by the prompt alone: fast, and blind to all else."""
+    def generate(model, tokenizer, prompts, **_):
+        out, count = [], {}
+        for p in prompts:
+            count[p] = count.get(p, 0) + 1
+            seed = int.from_bytes(hashlib.sha256(f"{p}{count[p]}".encode()).digest()[:4], "big")
+            own = [w for w in p.rsplit("Item: ", 1)[1].split() if w in D.ASPECTS]
+            a, b = np.random.default_rng(seed).permutation(own)[:2]
+            out.append(f"<think> x </think> <reason> {D.REASON.format(a, b)} </reason>")
+        return out, None
+    monkeypatch.setattr(rl, "generate", generate)
+    monkeypatch.setattr(rl, "use", lambda *_: None)
+
+
+def bag_of_words(texts):
+    return torch.tensor([[float(a in t.split()) for a in D.ASPECTS] for t in texts])
+
+
+def corrected(shop, cuts, judge_weights=None, settings=None):
+    judge = reward.Judge(shop, bag_of_words)
+    if judge_weights:
+        judge.model.load_state_dict(judge_weights)
+    judge.remember()
+    s = curec.resolve(settings or curec.Settings(margin=0.0, windows=3))
+    return curec.correct(s, shop, None, None, judge, D.choosers(shop), cuts), judge
+
+
+def test_correction_is_causal(fake_llm):
+    """With weights and boundaries fixed, replacing the item of every later event leaves earlier timeline entries identical."""
+    shop = D.demo(0, n_users=600, n_items=80)
+    cuts = reward.window_cuts(shop, 3)
+    (_, before, *_), judge = corrected(shop, cuts)
+    rng = np.random.default_rng(0)
+    seqs = []
+    for s, t in zip(shop.seqs, shop.times):
+        fresh = s.copy()
+        later = np.flatnonzero(t >= cuts[1])
+        fresh[later] = rng.choice(np.setdiff1d(np.arange(1, shop.n_items + 1), s), len(later), replace=False)
+        seqs.append(fresh)
+    (_, after, *_), _ = corrected(dataclasses.replace(shop, seqs=seqs), cuts, judge.model.state_dict())
+    first = lambda timelines: [[e for e in t if e["window_end"] <= cuts[1]] for t in timelines]
+    assert first(before) == first(after) and sum(map(len, first(before))) > 20
+    assert before != after, "later windows must differ, or the test replaced nothing"
+
+
+def test_correction_moves_reasons_towards_the_truth(fake_llm):
+    """With random proposals and an ideal encoder, accepted corrections must name drivers more often than first reasons."""
+    shop = D.demo(0, n_users=900, n_items=80)
+    (answers, timelines, judged, made, rows), _ = corrected(shop, reward.window_cuts(shop, 2), settings=curec.Settings(windows=2, margin=0.5))
+    named = lambda texts: reward.truth_figures([D.parse_answer(a)[1] for a in texts], shop.truth["late"][1:])["truth_precision"]
+    first = rl.generate(None, None, [D.reason_prompt(shop, i, "", ()) for i in range(1, shop.n_items + 1)])[0]
+    assert named(answers[1:]) > named(first) + 0.1
+    assert sum(r["accepted"] for r in rows) == sum(e["accepted"] for t in timelines for e in t) > 0
+    assert all(m == 1 + 6 * len(t) for m, t in zip(made[1:], timelines[1:]))
+
+
+def test_truth_feeds_nothing(finished, tmp_path, monkeypatch):
+    """Permute the truth with the interactions fixed: every file stays identical except truth figures and the oracle arm."""
+    cwd, _ = finished
+    original = D.demo
+
+    def permuted(*args, **kwargs):
+        world = original(*args, **kwargs)
+        rng = np.random.default_rng(1)
+        shuffled = {k: [()] + [v[i] for i in 1 + rng.permutation(len(v) - 1)] for k, v in world.truth.items()}
+        return dataclasses.replace(world, truth=shuffled)
+    monkeypatch.setattr(D, "demo", permuted)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").symlink_to(cwd / "cache")
+    torch.set_num_threads(2)                                                        # as the subprocess: same sums, bit for bit
+    assert curec.main(["--dataset", "demo", "--quick", *SMALL]) == 0
+    torch.set_num_threads(1)
+    a, b = metrics_of(cwd), metrics_of(tmp_path)
+    assert (cwd / "runs/demo/reasons.jsonl").read_bytes() == (tmp_path / "runs/demo/reasons.jsonl").read_bytes()
+    truth = {"truth_precision", "truth_recall"}
+    strip = lambda m: ({arm: {k: v for k, v in e.items() if k not in ("train_s", "rank_ms_per_user")} for arm, e in m["arms"].items()
+                        if arm != "oracle"}, m["correction"], m["ppo"], m["reward"]["auc_heldout"],
+                       {k: {n: x for n, x in v.items() if n not in truth} for k, v in m["reasons"].items()})
+    assert strip(a) == strip(b)
+    assert a["reasons"]["curec"]["truth_precision"] != b["reasons"]["curec"]["truth_precision"]

@@ -1,0 +1,178 @@
+"""reward.py: the judge, the people it asks, and what must not pay. A bag-of-words encoder keeps it fast and exact."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import data as D
+import reward
+
+
+def bag_of_words(texts):
+    """One dimension an aspect of the demo world: the ideal frozen encoder."""
+    return torch.tensor([[float(a in t.split()) for a in D.ASPECTS] for t in texts])
+
+
+def say(*phrases):
+    return "<think> x </think> <reason> " + D.REASON.format(*phrases) + " </reason>"
+
+
+@pytest.fixture(scope="module")
+def shop():
+    return D.demo(1, n_users=500, n_items=150)
+
+
+@pytest.fixture(scope="module")
+def judge(shop):
+    j = reward.Judge(shop, bag_of_words)
+    j.remember()
+    return j
+
+
+def everyone(data):
+    return (int(data.events["time"].min()), int(data.events["time"].max()) + 1)
+
+
+def test_whitening_centres_and_keeps_unit_scale():
+    x = torch.randn(400, 20, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 21) + 3
+    z = reward.whitened(x)
+    assert z.mean(0).abs().max() < 1e-4
+    assert 0.5 < z.norm(dim=1).mean() < 1.5
+
+
+def test_padding_does_not_change_a_state(judge, shop):
+    """Guards the last-position gather: a state read from a padding position would depend on the batch."""
+    alone = judge.model.states(judge.histories([3]), judge.items)
+    longest = int(shop.events["pos"].argmax())
+    batch = judge.model.states(judge.histories([3, longest]), judge.items)
+    assert torch.allclose(alone[0], batch[0], atol=1e-5)
+
+
+def test_states_hold_the_past_only(shop, judge):
+    """h(e) must not see the choice itself or anything after it."""
+    e = 40
+    u, p = shop.events["user"][e], shop.events["pos"][e]
+    assert shop.history(e).tolist() == shop.seqs[u][:p].tolist()
+    seqs = [s.copy() for s in shop.seqs]
+    seqs[u][p:] = seqs[u][p:][::-1]
+    other = dataclasses.replace(shop, seqs=seqs)
+    assert np.array_equal(shop.history(e), other.history(e))
+
+
+def test_advantage_equals_its_formula(judge, shop):
+    """A(S, r) = mean s - logmeanexp over the period's pool: against the definition written out."""
+    period, people = everyone(shop), np.array([3, 7, 11])
+    got = judge.judge([D.REASON.format("grip", "calm")], [people], period, seed=5)[0]
+    z = judge.model.reasons(judge.encode([D.REASON.format("grip", "calm")]))[0]
+    tau = judge.model.log_tau.exp().item()
+    s = lambda e: torch.dot(judge.states[e], z).item() / tau
+    pool = judge.pool(period, 5).tolist()
+    level = np.log(np.mean([np.exp(s(e)) for e in pool]))
+    assert np.allclose(got, [s(e) - level for e in people], atol=1e-4)
+
+
+def test_pool_is_fixed_and_of_the_period(judge, shop):
+    low, high = everyone(shop)
+    middle = (low + high) // 2
+    first = judge.pool((low, middle), 1)
+    assert torch.equal(first, judge.pool((low, middle), 1))
+    assert (shop.events["time"][first.numpy()] < middle).all()
+
+
+def test_true_drivers_beat_decoys_with_the_audience(judge, shop):
+    """If this falls to chance the reward is blind and nothing downstream can work."""
+    low, high = everyone(shop)
+    late = [w[shop.events["time"][w] >= (low + high) // 2] for w in D.choosers(shop)]
+    assert reward.driver_choice(judge, shop.truth["late"], late, (low, high), 0) > 0.75
+
+
+def test_gaming_the_reward_does_not_pay(judge, shop):
+    """Echo of a history, another item's reason, the title, all aspects at once and nothing earn less than the truth."""
+    who, period = D.choosers(shop), everyone(shop)
+    shown, audience = reward.one_shot_people(who, 0)
+    items = [i for i in range(1, shop.n_items + 1) if len(shown[i]) >= 3]
+    other = lambda i: next(j for j in items if not set(shop.truth["late"][j]) & set(shop.phrases[i]))
+
+    def mean(answer):
+        total, _ = judge.rewards(items, [answer(i) for i in items], [shown[i] for i in items], [audience[i] for i in items], period, 0)
+        return total.mean()
+    truth = mean(lambda i: say(*shop.truth["late"][i]))
+    for name, answer in {"echo of a history": lambda i: say(*shop.phrases[shop.history(shown[i][0])[-1]][:2]),
+                         "another item's reason": lambda i: say(*shop.truth["late"][other(i)]),
+                         "the title": lambda i: f"<think> x </think> <reason> {shop.items[i]['title']} </reason>",
+                         "all aspects": lambda i: f"<think> x </think> <reason> people choose it for {' and '.join(shop.phrases[i])} </reason>",
+                         "empty": lambda i: "<think> x </think> <reason> </reason>", "nothing": lambda i: ""}.items():
+        assert mean(answer) < truth - 0.2, name
+
+
+def test_audience_weighs_half_and_stands_alone_when_nobody_is_shown(judge, shop):
+    period, a, b = everyone(shop), np.array([1, 2]), np.array([3, 4, 5])
+    reason = say(*shop.phrases[1][:2])
+    both, parts = judge.rewards([1], [reason], [a], [b], period, 0)
+    assert both[0] == pytest.approx(0.5 * parts["shown"][0] + 0.5 * parts["audience"][0])
+    alone, parts = judge.rewards([1], [reason], [a], [np.zeros(0, int)], period, 0)
+    assert alone[0] == pytest.approx(parts["shown"][0])
+
+
+def test_fit_keeps_the_best_epoch_on_held_out_people_and_items(shop):
+    def fitted():
+        j = reward.Judge(shop, bag_of_words)
+        return j, j.fit(epochs=3, seed=2)
+    (a, first), (b, again) = fitted(), fitted()
+    assert first == again and first["auc_heldout"] > 0.5
+    assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+
+
+def test_convincing_asks_for_more_than_margin_standard_errors():
+    gain = np.array([1.0, 0.0, 1.0, 0.0])                    # mean .5, standard error .289
+    assert reward.convincing(gain, 1.5) and not reward.convincing(gain, 2.0)
+    assert not reward.convincing(np.zeros(8), 0.0), "an identical proposal must never be accepted"
+    assert not reward.convincing(np.array([3.0]), 0.0), "one judge has no standard error"
+
+
+def test_choose_accepts_only_sound_proposals_that_judges_prefer(judge, shop):
+    who = D.choosers(shop)
+    i = max(range(1, shop.n_items + 1), key=lambda k: len(who[k]))
+    people = who[i]
+    shown, judges = reward.halves(people, np.random.default_rng(0))
+    pairs = [(a, b) for a in shop.phrases[i] for b in shop.phrases[i] if a < b]
+    values = [x.mean() for x in judge.judge([D.REASON.format(*p) for p in pairs], [judges] * len(pairs), everyone(shop), 0)]
+    worst, best = pairs[int(np.argmin(values))], pairs[int(np.argmax(values))]
+    run = lambda old, new, margin=0.0: judge.choose([i], [say(*old)], [say(*p) if p else "broken" for p in new], [shown], [judges],
+                                                    everyone(shop), 0, margin)[0][0]
+    assert run(worst, [best, worst])["accepted"] and run(worst, [best, worst])["best"] == 0
+    assert not run(best, [best, best])["accepted"]
+    assert not run(worst, [None])["accepted"], "a malformed proposal"
+    assert not run(worst, [("quantum", "unicorn")])["accepted"], "an ungrounded proposal"
+
+
+def test_windows_split_people_and_lose_nobody_early(shop):
+    who, cuts = D.choosers(shop), reward.window_cuts(shop, 3)
+    seen = set()
+    for _, (start, end), items, shown, judges in reward.windows(shop, who, cuts, 0):
+        for i, a, b in zip(items, shown, judges):
+            assert len(a) and len(b) and not set(a) & set(b)
+            assert len(a) <= D.PEOPLE and len(b) <= reward.AUDIENCE
+            assert (shop.events["time"][[*a, *b]] < end).all(), "nobody from after the window"
+            assert (shop.events["item"][[*a, *b]] == i).all() and not seen & {*a, *b}
+            seen |= {*a, *b}
+
+
+def test_window_cuts_never_split_equal_times(shop):
+    times = [np.sort(t // 20_000_000) for t in shop.times]    # five distinct days
+    coarse = dataclasses.replace(shop, times=times)
+    cuts = reward.window_cuts(coarse, 4)
+    assert cuts == sorted(set(cuts)) and cuts[0] == coarse.events["time"].min() and cuts[-1] == coarse.events["time"].max() + 1
+
+
+def test_practice_holds_out_items_and_never_judges_by_nobody(shop):
+    items, prompts, people, ears, held, train = reward.practice(shop, D.choosers(shop), reward.window_cuts(shop, 2), 0)
+    assert not {items[k] for k in held} & {items[k] for k in train}
+    assert all(len(people[k]) and not set(people[k]) & set(ears[k]) for k in [*held, *train])
+    assert any("Reason so far: none" in prompts[k] for k in train) and any("Reason so far: people" in prompts[k] for k in train)
+
+
+def test_truth_figures_by_hand():
+    out = reward.truth_figures([["a", "b"], ["c", "x"], []], [("a", "b"), ("c", "d"), ("e", "f")])
+    assert out == {"truth_precision": 3 / 4, "truth_recall": 3 / 6}
