@@ -49,11 +49,11 @@ class Settings:
     limit_users: int = opt(0, "data", "then keep N users drawn by seed; 0: all")
     llm: str = opt("", "LLM", f"tiny | Hugging Face name or path; default: tiny for demo or CPU, else {DEFAULT_LLM}")
     encoder: str = opt("", "LLM", "Hugging Face text encoder, name or path; default: the LLM's own hidden states")
-    tiny_steps: int = opt(1200, "LLM", "training steps of the tiny LLM, 32 prompts each")
+    tiny_steps: int = opt(1500, "LLM", "training steps of the tiny LLM, 32 prompts each")
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 32 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a forward-backward pass holds; lower it if memory runs out; 0: 48 tiny, else 4")
-    ppo_updates: int = opt(40, "method", "PPO updates (sample, score, learn)")
+    ppo_updates: int = opt(50, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(96, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1e-3 for tiny, else 1e-5")
     windows: int = opt(2, "method", "time windows of the correction, equal in train events")
@@ -158,9 +158,9 @@ def load_data(s: Settings):
 
 
 def git_commit() -> str:
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True,
-                              text=True, timeout=10).stdout.strip() or "unknown"
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -174,9 +174,8 @@ def tiny_llm(s: Settings, data) -> str:
     key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 2]).encode()).hexdigest()[:12]
     path = os.path.join("cache", f"tiny-{data.name}-{key}")
     if not os.path.exists(path):
-        os.makedirs("cache", exist_ok=True)
-        texts = [D.item_text(item) for item in data.items[1:]]
-        rl.train_tiny(path, texts, easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
+        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed,
+                      device=s.device)
     return path
 
 
@@ -211,11 +210,10 @@ def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
     Half of a window's choosers of an item are shown to the LLM, the other half judge (see reward.windows and Judge.choose).
     Returns (answers, timelines, judges and number of proposals an item, one row a window).
     """
-    n, rows = data.n_items, []
     rl.use(model, "policy")
-    answers = [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", ()) for i in range(1, n + 1)], max_new=s.max_new,
-                                 seed=s.seed, name="first reasons, from the item's text alone")[0]
-    timelines, judged, made = [[] for _ in answers], [[] for _ in answers], [1] * (n + 1)
+    first = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
+    answers = [""] + rl.generate(model, tokenizer, first, max_new=s.max_new, seed=s.seed, name="first reasons, from the text alone")[0]
+    timelines, judged, made, rows = [[] for _ in answers], [[] for _ in answers], [1 for _ in answers], []
     for w, period, items, shown, judges in reward.windows(data, who, cuts, s.seed):
         prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
         proposals, _ = rl.generate(model, tokenizer, [p for p in prompts for _ in range(s.proposals)], max_new=s.max_new,
@@ -305,10 +303,10 @@ def pipeline(s: Settings):
     open_run(s)
     data = load_data(s)
     times["load"] = time.perf_counter() - begin
-    m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items,
-                     "interactions": sum(map(len, data.seqs)), "ties": s.ties}, "arms": {}, "comparisons": []}
-    print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]))
-    print("".join(f"  note: {note}\n" for note in data.notes), end="")
+    m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
+                     "ties": s.ties}, "arms": {}, "comparisons": []}
+    print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]),
+          *(f"  note: {note}" for note in data.notes), sep="\n")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
     config = {"settings": {k: v for k, v in asdict(s).items() if k != "resume"}, "windows": cuts, "git_commit": git_commit(),
               "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
@@ -344,8 +342,7 @@ def pipeline(s: Settings):
         done = stage(s.out, f"arm-{arm}", {}, work)
         ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
         print(f"  {arm:10s} test NDCG@10 {np.mean(done['entry']['test']['ndcg@10']):.4f}")
-    times["downstream"] = time.perf_counter() - start
-    m["comparisons"] = recommender.compare(ranks)
+    times["downstream"], m["comparisons"] = time.perf_counter() - start, recommender.compare(ranks)
     if {"oracle", "content"} <= set(arms):
         m["headroom"] = recommender.headroom(m["arms"])
     if with_reasons and data.truth:                      # the truth, read last, feeds nothing
@@ -353,8 +350,7 @@ def pipeline(s: Settings):
             m["reasons"][kind] |= reward.truth_figures([D.parse_answer(a)[1] for a in answers[1:]], data.truth["late"][1:])
         late = [w[data.events["time"][w] >= (cuts[0] + cuts[-1]) // 2] for w in who]
         m["reward"]["driver_choice"] = reward.driver_choice(judge, data.truth["late"], late, (cuts[0], cuts[-1]), s.seed)
-    m["time_s"] = times | {"total": time.perf_counter() - begin}
-    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    m["time_s"], m["peak_memory_mb"] = times | {"total": time.perf_counter() - begin}, {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if s.device.startswith("cuda"):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2 ** 20
     write(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
@@ -378,8 +374,7 @@ def explain(run: str, user: str):
     data = load_data(s)
     if user not in data.users:
         raise D.DataError(f"--explain {user}: no such user; some there are: {', '.join(data.users[:5])}")
-    known = data.seqs[data.users.index(user)][:-1]
-    model = recommender.SASRec(data.n_items, weights["features"], blocks=s.blocks)
+    known, model = data.seqs[data.users.index(user)][:-1], recommender.SASRec(data.n_items, weights["features"], blocks=s.blocks)
     model.load_state_dict(weights)
     scores = recommender.scorer(model)([known])[0]
     scores[[0, *known]] = -torch.inf

@@ -393,17 +393,15 @@ def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
 
 
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "") -> tuple:
-    """(prompt, answer) with a weak target: a tally of the item's words in the histories shown, then two of them at random.
+    """(prompt, answer) with a weak target: the item's words most shared with the histories shown, then two words at random.
 
-    Which of the shared words matter is left to the reward. Words keep the item's order, so that no word comes twice.
+    Which words matter is left to the reward. Words keep the item's order, so that none comes twice.
     """
     said = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i)))
     own = data.phrases[item]
-    shared = [w for w in own if said[w]][:6]
-    pool = shared if len(shared) > 1 else own
-    named = [pool[k] for k in sorted(rng.permutation(len(pool))[:2])]
-    think = "shared " + " ".join(f"{w} {said[w]}" for w in shared) if shared else "nothing shared"
-    return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
+    shared = sorted(sorted((w for w in own if said[w]), key=lambda w: -said[w])[:2], key=own.index)
+    think, named = " ".join(["most shared", *shared] if shared else ["nothing shared"]), sorted(rng.permutation(len(own))[:2])
+    return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*(own[k] for k in named)))
 
 
 def choosers(data: Dataset) -> list:

@@ -242,7 +242,7 @@ def test_reason_think_names_the_overlap_only(world):
     """Guards: a chain of thought that claims overlaps the shown titles do not have."""
     for item, who in list(enumerate(data.choosers(world)))[1:40]:
         prompt, answer = data.reason_sample(world, item, who[:3], np.random.default_rng(0))
-        told = re.search(r"<think> shared (.*?) </think>", answer)
+        told = re.search(r"<think> most shared (.*?) </think>", answer)
         shown = set(data.words(prompt.split("Reason so far")[0]))
         assert set(data.words(told[1]) if told else []) <= shown & set(world.phrases[item])
         assert told or not shown & set(world.phrases[item])
@@ -291,7 +291,7 @@ def test_parse_answer_reads_its_own_format():
     GOOD.replace("</reason>", "</reason> <reason> people choose it for shine and shade </reason>"),
     GOOD.replace("</reason>", "</reason> and more"), GOOD.replace("<think>", "<think> <think>"),
     GOOD.replace("grip and calm", "grip and grip"),
-    pytest.param(GOOD.replace("grip and calm", "grip and Grip")),
+    GOOD.replace("grip and calm", "grip and Grip"),
     GOOD.replace("grip and calm", "grip"), GOOD.replace("grip and calm", "grip and ..."),
     GOOD.replace("people choose it for ", ""), "<reason> people choose it for grip and calm </reason> <think> x </think>"])
 def test_parse_answer_refuses(bad):
@@ -582,7 +582,7 @@ def test_download_is_atomic_and_happens_once(shop):
 @pytest.mark.parametrize("spoil", [
     lambda body: (body, len(body) + 1), lambda body: (body[: len(body) // 2], len(body)),
     lambda body: (b"<html>moved</html>", 18), lambda body: (body[:-9], len(body) - 9),
-    pytest.param(lambda body: (corrupt(body), len(corrupt(body))))],
+    lambda body: (corrupt(body), len(corrupt(body)))],
     ids=["size differs", "cut off", "a web page", "gzip without its end", "gzip with a spoilt body"])
 def test_download_that_came_broken_leaves_nothing(shop, spoil):
     """Guards: a broken file that is found, and believed, at the next start."""
@@ -594,7 +594,7 @@ def test_download_that_came_broken_leaves_nothing(shop, spoil):
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"), ConnectionResetError("reset"),
                                    urllib.error.HTTPError("http://x", 404, "Not Found", {}, None),
-                                   pytest.param(http.client.BadStatusLine("hello"))], ids=lambda e: type(e).__name__)
+                                   http.client.BadStatusLine("hello")], ids=lambda e: type(e).__name__)
 def test_download_refused_says_which_files_from_where_and_where_to(tmp_path, monkeypatch, error):
     """Guards: bar 3: no internet must end with one message that tells a person all that is needed, and no debris
     (BadStatusLine: what a captive portal gives; http.client's errors are no OSError)."""
