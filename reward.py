@@ -120,6 +120,7 @@ class Judge:
         A fifth of the people and a fifth of the items are held out. Returns {"auc_heldout", "epochs", "best_epoch"}.
         """
         torch.manual_seed(seed)
+        self.model = RewardModel(self.items.shape[1])        # anew: what was drawn before must not matter to a resumed run
         data, rng = self.data, np.random.default_rng([seed, 23])
         user, item = data.events["user"], data.events["item"]
         people = rng.random(len(data.users)) < 0.2

@@ -76,22 +76,22 @@ def load(name, device="cpu", *, rank=16, checkpointing=False):
         tokenizer = AutoTokenizer.from_pretrained(name)
         base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=compute,
                                                     device_map={"": device})
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise OSError(f"the LLM '{name}' could not be loaded ({str(e).splitlines()[0]}). Check the name and the network, "
                       "give a local folder with --llm PATH, or use --llm tiny, which needs neither.") from e
     base.requires_grad_(False)       # by hand: prepare_model_for_kbit_training upcasts embeddings and head (TRAPS 5)
     for module in base.modules():    # every dropout 0: sampling, reference and update must be the same function (TRAPS 14)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for rate in [n for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]:
+            setattr(module, rate, 0.0)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
                                             task_type="CAUSAL_LM"), adapter_name="align")
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()     # bf16 LoRA weights lose small steps (TRAPS 4)
     if checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masks are carried, so pad may equal eos (TRAPS 10)
     set_mode(model, training=False)
@@ -104,7 +104,7 @@ def quiet():
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")        # peft's call, not ours
     # on AVX512-BF16 machines bitsandbytes asks for a package that fetches remote code: not wanted (TRAPS 9)
-    logging_.getLogger("bitsandbytes").addFilter(lambda record: "kernels" not in record.getMessage())
+    logging_.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
 
 
 def set_mode(model, training: bool):
@@ -295,6 +295,7 @@ def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor
     rows = [tokenizer(" " + t, add_special_tokens=False)["input_ids"][:256] or [tokenizer.eos_token_id] for t in texts]
     out, device = [None] * len(rows), next(model.parameters()).device
     bar = tqdm(total=len(rows), desc=name, unit="text", leave=False, mininterval=1, disable=None if name else True)
+    learning = trainable(model)              # peft makes the active adapter trainable when disable_adapter ends: undone below
     with model.disable_adapter():
         for group in by_length([len(r) for r in rows], budget):
             ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
@@ -305,6 +306,8 @@ def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor
                 out[i] = vector
             bar.update(len(group))
     bar.close()
+    for parameter in {*trainable(model)} - {*learning}:
+        parameter.requires_grad_(False)
     first, last = torch.stack(out).chunk(2, -1)
     return F.normalize(first, dim=-1) + 0.3 * F.normalize(last, dim=-1)
 
@@ -376,9 +379,10 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
                                   seed=int(rng.integers(2 ** 31)))
         # 2. score them
         raw = reward_fn(texts, rows).float().to(device)
-        scale = scale or 1.0 / max(raw.std().item(), 1e-6)       # once, by the first rollout's spread (TRAPS 13)
+        if scale is None and 1e-6 < raw.std().item() < float("inf"):
+            scale = 1.0 / raw.std().item()                       # once, by the first spread there is (TRAPS 13)
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
-        scores = raw * scale - no_eos_penalty * ~finished
+        scores = raw * (scale or 1.0) - no_eos_penalty * ~finished
         # 3. lay out prompts | responses; old and reference log-probabilities, values
         left, left_mask = left_pad([encoded[i] for i in rows], tokenizer.pad_token_id)
         P, R = left.shape[1], max(map(len, answers))
