@@ -396,9 +396,10 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
             use(model, "align")
             ref_logp = torch.cat([token_logps(model, ids[p], full[p], P, temperature)[0] for p in parts])
             use(model, "policy", trainable=True)
-            out = [token_logps(model, ids[p], full[p], P, temperature, head) for p in parts]
+            out = [(logp, values, torch.distributions.Categorical(logits=logits).entropy()) for p in parts
+                   for logp, values, logits in [token_logps(model, ids[p], full[p], P, temperature, head)]]
             old_logp, old_values = torch.cat([o[0] for o in out]) * mask, torch.cat([o[1] for o in out]) * mask
-            entropy = masked_mean(torch.cat([torch.distributions.Categorical(logits=o[2]).entropy() for o in out]), mask)
+            entropy = masked_mean(torch.cat([o[2] for o in out]), mask)
             # 4. per-token rewards: the KL penalty everywhere, the score on the last real token (TRAPS 12)
             kl = (old_logp - ref_logp) * mask
             rewards = -beta * kl
