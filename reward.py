@@ -27,6 +27,7 @@ from recommender import Block, markdown, pad
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
 AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
 STATES, AUDIENCE = 256, 16                         # |N|; most people of an audience
+LEAST_GAIN = 1e-3                                  # nats; two reasons that name the same things differ by rounding only
 MAX_HISTORY = 20                                   # items of a history the user tower reads
 
 
@@ -318,8 +319,8 @@ def practice(data, who, cuts, seed):
 
 
 def convincing(gain: np.ndarray, margin: float) -> bool:
-    """Is the mean paired gain above zero by more than margin standard errors?"""
-    return len(gain) > 1 and bool(gain.mean() > margin * gain.std(ddof=1) / len(gain) ** 0.5 + 1e-9)
+    """Is the mean paired gain above zero by more than margin standard errors? Under LEAST_GAIN is no gain at all."""
+    return len(gain) > 1 and bool(gain.mean() > margin * gain.std(ddof=1) / len(gain) ** 0.5 + LEAST_GAIN)
 
 
 def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> float:

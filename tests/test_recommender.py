@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import recommender as rec
 
@@ -176,13 +177,13 @@ def test_the_loss_is_over_every_real_next_item_and_nothing_else(monkeypatch):
     d, told = ring(), []
     d.train.append(np.random.default_rng(0).integers(1, 13, rec.MAX_LEN + 9))    # longer than the model reads
     d.train.append(np.array([7]))                                                # nothing to predict
-    real = torch.nn.functional.cross_entropy
+    real = rec.FullSoftmax.apply
 
-    def spy(logits, targets, **kw):
-        assert logits.shape == (len(targets), d.n_items + 1), "a full softmax over the catalogue"
+    def spy(states, table, targets):
+        assert states.shape[:1] == targets.shape and len(table) == d.n_items + 1, "a full softmax over the catalogue"
         told.extend(targets.tolist())
-        return real(logits, targets, **kw)
-    monkeypatch.setattr(rec.F, "cross_entropy", spy)
+        return real(states, table, targets)
+    monkeypatch.setattr(rec.FullSoftmax, "apply", spy)
     d.valid = np.append(d.valid, [0, 0])
     monkeypatch.setattr(rec, "ranks", lambda *_, **__: np.ones(1, dtype=int))     # selection is not looked at here
     quick(d, epochs=1)
@@ -342,3 +343,29 @@ def test_run_arm_reports_each_seed_and_slice():
     once = rec.run_arm("markov", d, None, {}, seeds=3)
     assert once[0].shape[0] == 1 == len(once[1]["seeds"]) and once[1]["test"]["ndcg@10"][0] > .99
     assert entry["train_s"] > 0 and entry["rank_ms_per_user"] > 0 and 0 <= entry["audit"]["gini@10"] <= 1
+
+
+@pytest.mark.parametrize("at_once", [1, 200, 10 ** 6])
+def test_full_softmax_equals_cross_entropy_over_all_logits(monkeypatch, at_once):
+    monkeypatch.setattr(rec, "SCORES_AT_ONCE", at_once)          # chunks of 16, 20 and all rows
+    g = torch.Generator().manual_seed(0)
+    states, table = (torch.randn(n, 8, generator=g, requires_grad=True) for n in (70, 50))
+    targets = torch.randint(1, 50, (70,), generator=g)
+    logits = states @ table.T
+    want = F.cross_entropy(logits.index_fill(1, torch.tensor([0]), -torch.inf), targets)
+    want_grads = torch.autograd.grad(3 * want, (states, table))
+    loss = rec.FullSoftmax.apply(states, table, targets)
+    grads = torch.autograd.grad(3 * loss, (states, table))
+    assert loss.item() == pytest.approx(want.item(), abs=1e-5)
+    for got, expected in zip(grads, want_grads):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_batches_visit_every_user_once_and_pad_little():
+    lengths = np.random.default_rng(1).integers(2, 51, 1000)
+    seen = list(rec.batches(lengths, 32, np.random.default_rng(0)))
+    assert sorted(np.concatenate(seen)) == list(range(1000)) and max(map(len, seen)) == 32
+    padded = sum(len(rows) * lengths[rows].max() for rows in seen)
+    assert padded < 1.2 * lengths.sum(), "batches of similar length pad less than a fifth"
+    again = list(rec.batches(lengths, 32, np.random.default_rng(1)))
+    assert not np.array_equal(seen[0], again[0]), "another seed, another order"

@@ -128,6 +128,7 @@ def test_convincing_asks_for_more_than_margin_standard_errors():
     gain = np.array([1.0, 0.0, 1.0, 0.0])                    # mean .5, standard error .289
     assert reward.convincing(gain, 1.5) and not reward.convincing(gain, 2.0)
     assert not reward.convincing(np.zeros(8), 0.0), "an identical proposal must never be accepted"
+    assert not reward.convincing(np.full(4, 1.2e-7), 0.5), "the rounding of an identical proposal must not count as a gain"
     assert not reward.convincing(np.array([3.0]), 0.0), "one judge has no standard error"
 
 
