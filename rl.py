@@ -25,8 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-ADAPTERS = ("align", "policy")
-
 
 # --------------------------------------------------------------------------------------------------------- loading
 def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, width=128, layers=2, vocab=4096, seed=0,
@@ -276,17 +274,12 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
             out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
         bar.update(len(group))
     bar.close()
-    return decode(tokenizer, out), out
-
-
-def decode(tokenizer, answers) -> list:
-    """Texts up to EOS: what a reward may see. The policy trains on the sampled ids themselves (TRAPS 17)."""
-    eos = tokenizer.eos_token_id
-    return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != eos] for a in answers])]
+    # a reward may see the texts up to EOS; the policy trains on the sampled ids themselves (TRAPS 17)
+    return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != eos] for a in out])], out
 
 
 @torch.no_grad()
-def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor:
+def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
     """Text vectors (len(texts), D) on CPU: token means of the base model's input embeddings and last hidden states, added.
 
     Adapters are off. Both halves have unit length, the second weighs 0.3: first and last layer together (Su et al. 2021,
@@ -294,18 +287,16 @@ def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor
     """
     rows = [tokenizer(" " + t, add_special_tokens=False)["input_ids"][:256] or [tokenizer.eos_token_id] for t in texts]
     out, device = [None] * len(rows), next(model.parameters()).device
-    bar = tqdm(total=len(rows), desc=name, unit="text", leave=False, mininterval=1, disable=None if name else True)
+    groups = tqdm(list(by_length([len(r) for r in rows], budget)), desc="text vectors", unit="batch", leave=False, delay=2, disable=None)
     learning = trainable(model)              # peft makes the active adapter trainable when disable_adapter ends: undone below
     with model.disable_adapter():
-        for group in by_length([len(r) for r in rows], budget):
+        for group in groups:
             ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
             ids, mask = ids.to(device), mask.to(device)
             first, last = model.get_input_embeddings()(ids).float(), hidden_states(model, ids, mask).float()
             both = torch.cat([first, last], -1) * mask[..., None]
             for i, vector in zip(group, (both.sum(1) / mask.sum(1, keepdim=True)).cpu()):
                 out[i] = vector
-            bar.update(len(group))
-    bar.close()
     for parameter in {*trainable(model)} - {*learning}:
         parameter.requires_grad_(False)
     first, last = torch.stack(out).chunk(2, -1)
@@ -313,14 +304,10 @@ def encode(model, tokenizer, texts, *, budget=32_768, name=None) -> torch.Tensor
 
 
 # ------------------------------------------------------------------------------------------------ the maths of PPO
-def masked_mean(x, mask):
-    return (x * mask).sum() / mask.sum()
-
-
 def whiten(x, mask):
     """Zero mean, unit variance over real tokens; padding stays 0."""
-    mean = masked_mean(x, mask)
-    return (x - mean) * (masked_mean((x - mean) ** 2, mask) + 1e-8).rsqrt() * mask
+    x = (x - x[mask].mean()).masked_fill(~mask, 0)
+    return x * (x[mask].square().mean() + 1e-8).rsqrt()
 
 
 def gae(rewards, values, mask, lam: float = 0.95):
@@ -349,6 +336,54 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
+def lay_out(prompts, answers, pad: int, device):
+    """Lists of token ids -> ids (B, P + R) as drawn above, masks of real tokens (B, P + R) and (B, R), and P."""
+    left, left_mask = left_pad(prompts, pad)
+    R = max(map(len, answers))
+    right, mask = torch.full((len(answers), R), pad), torch.zeros(len(answers), R, dtype=torch.bool)
+    for i, a in enumerate(answers):
+        right[i, : len(a)], mask[i, : len(a)] = torch.tensor(a), True
+    ids, full = torch.cat([left, right], 1), torch.cat([left_mask, mask], 1)
+    return ids.to(device), full.to(device), mask.to(device), left.shape[1]
+
+
+@torch.no_grad()
+def look_back(model, forward, mask, micro_batch):
+    """Before any update: reference and old log-probabilities and old values (B, R), padding 0; mean entropy of a token."""
+    parts = torch.arange(len(mask), device=mask.device).split(micro_batch)
+    use(model, "align")
+    ref_logp = torch.cat([forward(p)[0] for p in parts])
+    use(model, "policy", trainable=True)
+    out = [(logp, values, torch.distributions.Categorical(logits=logits).entropy()) for p in parts
+           for logp, values, logits in [forward(p)]]
+    old_logp, old_values, entropy = (torch.cat(x) * mask for x in zip(*out))
+    return ref_logp * mask, old_logp, old_values, entropy.sum() / mask.sum()
+
+
+def learn(forward, parameters, optimizer, rollout, mask, rng, *, epochs, minibatch, micro_batch, kl_stop):
+    """Several epochs of clipped updates on one rollout, (old_logp, advantages, old_values, returns); one dict a step."""
+    old_logp, advantages, old_values, returns = rollout
+    steps = []
+    for rows in (r for _ in range(epochs) for r in torch.from_numpy(rng.permutation(len(mask))).to(mask.device).split(minibatch)):
+        tokens, parts = mask[rows].sum(), []
+        for p in rows.split(micro_batch):
+            logp, values, _ = forward(p)
+            loss, stats = ppo_loss(logp, old_logp[p], advantages[p], values, old_values[p], returns[p], mask[p], tokens)
+            loss.backward()
+            parts.append(stats | {"loss": loss.item()})
+        step = {k: sum(s[k] for s in parts) for k in parts[0]}
+        step["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        step["skipped"] = not np.isfinite(step["loss"] + step["grad_norm"]) or step["ratio"] > 10
+        far = step["approx_kl"] > kl_stop                                                        # TRAPS 16
+        if not (step["skipped"] or far):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        steps.append(step)
+        if far:
+            break
+    return steps
+
+
 def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32, micro_batch=32, epochs=2, lr=5e-4,
         value_lr=1e-2, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,
         seed=0, log_path=None):
@@ -363,8 +398,8 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
     use(model, "policy", trainable=True)
     head = nn.Linear(model.config.hidden_size, 1).to(device)     # float32; zero: values start unbiased (TRAPS 14)
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
-    weights = trainable(model)
-    optimizer = torch.optim.AdamW([{"params": weights, "lr": lr}, {"params": head.parameters(), "lr": value_lr}],
+    parameters = [*trainable(model), *head.parameters()]
+    optimizer = torch.optim.AdamW([{"params": parameters[:-2], "lr": lr}, {"params": parameters[-2:], "lr": value_lr}],
                                   eps=1e-5, weight_decay=0.0)    # TRAPS 16
     rng, order, log, scale = np.random.default_rng([seed, 19]), [], [], None
     bar = tqdm(range(updates), desc="PPO", unit="update", mininterval=1, disable=None)
@@ -383,68 +418,33 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
             scale = 1.0 / raw.std().item()                       # once, by the first spread there is (TRAPS 13)
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
         scores = raw * (scale or 1.0) - no_eos_penalty * ~finished
-        # 3. lay out prompts | responses; old and reference log-probabilities, values
-        left, left_mask = left_pad([encoded[i] for i in rows], tokenizer.pad_token_id)
-        P, R = left.shape[1], max(map(len, answers))
-        right, mask = torch.full((batch, R), tokenizer.pad_token_id), torch.zeros(batch, R, dtype=torch.bool)
-        for i, a in enumerate(answers):
-            right[i, : len(a)], mask[i, : len(a)] = torch.tensor(a), True
-        ids, full = torch.cat([left, right], 1).to(device), torch.cat([left_mask, mask], 1).to(device)
-        mask = mask.to(device)
-        parts = torch.arange(batch, device=device).split(micro_batch)
-        with torch.no_grad():
-            use(model, "align")
-            ref_logp = torch.cat([token_logps(model, ids[p], full[p], P, temperature)[0] for p in parts])
-            use(model, "policy", trainable=True)
-            out = [(logp, values, torch.distributions.Categorical(logits=logits).entropy()) for p in parts
-                   for logp, values, logits in [token_logps(model, ids[p], full[p], P, temperature, head)]]
-            old_logp, old_values = torch.cat([o[0] for o in out]) * mask, torch.cat([o[1] for o in out]) * mask
-            entropy = masked_mean(torch.cat([o[2] for o in out]), mask)
-            # 4. per-token rewards: the KL penalty everywhere, the score on the last real token (TRAPS 12)
-            kl = (old_logp - ref_logp) * mask
-            rewards = -beta * kl
-            rewards[torch.arange(batch), mask.sum(1) - 1] += scores
-            advantages, returns = gae(rewards, old_values, mask, lam)
-            advantages = whiten(advantages, mask)
+        # 3. old and reference log-probabilities, values
+        ids, full, mask, P = lay_out([encoded[i] for i in rows], answers, tokenizer.pad_token_id, device)
+        forward = lambda p: token_logps(model, ids[p], full[p], P, temperature, head)
+        ref_logp, old_logp, old_values, entropy = look_back(model, forward, mask, micro_batch)
+        # 4. per-token rewards: the KL penalty everywhere, the score on the last real token (TRAPS 12); advantages
+        kl = old_logp - ref_logp
+        rewards = -beta * kl
+        rewards[torch.arange(batch), mask.sum(1) - 1] += scores
+        advantages, returns = gae(rewards, old_values, mask, lam)
         # 5. several epochs of clipped updates
         set_mode(model, training=True)
-        stats, skipped, stop = [], 0, False
-        for _ in range(epochs):
-            for rows_ in torch.from_numpy(rng.permutation(batch)).to(device).split(minibatch):
-                tokens, step = mask[rows_].sum(), []
-                for p in rows_.split(micro_batch):
-                    logp, values, _ = token_logps(model, ids[p], full[p], P, temperature, head)
-                    loss, s = ppo_loss(logp, old_logp[p], advantages[p], values, old_values[p], returns[p], mask[p], tokens)
-                    loss.backward()
-                    step.append(s | {"loss": loss.item()})
-                step = {k: sum(s[k] for s in step) for k in step[0]}
-                step["grad_norm"] = nn.utils.clip_grad_norm_([*weights, *head.parameters()], 1.0).item()
-                stop = step["approx_kl"] > kl_stop
-                if not np.isfinite(step["loss"] + step["grad_norm"]) or step["ratio"] > 10:
-                    skipped += 1
-                elif not stop:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                stats.append(step)
-                if stop:
-                    break
-            if stop:
-                break
+        steps = learn(forward, parameters, optimizer, (old_logp, whiten(advantages, mask), old_values, returns), mask, rng,
+                      epochs=epochs, minibatch=minibatch, micro_batch=micro_batch, kl_stop=kl_stop)
         # 6. adapt beta, log
         kl_sequence = kl.sum(1).mean().item()
         explained = 1 - ((returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
-        row = {"update": update, "reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
-               "kl": kl_sequence, "beta": beta, "entropy": entropy.item(), "explained_variance": explained,
-               **{k: float(np.mean([s[k] for s in stats])) for k in stats[0]}, "first_ratio": stats[0]["ratio"],
-               "steps": len(stats), "skipped": skipped, "eos_rate": finished.float().mean().item(),
-               "length": mask.sum(1).float().mean().item(),
-               "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)}
+        log.append({"update": update, "reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
+                    "kl": kl_sequence, "beta": beta, "entropy": entropy.item(), "explained_variance": explained,
+                    **{k: float(np.mean([s[k] for s in steps])) for k in steps[0]}, "first_ratio": steps[0]["ratio"],
+                    "steps": len(steps), "skipped": sum(s["skipped"] for s in steps),
+                    "eos_rate": finished.float().mean().item(), "length": mask.sum(1).float().mean().item(),
+                    "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)})
         beta *= 1 + float(np.clip(kl_sequence / kl_target - 1, -0.2, 0.2)) * 0.1
-        log.append(row)
         if log_path:
             with open(log_path, "a") as f:
-                f.write(json.dumps(row) + "\n")
-        bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {kl_sequence:.2f}")
+                f.write(json.dumps(log[-1]) + "\n")
+        bar.set_postfix_str(f"reward {log[-1]['reward']:+.3f} KL {kl_sequence:.2f}")
     set_mode(model, training=False)
     use(model, "policy")
     return log
