@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,8 +120,7 @@ def resolve(s: Settings) -> Settings:
 # ------------------------------------------------------------------------------------------------------ run folder
 def write(path: str, text: str):
     """Atomic: a reader, or a killed run, sees the old file or the new one."""
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        f.write(text)
+    Path(path + ".part").write_text(text, encoding="utf-8")
     os.replace(path + ".part", path)
 
 
@@ -142,8 +142,7 @@ def open_run(s: Settings):
     if s.resume:
         if not os.path.exists(path):
             raise D.DataError(f"--resume: {path} does not exist; leave --resume out to start")
-        with open(path) as f:
-            old = json.load(f)["settings"]
+        old = json.loads(Path(path).read_text())["settings"]
         for k, v in asdict(s).items():
             if k != "resume" and old.get(k) != v:
                 raise D.DataError(f"--resume: {s.out} was made with --{k.replace('_', '-')} {old.get(k)}, not {v}")
@@ -157,12 +156,17 @@ def load_data(s: Settings):
                   limit_items=s.limit_items, limit_users=s.limit_users, small=s.quick)
 
 
-def git_commit() -> str:
+def describe(s: Settings, cuts) -> dict:
+    """config.json: what another machine needs to know to repeat the run."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        commit = "unknown"
+    return {"settings": {k: v for k, v in asdict(s).items() if k != "resume"}, "windows": cuts, "git_commit": commit,
+            "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
+                         "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
 
 
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
@@ -174,8 +178,8 @@ def tiny_llm(s: Settings, data) -> str:
     key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 2]).encode()).hexdigest()[:12]
     path = os.path.join("cache", f"tiny-{data.name}-{key}")
     if not os.path.exists(path):
-        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed,
-                      device=s.device)
+        texts = [D.item_text(item) for item in data.items[1:]]
+        rl.train_tiny(path, texts, easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
     return path
 
 
@@ -252,24 +256,10 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
 
 
-# -------------------------------------------------------------------------------------------- downstream and report
-def features_of(arm, data, encode, kinds, seed):
-    """Item features (n_items + 1, F) of an arm: whitened vectors of the item's text, beside those of its reason; None for id."""
-    if arm not in LLM_ARMS:
-        return None
-    texts = [[D.item_text(item) for item in data.items[1:]]]
-    if arm == "oracle":
-        texts.append([" ".join(t) for t in data.truth["late"][1:]])
-    elif arm != "content":
-        texts.append([D.mask_identity(data, D.parse_answer(a)[0]) for a in kinds["curec" if arm == "placebo" else arm][1:]])
-    if arm == "placebo":
-        np.random.default_rng([seed, 61]).shuffle(texts[1])
-    return torch.nn.functional.pad(torch.cat([reward.whitened(encode(t)) for t in texts], 1), (0, 0, 1, 0))
-
-
 # --------------------------------------------------------------------------------------------------------- the run
-def learn(s, data, model, tokenizer, encode, who, cuts, times, m):
-    """Alignment, reward model, PPO, reasons. Fills times and m's reward, ppo, correction, reasons; returns (reasons, judge)."""
+def learn(s, data, model, tokenizer, encode, who, cuts, m):
+    """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
+    times = m["time_s"]
     def align():
         rl.use(model, "align", trainable=True)
         samples = D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8)
@@ -297,67 +287,78 @@ def learn(s, data, model, tokenizer, encode, who, cuts, times, m):
     return out, judge
 
 
+def downstream(s, data, encode, kinds, m):
+    """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom."""
+    slices, ranks, start = recommender.slices_of(data), {}, time.perf_counter()
+    for arm in s.arms.split(","):
+        def work():
+            rank, entry, model = recommender.run_arm(arm, data, reward.features(arm, data, encode, kinds, s.seed), slices, seeds=s.seeds,
+                                                     base_seed=s.seed, epochs=s.epochs, blocks=s.blocks, device=s.device)
+            return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
+        done = stage(s.out, f"arm-{arm}", {}, work)
+        ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
+        print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
+    m["time_s"]["downstream"], m["comparisons"] = time.perf_counter() - start, recommender.compare(ranks)
+    if {"oracle", "content"} <= set(ranks):
+        m["headroom"] = recommender.headroom(m["arms"])
+
+
+def tell_truth(s, data, judge, who, cuts, kinds, m):
+    """Demo only: how true the reasons are and how well the judge knows it. Read after everything else; feeds nothing."""
+    for kind, answers in kinds.items():
+        m["reasons"][kind] |= reward.truth_figures([D.parse_answer(a)[1] for a in answers[1:]], data.truth["late"][1:])
+    late = [w[data.events["time"][w] >= (cuts[0] + cuts[-1]) // 2] for w in who]
+    m["reward"]["driver_choice"] = reward.driver_choice(judge, data.truth["late"], late, (cuts[0], cuts[-1]), s.seed)
+
+
 def pipeline(s: Settings):
-    """Runs every stage that the arms need and writes the run folder (DESIGN: config, metrics, reasons, ppo, report)."""
-    begin, times, arms = time.perf_counter(), {}, s.arms.split(",")
+    """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
+    begin, arms = time.perf_counter(), set(s.arms.split(","))
     open_run(s)
     data = load_data(s)
-    times["load"] = time.perf_counter() - begin
     m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
-                     "ties": s.ties}, "arms": {}, "comparisons": []}
+                     "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]),
           *(f"  note: {note}" for note in data.notes), sep="\n")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
-    config = {"settings": {k: v for k, v in asdict(s).items() if k != "resume"}, "windows": cuts, "git_commit": git_commit(),
-              "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
-              "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
-                           "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
+    config, encode, out, reasons, log = describe(s, cuts), None, {"kinds": {}}, [], []
     write(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    encode, out, reasons, log, with_reasons = None, {"kinds": {}}, [], [], bool(REASON_ARMS & set(arms))
-    if with_reasons or (LLM_ARMS & set(arms) and not s.encoder):
+    if REASON_ARMS & arms or (LLM_ARMS & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
         start = time.perf_counter()
         path = tiny_llm(s, data) if s.llm == "tiny" else s.llm
-        times["tiny_llm"] = time.perf_counter() - start
+        m["time_s"]["tiny_llm"] = time.perf_counter() - start
         torch.manual_seed(s.seed)
         model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
         write(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
         encode = lambda texts: rl.encode(model, tokenizer, texts)
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
-    if with_reasons:
-        out, judge = learn(s, data, model, tokenizer, encode, who, cuts, times, m)
-        said = {kind: [D.parse_answer(a)[0] for a in answers] for kind, answers in out["kinds"].items()}
-        reasons = [{"item": item["id"], "title": item["title"], "aligned": said["aligned"][i], "rl": said["rl"][i],
-                    "timeline": out["timelines"][i], "reason": said["curec"][i]} for i, item in enumerate(data.items) if i]
+    if REASON_ARMS & arms:
+        out, judge = learn(s, data, model, tokenizer, encode, who, cuts, m)
+        said = lambda kind, i: D.parse_answer(out["kinds"][kind][i])[0]
+        reasons = [{"item": item["id"], "title": item["title"], "aligned": said("aligned", i), "rl": said("rl", i),
+                    "timeline": out["timelines"][i], "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
         write(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
         log = [json.loads(line) for _, line in D.lines(os.path.join(s.out, "ppo.jsonl"))]
     print("[5/5] downstream: the arms, same seeds and budget")
-    slices, ranks, start = recommender.slices_of(data), {}, time.perf_counter()
-    for arm in arms:
-        def work():
-            rank, entry, model = recommender.run_arm(arm, data, features_of(arm, data, encode, out["kinds"], s.seed), slices,
-                                                     seeds=s.seeds, base_seed=s.seed, epochs=s.epochs, blocks=s.blocks, device=s.device)
-            return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
-        done = stage(s.out, f"arm-{arm}", {}, work)
-        ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
-        print(f"  {arm:10s} test NDCG@10 {np.mean(done['entry']['test']['ndcg@10']):.4f}")
-    times["downstream"], m["comparisons"] = time.perf_counter() - start, recommender.compare(ranks)
-    if {"oracle", "content"} <= set(arms):
-        m["headroom"] = recommender.headroom(m["arms"])
-    if with_reasons and data.truth:                      # the truth, read last, feeds nothing
-        for kind, answers in out["kinds"].items():
-            m["reasons"][kind] |= reward.truth_figures([D.parse_answer(a)[1] for a in answers[1:]], data.truth["late"][1:])
-        late = [w[data.events["time"][w] >= (cuts[0] + cuts[-1]) // 2] for w in who]
-        m["reward"]["driver_choice"] = reward.driver_choice(judge, data.truth["late"], late, (cuts[0], cuts[-1]), s.seed)
-    m["time_s"], m["peak_memory_mb"] = times | {"total": time.perf_counter() - begin}, {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    downstream(s, data, encode, out["kinds"], m)
+    if reasons and data.truth:
+        tell_truth(s, data, judge, who, cuts, out["kinds"], m)
+    m["time_s"]["total"] = time.perf_counter() - begin
+    finish(s, data, m, reasons, log)
+
+
+def finish(s, data, m, reasons, log):
+    """Writes metrics.json and report.md and prints the arms."""
+    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if s.device.startswith("cuda"):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2 ** 20
     write(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
     notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny")] + data.notes
     notes += ["**Quick run: these figures mean nothing.**"] * s.quick
-    parts = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
-    write(os.path.join(s.out, "report.md"), "\n\n".join(parts) + "\n")
+    report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
+    write(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
     print(f"\n{recommender.arms_table(m['arms'])}\n" + "\nquick run: these figures mean nothing\n" * s.quick
           + f"\nreport: {os.path.join(s.out, 'report.md')}")
 
@@ -367,11 +368,9 @@ def explain(run: str, user: str):
     files = [os.path.join(run, name) for name in ("config.json", "reasons.jsonl", "state/arm-curec.pt")]
     if missing := [f for f in files if not os.path.exists(f)]:
         raise D.DataError(f"--run {run}: {missing[0]} is missing; it needs a finished run with the arm curec")
-    with open(files[0]) as f:
-        s = Settings(**json.load(f)["settings"])
+    s = Settings(**json.loads(Path(files[0]).read_text())["settings"])
     reasons = [json.loads(line) for _, line in D.lines(files[1])]
-    weights = torch.load(files[2], weights_only=True)["value"]["model"]
-    data = load_data(s)
+    data, weights = load_data(s), torch.load(files[2], weights_only=True)["value"]["model"]
     if user not in data.users:
         raise D.DataError(f"--explain {user}: no such user; some there are: {', '.join(data.users[:5])}")
     known, model = data.seqs[data.users.index(user)][:-1], recommender.SASRec(data.n_items, weights["features"], blocks=s.blocks)
@@ -384,6 +383,7 @@ def explain(run: str, user: str):
 
 
 def main(argv=None) -> int:
+    sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
     try:
         s, run, user = parse_args(argv)
         explain(run, user) if run else pipeline(resolve(s))

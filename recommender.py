@@ -1,11 +1,12 @@
 """SASRec with fused item features, the two counting baselines, and evaluation over the full catalogue.
 
-    x_j  = E[i_j] + W f[i_j] + pos_j            item vector = ID + projected features (text, reasons)
-    h_t  = SASRec(x_1 .. x_t)                   causal self-attention, pre-norm
-    loss = -log softmax_i(h_t . (E + W f)_i)    full softmax over the catalogue, real positions only
+    v_i  = unit(E_i + W f_i)                    item vector = ID + projected features (text, reasons)
+    h_t  = unit(SASRec(x_1 .. x_t)) / tau       causal self-attention, pre-norm;  x_j = sqrt(D) v[i_j] + pos_j
+    loss = -log softmax_i(h_t . v_i)            full softmax over the catalogue, real positions only; tau is learnt
 
 Sequences are padded on the right: behind a causal mask no real position ever sees the padding, so no key mask is
-needed. Item 0 is padding. The fused table E + W f is computed once for ranking, so features cost nothing there.
+needed. Item 0 is padding. The fused table v is computed once for ranking, so features cost nothing there. Weights are
+averaged over about the last epoch (EMA); validation and test see the average.
 
 Left out: negative sampling (the full softmax is stronger and simpler at this size) and sampled metrics (they rank
 models differently from the full catalogue: Krichene & Rendle 2020).  Try it alone: pytest tests/test_recommender.py
@@ -18,9 +19,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 MAX_LEN = 50                       # longest history the model sees, in items
+LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
 ARMS = ("popularity", "markov", "id", "content", "placebo", "aligned", "rl", "bestof", "curec", "oracle")
@@ -31,7 +34,11 @@ COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("r
 
 # ----------------------------------------------------------------------------------------------------------- model
 class Block(nn.Module):
-    """One pre-norm transformer block; attention is causal, so position t sees items 1..t only."""
+    """One pre-norm transformer block beside a short causal convolution: position t sees items 1..t only.
+
+    The convolution (depthwise, the last LOCAL items, starting at 0) stands in for the frequency filter of BSARec
+    (arXiv 2312.10325), which mixes all positions and so cannot be trained on every position of a sequence at once.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -40,13 +47,17 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.local = nn.Parameter(torch.zeros(LOCAL, width))
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        y = self.norm1(x)
+        q, k, v = self.qkv(y).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.p if self.training else 0.0)
-        x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, D)))
+        past = F.pad(y, (0, 0, LOCAL - 1, 0))                                              # (B, LOCAL - 1 + T, D)
+        local = sum(past[:, k: k + T] * weight for k, weight in enumerate(self.local))
+        x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, D)) + local)
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
@@ -63,6 +74,7 @@ class SASRec(nn.Module):
         self.pos = nn.Embedding(max_len, width)
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(blocks)])
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.log_tau = nn.Parameter(torch.tensor(0.07).log())
         self.project = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -72,21 +84,21 @@ class SASRec(nn.Module):
         if features is not None:       # made last: every arm draws the same random numbers for the shared parts
             self.register_buffer("features", features.float())
             self.project = nn.Linear(features.shape[1], width, bias=False)
-            nn.init.normal_(self.project.weight, std=(width * features.shape[1]) ** -0.5)
+            nn.init.normal_(self.project.weight, std=width ** -0.5)        # keeps lengths: items start where their texts are
 
     def table(self) -> torch.Tensor:
-        """The fused item table, (n_items + 1, D): what input and output share."""
-        if self.project is None:
-            return self.item.weight
-        return self.item.weight + self.project(self.drop(self.features))
+        """The fused item table of unit vectors, (n_items + 1, D): what input and output share."""
+        vectors = self.item.weight
+        if self.project is not None:
+            vectors = vectors + self.drop(self.project(self.features))
+        return F.normalize(vectors, dim=-1)
 
     def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states (B, T, D)."""
-        x = table[ids] + self.pos.weight[: ids.shape[1]]
-        x = self.drop(x)
+        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states (B, T, D) of length 1 / tau."""
+        x = self.drop(table[ids] * table.shape[1] ** 0.5 + self.pos.weight[: ids.shape[1]])
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return F.normalize(self.norm(x), dim=-1) / self.log_tau.exp()
 
 
 def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
@@ -131,6 +143,12 @@ class FullSoftmax(torch.autograd.Function):
         return d_states * (grad / n), d_table * (grad / n), None
 
 
+def next_item_loss(model, ids: torch.Tensor) -> torch.Tensor:
+    """Mean loss over every next item of ids (B, T + 1), right-padded with 0; only real positions reach the softmax."""
+    table, real = model.table(), ids[:, 1:] > 0
+    return FullSoftmax.apply(model(ids[:, :-1], table)[real], table, ids[:, 1:][real])
+
+
 def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
     """Random batches of users of similar length: `pool` random batches are sorted, cut, and shuffled, to pad little."""
     order = rng.permutation(len(lengths))
@@ -153,22 +171,24 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     usable = np.array([u for u, s in enumerate(train_seqs) if len(s) > 1])
     lengths = np.array([min(len(train_seqs[u]), MAX_LEN + 1) for u in usable])
+    decay = 1 - batch / max(len(usable), 2 * batch)         # the average reaches back about an epoch, less at the start
+    average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(1 - decay, 9.0 / (10.0 + float(n)))))
     best, best_epoch, best_state = -1.0, 0, None
     bar = tqdm(range(1, epochs + 1), desc=name, unit="epoch", leave=False, mininterval=1, disable=None)
     for epoch in bar:
         model.train()
         for rows in batches(lengths, batch, order_rng):
             ids = pad([train_seqs[u] for u in usable[rows]], MAX_LEN + 1).to(device)                 # (B, T + 1)
-            table, real = model.table(), ids[:, 1:] > 0
-            loss = FullSoftmax.apply(model(ids[:, :-1], table)[real], table, ids[:, 1:][real])
+            loss = next_item_loss(model, ids)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
-        value = metrics(ranks(scorer(model, device), train_seqs, valid_items))["ndcg@10"].mean()
+            average.update_parameters(model)
+        value = metrics(ranks(scorer(average.module, device), train_seqs, valid_items))["ndcg@10"].mean()
         bar.set_postfix_str(f"valid NDCG@10 {value:.4f}, best {max(best, value):.4f}")
         if value > best:
-            best, best_epoch, best_state = value, epoch, copy.deepcopy(model.state_dict())
+            best, best_epoch, best_state = value, epoch, copy.deepcopy(average.module.state_dict())
         if epoch - best_epoch >= patience:
             break
     bar.close()

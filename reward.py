@@ -258,6 +258,23 @@ class Judge:
                 "mean_reward": float(total.mean())}
 
 
+def features(arm, data, encode, kinds, seed):
+    """Item features (n_items + 1, F) of an arm: whitened vectors of the item's text, beside those of its reason; None: IDs only.
+
+    kinds: decoded answers by kind, index 0 unused. placebo: the final reasons, shuffled among items.
+    """
+    if arm in ("popularity", "markov", "id"):
+        return None
+    texts = [[D.item_text(item) for item in data.items[1:]]]
+    if arm == "oracle":
+        texts.append([" ".join(t) for t in data.truth["late"][1:]])
+    elif arm != "content":
+        texts.append([D.mask_identity(data, D.parse_answer(a)[0]) for a in kinds["curec" if arm == "placebo" else arm][1:]])
+    if arm == "placebo":
+        np.random.default_rng([seed, 61]).shuffle(texts[1])
+    return F.pad(torch.cat([whitened(encode(t)) for t in texts], 1), (0, 0, 1, 0))
+
+
 def window_cuts(data, windows: int) -> list:
     """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events; equal times stay together."""
     times = data.events["time"]

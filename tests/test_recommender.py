@@ -152,7 +152,7 @@ def test_the_fused_table_is_id_plus_projected_features():
     features = torch.randn(31, 5, dtype=torch.float64)
     features[0] = 0
     m = rec.SASRec(30, features, width=16).eval()
-    expected = m.item.weight + features.float() @ m.project.weight.T
+    expected = F.normalize(m.item.weight + features.float() @ m.project.weight.T, dim=-1)
     assert torch.allclose(m.table(), expected, atol=1e-6) and torch.equal(m.table(), m.table())
     assert m.table()[0].abs().max() == 0
 
@@ -369,3 +369,39 @@ def test_batches_visit_every_user_once_and_pad_little():
     assert padded < 1.2 * lengths.sum(), "batches of similar length pad less than a fifth"
     again = list(rec.batches(lengths, 32, np.random.default_rng(1)))
     assert not np.array_equal(seen[0], again[0]), "another seed, another order"
+
+
+def test_states_and_table_have_fixed_lengths(small_model):
+    """Guards: a popular item that wins by the length of its vector; a temperature that reaches one side only."""
+    table = small_model.table()
+    assert torch.allclose(table[1:].norm(dim=1), torch.ones(len(table) - 1), atol=1e-5)
+    states = small_model(torch.tensor([[1, 2, 3]]), table)
+    assert torch.allclose(states.norm(dim=-1), (1 / small_model.log_tau.exp()).expand(1, 3), atol=1e-4)
+
+
+def test_the_local_convolution_looks_back_exactly_its_length():
+    """Guards: an offset of one in the causal padding."""
+    block = rec.Block(8, 2, 0.0).eval()
+    with torch.no_grad():
+        block.qkv.weight.zero_(), block.down.weight.zero_(), block.local.copy_(torch.randn(rec.LOCAL, 8))
+    x = torch.randn(1, 9, 8)
+    moved = x.clone()
+    moved[0, 3] += torch.randn(8)
+    changed = (block(x) - block(moved)).abs().amax(-1)[0] > 1e-6
+    assert changed.tolist() == [3 <= t < 3 + rec.LOCAL for t in range(9)]
+
+
+def test_validation_sees_the_average_of_the_weights(monkeypatch):
+    """Guards: an average that is kept but never used, or one that forgets everything but the last step."""
+    steps, real, seen = [], rec.scorer, []
+    step = torch.optim.AdamW.step
+
+    def spy_step(self, *args, **settings):
+        step(self, *args, **settings)
+        steps.append(self.param_groups[0]["params"][0].detach().clone())
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
+    monkeypatch.setattr(rec, "scorer", lambda model, device="cpu": seen.append(model.log_tau.detach().clone()) or real(model, device))
+    quick(ring(), epochs=1, batch=8)                                             # 6 steps; the average reaches back as far
+    weights = torch.stack(steps)
+    assert len(steps) == 6 and not torch.equal(seen[0], steps[-1])
+    assert ((weights.amin(0) - 1e-6 <= seen[0]) & (seen[0] <= weights.amax(0) + 1e-6)).all()
