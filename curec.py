@@ -55,10 +55,10 @@ class Settings:
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 32 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a forward-backward pass holds; lower it if memory runs out; 0: 48 tiny, else 4")
     ppo_updates: int = opt(40, "method", "PPO updates (sample, score, learn)")
-    ppo_batch: int = opt(96, "method", "answers sampled for each PPO update")
-    ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1e-3 for tiny, else 1e-5")
+    ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
+    ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
     windows: int = opt(2, "method", "time windows of the correction, equal in train events")
-    proposals: int = opt(4, "method", "corrections proposed for an item and window")
+    proposals: int = opt(6, "method", "corrections proposed for an item and window")
     margin: float = opt(0.5, "method", "accept a correction if its paired gain exceeds this many standard errors")
     arms: str = opt("all", "evaluation", "comma-separated arms, or all: " + ",".join(ARMS))
     seeds: int = opt(3, "evaluation", "downstream repeats of every arm")
@@ -114,7 +114,7 @@ def resolve(s: Settings) -> Settings:
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     tiny, name = llm == "tiny", os.path.basename(os.path.normpath(s.dataset)).lower()
     return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{name}", max_new=s.max_new or (32 if tiny else 128),
-                   micro_batch=s.micro_batch or (48 if tiny else 4), ppo_lr=s.ppo_lr or (1e-3 if tiny else 1e-5))
+                   micro_batch=s.micro_batch or (48 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -200,8 +200,8 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     reference = (sample(train, "align", "reference 1 of 2") + sample(train, "align", "reference 2 of 2", s.seed + 1)) / 2
     log = rl.ppo(model, tokenizer, [prompts[k] for k in train],
                  lambda texts, rows: torch.from_numpy(total(texts, train[rows]) - reference[rows]),
-                 updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, lr=s.ppo_lr,
-                 max_new=s.max_new, seed=s.seed, log_path=log_path)
+                 updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
+                 lr=s.ppo_lr, max_new=s.max_new, seed=s.seed, log_path=log_path)      # one epoch: fresh answers beat reused ones here
     model.save_pretrained(s.out, selected_adapters=["policy"])
     after = sample(held, "policy", "held-out prompts after PPO")
     return {"reward_before": float(before.mean()), "reward_after": float(after.mean()), "kl": log[-1]["kl"], "updates": len(log)}
