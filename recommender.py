@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 MAX_LEN = 50                       # longest history the model sees, in items
-SCALES = (1.0, 3.0)                # first lengths of projected features that an arm chooses from, on validation
+SCALE = 3.0                        # first length of projected unit features; ID vectors start at 0.16
+LEAST_EPOCHS = 12                  # no early stopping before: long features can start with a dip
 LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
@@ -68,7 +69,7 @@ class SASRec(nn.Module):
     n_items: catalogue size without padding. features: (n_items + 1, F) float tensor, row 0 zeros, or None.
     """
 
-    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, max_len=MAX_LEN, scale=1.0):
+    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, max_len=MAX_LEN):
         super().__init__()
         self.max_len = max_len
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
@@ -85,8 +86,7 @@ class SASRec(nn.Module):
         if features is not None:       # made last: every arm draws the same random numbers for the shared parts
             self.register_buffer("features", features.float())
             self.project = nn.Linear(features.shape[1], width, bias=False)
-            # keeps lengths, times scale: items start where their texts are, and the longer the text the less an ID can move them
-            nn.init.normal_(self.project.weight, std=scale * width ** -0.5)
+            nn.init.normal_(self.project.weight, std=SCALE * width ** -0.5)      # items start where their texts are
 
     def table(self) -> torch.Tensor:
         """The fused item table of unit vectors, (n_items + 1, D): what input and output share."""
@@ -161,15 +161,15 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
 
 
 def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=128, lr=3e-3,
-          weight_decay=0.0, width=64, blocks=2, dropout=0.3, scale=1.0, device="cpu", name="SASRec"):
-    """Trains until validation NDCG@10 has not risen for `patience` epochs; gives back the best epoch's model.
+          weight_decay=0.0, width=64, blocks=2, dropout=0.3, device="cpu", name="SASRec"):
+    """Trains until validation NDCG@10 has not risen for `patience` epochs, LEAST_EPOCHS at least; gives back the best epoch's model.
 
     train_seqs: one array of item numbers a user, chronological. valid_items: (users,) the next item, for selection
     only. Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
     """
     torch.manual_seed(seed)
     order_rng = np.random.default_rng(seed)
-    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout, scale=scale).to(device)
+    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     usable = np.array([u for u, s in enumerate(train_seqs) if len(s) > 1])
     lengths = np.array([min(len(train_seqs[u]), MAX_LEN + 1) for u in usable])
@@ -191,7 +191,7 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
         bar.set_postfix_str(f"valid NDCG@10 {value:.4f}, best {max(best, value):.4f}")
         if value > best:
             best, best_epoch, best_state = value, epoch, copy.deepcopy(average.module.state_dict())
-        if epoch - best_epoch >= patience:
+        if epoch >= max(best_epoch + patience, LEAST_EPOCHS):
             break
     bar.close()
     model.load_state_dict(best_state)
@@ -314,21 +314,19 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=2):
     """Trains and tests one arm on every seed. Returns (test ranks (seeds, users), entry of metrics.json, first model).
 
-    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None; every arm that has some tries
-    all of SCALES on its first seed and keeps the one that validates best.
+    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
     """
     ranks_, rows, first, trained = [], [], None, 0.0
     fixed = {"popularity": popularity, "markov": markov}.get(arm)
-    numbers, scales = [base_seed + k for k in range(1 if fixed else seeds)], SCALES if features is not None else (1.0,)
+    numbers = [base_seed + k for k in range(1 if fixed else seeds)]
     for k, seed in enumerate(numbers):
         start = time.perf_counter()
         if fixed:
             score = fixed(data.n_items, data.train)
         else:
-            tried = [(*train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device, blocks=blocks,
-                             scale=c, name=f"{arm}, seed {k + 1} of {seeds}, scale {c:g}"), c) for c in scales]
-            model, _, c = max(tried, key=lambda t: t[1]["valid_ndcg@10"])
-            score, first, scales = scorer(model, device), first or model, (c,)
+            model, _ = train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
+                             blocks=blocks, name=f"{arm}, seed {k + 1} of {seeds}")
+            score, first = scorer(model, device), first or model
         trained += time.perf_counter() - start
         rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
         ranks_.append(rank), rows.append(row)
@@ -337,7 +335,7 @@ def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, devic
              "slices": {name: collect([r["slices"][name] for r in rows]) for name in rows[0]["slices"]},
              "audit": {m: float(np.mean(v)) for m, v in collect([r["audit"] for r in rows]).items()},
              "train_s": trained, "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
-    return np.stack(ranks_), entry | ({"feature_scale": scales[0]} if features is not None else {}), first
+    return np.stack(ranks_), entry, first
 
 
 def slices_of(data) -> dict:

@@ -223,6 +223,7 @@ def test_same_seed_same_model_bit_for_bit_and_another_seed_differs():
 
 def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     """Guards: the last epoch's weights under the best epoch's figure; patience that never ends."""
+    monkeypatch.setattr(rec, "LEAST_EPOCHS", 0)
     d = ring()
 
     def run(values, **kw):
@@ -405,3 +406,8 @@ def test_validation_sees_the_average_of_the_weights(monkeypatch):
     weights = torch.stack(steps)
     assert len(steps) == 6 and not torch.equal(seen[0], steps[-1])
     assert ((weights.amin(0) - 1e-6 <= seen[0]) & (seen[0] <= weights.amax(0) + 1e-6)).all()
+
+
+def test_scale_is_the_first_length_of_projected_features():
+    features = F.normalize(torch.randn(401, 32), dim=-1)
+    assert rec.SASRec(400, features).project(features).norm(dim=-1).mean().item() == pytest.approx(rec.SCALE, rel=0.2)
