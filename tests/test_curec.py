@@ -196,7 +196,7 @@ def test_correction_moves_reasons_towards_the_truth(fake_llm):
     first = rl.generate(None, None, [D.reason_prompt(shop, i, "", ()) for i in range(1, shop.n_items + 1)])[0]
     assert named(answers[1:]) > named(first) + 0.1
     assert sum(r["accepted"] for r in rows) == sum(e["accepted"] for t in timelines for e in t) > 0
-    assert all(m == 1 + 4 * len(t) for m, t in zip(made[1:], timelines[1:]))
+    assert all(m == 1 + curec.Settings().proposals * len(t) for m, t in zip(made[1:], timelines[1:]))
 
 
 def test_truth_feeds_nothing(finished, tmp_path, monkeypatch):
