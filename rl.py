@@ -106,7 +106,7 @@ def quiet():
 
 
 def set_mode(model, training: bool):
-    """train() or eval(), with the 4-bit layers always in training mode.
+    """Training or evaluation mode, with the 4-bit layers always in training mode.
 
     A Linear4bit that once runs with training == False repacks its weight on some CPUs for a kernel without autograd
     and stays so: LoRA gradients are then silently wrong by 90 % (TRAPS 1). Its forward has no other use for the flag.
