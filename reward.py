@@ -225,13 +225,12 @@ class Judge:
         total = (1 - weight) * a_shown + weight * a_audience - FORMAT_PENALTY * ~ok - UNGROUNDED_PENALTY * (1 - ground)
         return total, {"shown": a_shown, "audience": a_audience, "grounded": ground, "format_ok": ok}
 
-
     def choose(self, items, current, proposals, shown, judges, period, seed, margin):
         """For each item the proposal of highest reward, and whether it may replace the current answer.
 
-        proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old
-        one, and its mean paired gain over the judges exceeds margin standard errors. Returns a list of {"best", "before", "after", "accepted"} and the false-accept rate: the same
-        test with the signs of the paired gains drawn at random, as if old and new reasons were alike.
+        proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old one, and its mean
+        paired gain over the judges exceeds margin standard errors. Returns a list of {"best", "before", "after", "accepted"}
+        and the false-accept rate: the same test with the signs of the paired gains drawn at random, as if old and new were alike.
         """
         K, rng = len(proposals) // len(items), np.random.default_rng([seed, 37, len(items)])
         spread = lambda xs: [x for x in xs for _ in range(K)]

@@ -180,11 +180,15 @@ def left_pad(rows: list, pad: int):
     return ids, mask
 
 
+def causal_lm(model):
+    """The Hugging Face causal LM itself, within its adapters or without any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def hidden_states(model, ids, mask):
     """Last hidden states (B, T, D) of the backbone under the active adapter; positions count real tokens only."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     positions = (mask.cumsum(1) - 1).clamp(min=0)        # a left-padded row must equal the same row unpadded (TRAPS 10)
-    return causal.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
+    return causal_lm(model).base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                              use_cache=False).last_hidden_state
 
 
@@ -195,8 +199,7 @@ def token_logps(model, ids, mask, P: int, temperature: float = 1.0, value_head=N
     on response positions alone; gather minus logsumexp in float32 (TRAPS 8).
     """
     states = hidden_states(model, ids, mask)[:, P - 1: -1]                                   # (B, R, D)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    logits = causal.get_output_embeddings()(states).float() / temperature                   # (B, R, V)
+    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature                   # (B, R, V)
     logp = logits.gather(-1, ids[:, P:, None]).squeeze(-1) - logits.logsumexp(-1)
     values = value_head(states.float()).squeeze(-1) if value_head is not None else None
     return logp, values, logits
@@ -259,9 +262,8 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
     from transformers import GenerationConfig
     eos, device = tokenizer.eos_token_id, next(model.parameters()).device
     # replaced whole: unset fields would be filled from the checkpoint (repetition_penalty, top_k = 50) (TRAPS 2)
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    causal.generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                                                eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    causal_lm(model).generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+                                                          eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(seed)
     rows = [prompt_ids(tokenizer, p) for p in prompts]
     out = [None] * len(rows)

@@ -95,6 +95,13 @@ def test_resume_does_no_finished_stage_again_and_changes_no_figure(finished):
     assert before == after
 
 
+def test_every_ppo_answer_is_used_for_one_pass(finished):
+    """Guards: --ppo-batch answers learnt from twice: 12 in minibatches of 4 are 3 steps an update."""
+    cwd, _ = finished
+    log = [json.loads(line) for line in (cwd / "runs/demo/ppo.jsonl").read_text().splitlines()]
+    assert [r["steps"] for r in log] == [3]
+
+
 def test_resume_refuses_other_settings(finished):
     cwd, _ = finished
     done = run("--dataset", "demo", "--quick", *SMALL, "--seed", "3", "--resume", cwd=cwd)

@@ -235,6 +235,19 @@ def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     assert same(stopped, run([.2, .5], epochs=2)[0]) and not same(stopped, run([.2, .5, .6], epochs=3)[0])
 
 
+def test_no_early_stop_before_the_least_epochs(monkeypatch):
+    """Guards: a run that stops in the dip with which long features start, before the rise behind it."""
+    d = ring()
+
+    def run(values, **kw):
+        values = iter(values)
+        monkeypatch.setattr(rec, "metrics", lambda rank: {"ndcg@10": np.array([next(values)])})
+        return quick(d, **kw)[1]
+    dip = [.3] + [.1] * 8
+    assert run([*dip, .5, *[.1] * 9], epochs=19, patience=2)["best_epoch"] == 10
+    assert run([*dip, *[.1] * 10], epochs=19, patience=2) == {"epochs": rec.LEAST_EPOCHS, "best_epoch": 1, "valid_ndcg@10": .3}
+
+
 def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
     """Guards: the epoch chosen on test. train() has no way to see it, run_arm looks at data.test only after train()
     has returned, and other test items leave the model and its validation figures bit for bit as they were."""
