@@ -375,12 +375,22 @@ def test_full_softmax_equals_cross_entropy_over_all_logits(monkeypatch, at_once)
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_full_softmax_survives_large_logits():
+    """Guards: exp() of a logit that float32 cannot hold."""
+    g = torch.Generator().manual_seed(0)
+    states, table, targets = 300 * torch.randn(40, 8, generator=g), torch.randn(50, 8, generator=g), torch.randint(1, 50, (40,), generator=g)
+    want = F.cross_entropy((states @ table.T).index_fill(1, torch.tensor([0]), -torch.inf), targets)
+    assert rec.FullSoftmax.apply(states, table, targets).item() == pytest.approx(want.item(), rel=1e-5)
+
+
 def test_batches_visit_every_user_once_and_pad_little():
     lengths = np.random.default_rng(1).integers(2, 51, 1000)
     seen = list(rec.batches(lengths, 32, np.random.default_rng(0)))
     assert sorted(np.concatenate(seen)) == list(range(1000)) and max(map(len, seen)) == 32
     padded = sum(len(rows) * lengths[rows].max() for rows in seen)
     assert padded < 1.2 * lengths.sum(), "batches of similar length pad less than a fifth"
+    means = [lengths[rows].mean() for rows in seen[:16]]
+    assert means != sorted(means), "short and long batches come in random order"
     again = list(rec.batches(lengths, 32, np.random.default_rng(1)))
     assert not np.array_equal(seen[0], again[0]), "another seed, another order"
 
@@ -415,10 +425,28 @@ def test_validation_sees_the_average_of_the_weights(monkeypatch):
         steps.append(self.param_groups[0]["params"][0].detach().clone())
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
     monkeypatch.setattr(rec, "scorer", lambda model, device="cpu": seen.append(model.log_tau.detach().clone()) or real(model, device))
-    quick(ring(), epochs=1, batch=8)                                             # 6 steps; the average reaches back as far
+    kept, _ = quick(ring(), epochs=1, batch=8)                                   # 6 steps; the average reaches back as far
     weights = torch.stack(steps)
+    assert torch.equal(kept.log_tau, seen[0]), "what validation saw is what is given back"
     assert len(steps) == 6 and not torch.equal(seen[0], steps[-1])
     assert ((weights.amin(0) - 1e-6 <= seen[0]) & (seen[0] <= weights.amax(0) + 1e-6)).all()
+
+
+def test_inputs_are_item_vectors_of_length_sqrt_width_plus_positions():
+    """Guards: item vectors drowned by the positions, or a position taken from the wrong end."""
+    model, ids = rec.SASRec(5, width=8, blocks=0).eval(), torch.tensor([[3, 1, 4]])
+    table = model.table()
+    states = F.normalize(model.norm(table[ids] * 8 ** .5 + model.pos.weight[:3]), dim=-1) / model.log_tau.exp()
+    assert torch.allclose(model(ids, table), states, atol=1e-5)
+
+
+def test_features_lose_projected_dimensions_to_dropout_and_convolutions_start_at_nothing():
+    """Guards: dropout of raw features (a dense product for every step, and worse on Beauty); noise of a random filter."""
+    model = rec.SASRec(400, torch.randn(401, 16), dropout=.3).train()
+    with torch.no_grad():
+        model.item.weight.zero_()
+    assert (model.table()[1:] == 0).float().mean().item() == pytest.approx(.3, abs=.02)
+    assert all((b.local == 0).all() for b in model.blocks)
 
 
 def test_scale_is_the_first_length_of_projected_features():
