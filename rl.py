@@ -172,12 +172,8 @@ def by_length(lengths, budget: int):
 def left_pad(rows: list, pad: int):
     """Lists of token ids -> ids (B, P) padded on the left, mask (B, P)."""
     P = max(map(len, rows))
-    ids, mask = torch.full((len(rows), P), pad), torch.zeros(len(rows), P, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        if row:
-            ids[i, P - len(row):] = torch.tensor(row)
-            mask[i, P - len(row):] = True
-    return ids, mask
+    ids = torch.tensor([[pad] * (P - len(r)) + r for r in rows], dtype=torch.long)
+    return ids, torch.tensor([[False] * (P - len(r)) + [True] * len(r) for r in rows])
 
 
 def causal_lm(model):
@@ -214,7 +210,6 @@ def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_b
     """
     rng, device = np.random.default_rng([seed, 17]), next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
-    warmup = max(1, min(20, steps // 10))
     encoded = [(prompt_ids(tokenizer, p), tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
                for p, a in samples]
     losses, pool = [], []
@@ -222,25 +217,20 @@ def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_b
     bar = tqdm(range(steps), desc=name, unit="step", mininterval=1, disable=None)
     for step in bar:
         if not pool:      # 16 batches at a time, sorted by length inside: little padding, still random
-            some = rng.permutation(len(encoded))[: 16 * batch] if len(encoded) > 16 * batch else rng.permutation(len(encoded))
-            some = sorted(some, key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
+            some = sorted(rng.permutation(len(encoded))[: 16 * batch], key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
             pool = [some[k: k + batch] for k in range(0, len(some), batch)]
             pool = [pool[k] for k in rng.permutation(len(pool))]
         rows = pool.pop()
         tokens = sum(len(encoded[i][1]) for i in rows)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / warmup, (steps - step) / (0.5 * steps))
+            group["lr"] = lr * min(1.0, (step + 1) / max(1, min(20, steps // 10)), (steps - step) / (0.5 * steps))
         total = 0.0
         for k in range(0, len(rows), micro_batch or len(rows)):
             part = [encoded[i] for i in rows[k: k + (micro_batch or len(rows))]]
-            ids, mask = left_pad([p + a for p, a in part], tokenizer.pad_token_id)
-            answer = torch.zeros_like(mask)
-            for row, (_, a) in zip(answer, part):
-                row[-len(a):] = True
-            ids, mask, answer = ids.to(device), mask.to(device), answer.to(device)
-            widest = max(len(a) for _, a in part)
-            logp, _, _ = token_logps(model, ids, mask, ids.shape[1] - widest)
-            loss = -(logp * answer[:, -widest:]).sum() / tokens                  # a sum over real tokens (TRAPS 15)
+            ids, mask = (x.to(device) for x in left_pad([p + a for p, a in part], tokenizer.pad_token_id))
+            answer = left_pad([a for _, a in part], tokenizer.pad_token_id)[1].to(device)                  # (B, R)
+            logp, _, _ = token_logps(model, ids, mask, ids.shape[1] - answer.shape[1])
+            loss = -(logp * answer).sum() / tokens                               # a sum over real tokens (TRAPS 15)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -267,15 +257,14 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
     torch.manual_seed(seed)
     rows = [prompt_ids(tokenizer, p) for p in prompts]
     out = [None] * len(rows)
-    bar = tqdm(total=len(rows), desc=name, unit="answer", leave=False, mininterval=1, disable=None if name else True)
-    for group in by_length([len(r) + max_new for r in rows], budget):
-        ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
-        made = model.generate(input_ids=ids.to(device), attention_mask=mask.long().to(device), max_new_tokens=max_new,
-                              use_cache=True)[:, ids.shape[1]:].tolist()
-        for i, answer in zip(group, made):
-            out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
-        bar.update(len(group))
-    bar.close()
+    with tqdm(total=len(rows), desc=name, unit="answer", leave=False, mininterval=1, disable=None if name else True) as bar:
+        for group in by_length([len(r) + max_new for r in rows], budget):
+            ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
+            made = model.generate(input_ids=ids.to(device), attention_mask=mask.long().to(device), max_new_tokens=max_new,
+                                  use_cache=True)[:, ids.shape[1]:].tolist()
+            for i, answer in zip(group, made):
+                out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
+            bar.update(len(group))
     # a reward may see the texts up to EOS; the policy trains on the sampled ids themselves (TRAPS 17)
     return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != eos] for a in out])], out
 
@@ -293,8 +282,7 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
     learning = trainable(model)              # peft makes the active adapter trainable when disable_adapter ends: undone below
     with model.disable_adapter():
         for group in groups:
-            ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
-            ids, mask = ids.to(device), mask.to(device)
+            ids, mask = (x.to(device) for x in left_pad([rows[i] for i in group], tokenizer.pad_token_id))
             first, last = model.get_input_embeddings()(ids).float(), hidden_states(model, ids, mask).float()
             both = torch.cat([first, last], -1) * mask[..., None]
             for i, vector in zip(group, (both.sum(1) / mask.sum(1, keepdim=True)).cpu()):
@@ -338,13 +326,22 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
+def draw(n: int, batch: int, rng):
+    """Endless batches of row numbers below n: each comes once before any comes again."""
+    order = []
+    while True:
+        while len(order) < batch:
+            order += rng.permutation(n).tolist()
+        yield order[:batch]
+        order = order[batch:]
+
+
 def lay_out(prompts, answers, pad: int, device):
     """Lists of token ids -> ids (B, P + R) as drawn above, masks of real tokens (B, P + R) and (B, R), and P."""
     left, left_mask = left_pad(prompts, pad)
     R = max(map(len, answers))
-    right, mask = torch.full((len(answers), R), pad), torch.zeros(len(answers), R, dtype=torch.bool)
-    for i, a in enumerate(answers):
-        right[i, : len(a)], mask[i, : len(a)] = torch.tensor(a), True
+    right = torch.tensor([a + [pad] * (R - len(a)) for a in answers])
+    mask = torch.tensor([[True] * len(a) + [False] * (R - len(a)) for a in answers])
     ids, full = torch.cat([left, right], 1), torch.cat([left_mask, mask], 1)
     return ids.to(device), full.to(device), mask.to(device), left.shape[1]
 
@@ -386,6 +383,16 @@ def learn(forward, parameters, optimizer, rollout, mask, rng, *, epochs, minibat
     return steps
 
 
+def summary(raw, scores, kl, entropy, returns, old_values, mask, finished, steps) -> dict:
+    """What a line of ppo.jsonl says about an update: means over its answers (kl: nats a sequence) and over its steps."""
+    explained = 1 - (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
+    return {"reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
+            "kl": kl.sum(1).mean().item(), "entropy": entropy.item(), "explained_variance": explained.item(),
+            **{k: float(np.mean([s[k] for s in steps])) for k in steps[0]}, "first_ratio": steps[0]["ratio"],
+            "steps": len(steps), "skipped": sum(s["skipped"] for s in steps),
+            "eos_rate": finished.float().mean().item(), "length": mask.sum(1).float().mean().item()}
+
+
 def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32, micro_batch=32, epochs=2, lr=5e-4,
         value_lr=1e-2, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,
         seed=0, log_path=None):
@@ -403,14 +410,11 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
     parameters = [*trainable(model), *head.parameters()]
     optimizer = torch.optim.AdamW([{"params": parameters[:-2], "lr": lr}, {"params": parameters[-2:], "lr": value_lr}],
                                   eps=1e-5, weight_decay=0.0)    # TRAPS 16
-    rng, order, log, scale = np.random.default_rng([seed, 19]), [], [], None
+    rng, log, scale = np.random.default_rng([seed, 19]), [], None
     bar = tqdm(range(updates), desc="PPO", unit="update", mininterval=1, disable=None)
-    for update in bar:
+    for update, rows in zip(bar, draw(len(prompts), batch, rng)):
         start = time.perf_counter()
         # 1. sample answers
-        while len(order) < batch:
-            order += rng.permutation(len(prompts)).tolist()
-        rows, order = order[:batch], order[batch:]
         set_mode(model, training=False)
         texts, answers = generate(model, tokenizer, [prompts[i] for i in rows], max_new=max_new, temperature=temperature,
                                   seed=int(rng.integers(2 ** 31)))
@@ -433,20 +437,14 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         set_mode(model, training=True)
         steps = learn(forward, parameters, optimizer, (old_logp, whiten(advantages, mask), old_values, returns), mask, rng,
                       epochs=epochs, minibatch=minibatch, micro_batch=micro_batch, kl_stop=kl_stop)
-        # 6. adapt beta, log
-        kl_sequence = kl.sum(1).mean().item()
-        explained = 1 - ((returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item()
-        log.append({"update": update, "reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
-                    "kl": kl_sequence, "beta": beta, "entropy": entropy.item(), "explained_variance": explained,
-                    **{k: float(np.mean([s[k] for s in steps])) for k in steps[0]}, "first_ratio": steps[0]["ratio"],
-                    "steps": len(steps), "skipped": sum(s["skipped"] for s in steps),
-                    "eos_rate": finished.float().mean().item(), "length": mask.sum(1).float().mean().item(),
-                    "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)})
-        beta *= 1 + float(np.clip(kl_sequence / kl_target - 1, -0.2, 0.2)) * 0.1
+        # 6. log, adapt beta
+        row = summary(raw, scores, kl, entropy, returns, old_values, mask, finished, steps)
+        log.append({"update": update, "beta": beta, **row, "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)})
+        beta *= 1 + float(np.clip(row["kl"] / kl_target - 1, -0.2, 0.2)) * 0.1
         if log_path:
             with open(log_path, "a") as f:
                 f.write(json.dumps(log[-1]) + "\n")
-        bar.set_postfix_str(f"reward {log[-1]['reward']:+.3f} KL {kl_sequence:.2f}")
+        bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
     set_mode(model, training=False)
     use(model, "policy")
     return log
