@@ -31,8 +31,8 @@ import reward
 import rl
 from recommender import ARMS
 
-LLM_ARMS = {"content", "placebo", "aligned", "rl", "bestof", "curec", "oracle"}      # these need text vectors
-REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}                        # these need the whole method
+REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
+LLM_ARMS = REASON_ARMS | {"content", "oracle"}                        # these need text vectors
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
 
 
@@ -50,11 +50,11 @@ class Settings:
     limit_users: int = opt(0, "data", "then keep N users drawn by seed; 0: all")
     llm: str = opt("", "LLM", f"tiny | Hugging Face name or path; default: tiny for demo or CPU, else {DEFAULT_LLM}")
     encoder: str = opt("", "LLM", "Hugging Face text encoder, name or path; default: the LLM's own hidden states")
-    tiny_steps: int = opt(1300, "LLM", "training steps of the tiny LLM, 32 prompts each")
+    tiny_steps: int = opt(1200, "LLM", "training steps of the tiny LLM, 32 prompts each")
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
-    max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 32 for tiny, else 128")
-    micro_batch: int = opt(0, "LLM", "rows a forward-backward pass holds; lower it if memory runs out; 0: 48 tiny, else 4")
-    ppo_updates: int = opt(40, "method", "PPO updates (sample, score, learn)")
+    max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
+    micro_batch: int = opt(0, "LLM", "rows a forward-backward pass holds; lower it if memory runs out; 0: 64 tiny, else 4")
+    ppo_updates: int = opt(32, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
     windows: int = opt(2, "method", "time windows of the correction, equal in train events")
@@ -113,8 +113,8 @@ def resolve(s: Settings) -> Settings:
             raise D.DataError(message)
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     tiny, name = llm == "tiny", os.path.basename(os.path.normpath(s.dataset)).lower()
-    return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{name}", max_new=s.max_new or (32 if tiny else 128),
-                   micro_batch=s.micro_batch or (48 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
+    return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{name}", max_new=s.max_new or (24 if tiny else 128),
+                   micro_batch=s.micro_batch or (64 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -238,8 +238,7 @@ def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
 
 def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     """All kinds of reasons: {KIND: decoded answers, index 0 empty}, the timelines and the correction's rows."""
-    shown, _ = reward.one_shot_people(who, s.seed)
-    items = list(range(1, data.n_items + 1))
+    shown, items = reward.one_shot_people(who, s.seed)[0], list(range(1, data.n_items + 1))
 
     def answer(adapter, items, seed, name):
         rl.use(model, adapter)
@@ -259,30 +258,27 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
 # --------------------------------------------------------------------------------------------------------- the run
 def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
-    times = m["time_s"]
     def align():
         rl.use(model, "align", trainable=True)
         samples = D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8)
-        loss = rl.supervise(model, tokenizer, samples, rl.trainable(model), steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
-                            lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
+        rl.supervise(model, tokenizer, samples, rl.trainable(model), steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
+                     lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
         model.save_pretrained(s.out, selected_adapters=["align"])
-        return loss
-    stage(s.out, "align", times, align)
+    stage(s.out, "align", m["time_s"], align)
     rl.restore(model, s.out, "align")
     print("[2/5] reward model")
     judge = reward.Judge(data, encode)
-    fit = stage(s.out, "reward", times, lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()})
+    fit = stage(s.out, "reward", m["time_s"], lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()})
     judge.model.load_state_dict(fit["weights"])
     judge.remember()
     print("[3/5] PPO")
     rl.add_policy(model)
-    m["ppo"] = stage(s.out, "ppo", times, lambda: reinforce(s, data, model, tokenizer, judge, who, cuts))
+    m["ppo"] = stage(s.out, "ppo", m["time_s"], lambda: reinforce(s, data, model, tokenizer, judge, who, cuts))
     rl.restore(model, s.out, "policy")
     print("[4/5] reasons and chronological correction")
-    out = stage(s.out, "correct", times, lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts))
-    people = reward.one_shot_people(who, s.seed)
+    out = stage(s.out, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts))
     m["reward"], m["correction"] = {"auc_heldout": fit["report"]["auc_heldout"]}, out["correction"]
-    m["reasons"] = {k: {**judge.figures(v, *people, (cuts[0], cuts[-1]), s.seed),
+    m["reasons"] = {k: {**judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed),
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
     return out, judge
 
@@ -290,10 +286,15 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
 def downstream(s, data, encode, kinds, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom."""
     slices, ranks, start = recommender.slices_of(data), {}, time.perf_counter()
-    for arm in s.arms.split(","):
+    settings, arms = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}, s.arms.split(",")
+    if LLM_ARMS & {*arms}:
+        settings["length"] = stage(s.out, "length", {}, lambda: recommender.first_length(
+            data, reward.features("content", data, encode, {}, s.seed), seed=s.seed, **settings))
+        data.notes.append(f"Features start at length {settings['length']}: best of {recommender.LENGTHS} on the validation of `content`.")
+    for arm in arms:
         def work():
-            rank, entry, model = recommender.run_arm(arm, data, reward.features(arm, data, encode, kinds, s.seed), slices, seeds=s.seeds,
-                                                     base_seed=s.seed, epochs=s.epochs, blocks=s.blocks, device=s.device)
+            rank, entry, model = recommender.run_arm(arm, data, reward.features(arm, data, encode, kinds, s.seed), slices,
+                                                     seeds=s.seeds, base_seed=s.seed, **settings)
             return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
         done = stage(s.out, f"arm-{arm}", {}, work)
         ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
@@ -332,8 +333,7 @@ def pipeline(s: Settings):
         model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
         write(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
         encode = lambda texts: rl.encode(model, tokenizer, texts)
-    if s.encoder:
-        encode = reward.load_encoder(s.encoder, s.device)
+    encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
     if REASON_ARMS & arms:
         out, judge = learn(s, data, model, tokenizer, encode, who, cuts, m)
         said = lambda kind, i: D.parse_answer(out["kinds"][kind][i])[0]
@@ -355,8 +355,8 @@ def finish(s, data, m, reasons, log):
     if s.device.startswith("cuda"):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2 ** 20
     write(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
-    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny")] + data.notes
-    notes += ["**Quick run: these figures mean nothing.**"] * s.quick
+    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
+             *["**Quick run: these figures mean nothing.**"] * s.quick]
     report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
     write(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
     print(f"\n{recommender.arms_table(m['arms'])}\n" + "\nquick run: these figures mean nothing\n" * s.quick

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 MAX_LEN = 50                       # longest history the model sees, in items
-SCALE = 3.0                        # first length of projected unit features; ID vectors start at 0.16
+LENGTHS = (0.1, 0.4, 1.6)          # first lengths of projected features to choose from; ID vectors start at 0.16
 LEAST_EPOCHS = 12                  # no early stopping before: long features can start with a dip
 LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
@@ -66,10 +66,11 @@ class Block(nn.Module):
 class SASRec(nn.Module):
     """SASRec whose item vectors are ID embeddings plus projected item features.
 
-    n_items: catalogue size without padding. features: (n_items + 1, F) float tensor, row 0 zeros, or None.
+    n_items: catalogue size without padding. features: (n_items + 1, F) float tensor of mean length 1, row 0 zeros, or None.
+    length: of projected features at the start.
     """
 
-    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, max_len=MAX_LEN):
+    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, max_len=MAX_LEN, length=1.0):
         super().__init__()
         self.max_len = max_len
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
@@ -86,7 +87,7 @@ class SASRec(nn.Module):
         if features is not None:       # made last: every arm draws the same random numbers for the shared parts
             self.register_buffer("features", features.float())
             self.project = nn.Linear(features.shape[1], width, bias=False)
-            nn.init.normal_(self.project.weight, std=SCALE * width ** -0.5)      # items start where their texts are
+            nn.init.normal_(self.project.weight, std=length * width ** -0.5)
 
     def table(self) -> torch.Tensor:
         """The fused item table of unit vectors, (n_items + 1, D): what input and output share."""
@@ -105,11 +106,7 @@ class SASRec(nn.Module):
 
 def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
     """The last max_len items of each sequence, right-padded with 0: (B, longest)."""
-    cut = [np.asarray(s[-max_len:]) for s in sequences]
-    ids = np.zeros((len(cut), max((len(s) for s in cut), default=0)), dtype=np.int64)
-    for row, s in zip(ids, cut):
-        row[: len(s)] = s
-    return torch.from_numpy(ids)
+    return nn.utils.rnn.pad_sequence([torch.as_tensor(s[-max_len:]) for s in sequences], batch_first=True)
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -161,7 +158,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
 
 
 def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=128, lr=3e-3,
-          weight_decay=0.0, width=64, blocks=2, dropout=0.3, device="cpu", name="SASRec"):
+          weight_decay=0.0, width=64, blocks=2, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs, LEAST_EPOCHS at least; gives back the best epoch's model.
 
     train_seqs: one array of item numbers a user, chronological. valid_items: (users,) the next item, for selection
@@ -169,8 +166,8 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     """
     torch.manual_seed(seed)
     order_rng = np.random.default_rng(seed)
-    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout, length=length).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     usable = np.array([u for u, s in enumerate(train_seqs) if len(s) > 1])
     lengths = np.array([min(len(train_seqs[u]), MAX_LEN + 1) for u in usable])
     decay = 1 - batch / max(len(usable), 2 * batch)         # the average reaches back about an epoch, less at the start
@@ -196,6 +193,13 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     bar.close()
     model.load_state_dict(best_state)
     return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": float(best)}
+
+
+def first_length(data, features, **settings) -> float:
+    """Of LENGTHS the one with the best validation NDCG@10. Chosen once, on `content`, and given to every arm with features."""
+    found = {x: train(data.n_items, data.train, data.valid, features, length=x, name=f"features of first length {x}", **settings)[1]
+             for x in LENGTHS}
+    return max(found, key=lambda x: found[x]["valid_ndcg@10"])
 
 
 # --------------------------------------------------------------------------------- scores: sequences -> (B, n + 1)
@@ -282,9 +286,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int 
 def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
     """Do the lists push popular items? top (users, 10) -> coverage@10, Gini of exposure, mean popularity rank."""
     counts = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)[1:]
-    popularity_rank = np.empty(n_items)
-    popularity_rank[np.argsort(-counts, kind="stable")] = np.arange(1, n_items + 1)
-    top = top[top > 0]
+    popularity_rank, top = np.argsort(np.argsort(-counts, kind="stable")) + 1, top[top > 0]
     shown = np.sort(np.bincount(top, minlength=n_items + 1)[1:])
     gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
     return {"coverage@10": float((shown > 0).mean()), "gini@10": float(gini),
@@ -311,10 +313,10 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=2):
+def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=2, length=1.0):
     """Trains and tests one arm on every seed. Returns (test ranks (seeds, users), entry of metrics.json, first model).
 
-    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
+    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None; length: see first_length.
     """
     ranks_, rows, first, trained = [], [], None, 0.0
     fixed = {"popularity": popularity, "markov": markov}.get(arm)
@@ -325,7 +327,7 @@ def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, devic
             score = fixed(data.n_items, data.train)
         else:
             model, _ = train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
-                             blocks=blocks, name=f"{arm}, seed {k + 1} of {seeds}")
+                             blocks=blocks, length=length, name=f"{arm}, seed {k + 1} of {seeds}")
             score, first = scorer(model, device), first or model
         trained += time.perf_counter() - start
         rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)

@@ -32,7 +32,7 @@ MAX_HISTORY = 20                                   # items of a history the user
 
 
 class Whitening:
-    """PCA whitening fitted on item texts: raw text vectors (M, D) -> (M, k), zero mean, unit average norm."""
+    """PCA whitening fitted on item texts: raw text vectors (M, D) -> (M, k), zero mean, length at most about 1."""
 
     def __init__(self, vectors: torch.Tensor, k: int = 128):
         self.mean = vectors.mean(0)
@@ -46,7 +46,9 @@ class Whitening:
 
 
 def whitened(vectors: torch.Tensor) -> torch.Tensor:
-    return Whitening(vectors)(vectors)
+    """Whitened vectors of mean length 1."""
+    z = Whitening(vectors)(vectors)
+    return z / z.norm(dim=1).mean()
 
 
 def load_encoder(name, device="cpu", batch: int = 64):

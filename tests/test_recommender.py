@@ -449,6 +449,24 @@ def test_features_lose_projected_dimensions_to_dropout_and_convolutions_start_at
     assert all((b.local == 0).all() for b in model.blocks)
 
 
-def test_scale_is_the_first_length_of_projected_features():
-    features = F.normalize(torch.randn(401, 32), dim=-1)
-    assert rec.SASRec(400, features).project(features).norm(dim=-1).mean().item() == pytest.approx(rec.SCALE, rel=0.2)
+@pytest.mark.parametrize("length", [.2, 3.])
+def test_projected_features_start_at_the_length_asked_for(length):
+    model = rec.SASRec(400, F.normalize(torch.randn(401, 32), dim=-1), length=length)
+    assert model.project(model.features).norm(dim=-1).mean().item() == pytest.approx(length, rel=0.2)
+
+
+def test_the_first_length_is_chosen_on_validation_and_reaches_every_seed(monkeypatch):
+    """Guards: a length chosen on test (train() cannot see it), or chosen and then not used."""
+    d, real, used = ring(), rec.train, []
+
+    def spy(*args, **kw):
+        used.append(kw["length"])
+        model, log = real(*args, **kw)
+        return model, log | {"valid_ndcg@10": {.1: .2, .4: .5}.get(kw["length"], .1)}
+    monkeypatch.setattr(rec, "train", spy)
+    features = torch.randn(13, 4)
+    chosen = rec.first_length(SimpleNamespace(n_items=d.n_items, train=d.train, valid=d.valid), features, epochs=1)
+    assert chosen == .4 and used == list(rec.LENGTHS)
+    used.clear()
+    rec.run_arm("content", d, features, {}, seeds=2, epochs=1, length=chosen)
+    assert used == [.4, .4]
