@@ -54,7 +54,7 @@ class Settings:
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a forward-backward pass holds; lower it if memory runs out; 0: 64 tiny, else 4")
-    ppo_updates: int = opt(32, "method", "PPO updates (sample, score, learn)")
+    ppo_updates: int = opt(28, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
     windows: int = opt(2, "method", "time windows of the correction, equal in train events")

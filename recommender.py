@@ -157,7 +157,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
         yield from (cut[k] for k in rng.permutation(len(cut)))
 
 
-def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=128, lr=3e-3,
+def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=256, lr=5e-3,
           weight_decay=0.0, width=64, blocks=2, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs, LEAST_EPOCHS at least; gives back the best epoch's model.
 
@@ -170,7 +170,8 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     usable = np.array([u for u, s in enumerate(train_seqs) if len(s) > 1])
     lengths = np.array([min(len(train_seqs[u]), MAX_LEN + 1) for u in usable])
-    decay = 1 - batch / max(len(usable), 2 * batch)         # the average reaches back about an epoch, less at the start
+    batch = min(batch, -(-len(usable) // 8))                # few users: eight steps an epoch all the same
+    decay = 1 - batch / len(usable)                         # the average reaches back about an epoch, less at the start
     average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(1 - decay, 9.0 / (10.0 + float(n)))))
     best, best_epoch, best_state = -1.0, 0, None
     bar = tqdm(range(1, epochs + 1), desc=name, unit="epoch", leave=False, mininterval=1, disable=None)
@@ -298,8 +299,7 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 
     slices: {name: (users,) bool}. Returns (test ranks (users,), the arm's entry of metrics.json for one seed).
     """
-    known = [np.append(s, v) for s, v in zip(train_seqs, valid_items)]
-    tops, start = [], time.perf_counter()
+    known, tops, start = [np.append(s, v) for s, v in zip(train_seqs, valid_items)], [], time.perf_counter()
     rank = ranks(score, known, test_items, lists=tops)
     seconds = time.perf_counter() - start
     per_user = metrics(rank)

@@ -221,6 +221,14 @@ def test_same_seed_same_model_bit_for_bit_and_another_seed_differs():
     assert same(a, quick(d, features, seed=5)[0]) and not same(a, quick(d, features, seed=6)[0])
 
 
+def test_few_users_still_make_eight_steps_an_epoch(monkeypatch):
+    """Guards: a batch as large as the data, two steps an epoch and an early stop before anything is learnt."""
+    steps, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **kw: (steps.append(1), step(self, *a, **kw))[1])
+    quick(ring(n_users=400), epochs=1, batch=256)
+    assert len(steps) == 8
+
+
 def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     """Guards: the last epoch's weights under the best epoch's figure; patience that never ends."""
     monkeypatch.setattr(rec, "LEAST_EPOCHS", 0)
@@ -425,10 +433,10 @@ def test_validation_sees_the_average_of_the_weights(monkeypatch):
         steps.append(self.param_groups[0]["params"][0].detach().clone())
     monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
     monkeypatch.setattr(rec, "scorer", lambda model, device="cpu": seen.append(model.log_tau.detach().clone()) or real(model, device))
-    kept, _ = quick(ring(), epochs=1, batch=8)                                   # 6 steps; the average reaches back as far
+    kept, _ = quick(ring(), epochs=1, batch=8)                                   # 8 steps; the average reaches back as far
     weights = torch.stack(steps)
     assert torch.equal(kept.log_tau, seen[0]), "what validation saw is what is given back"
-    assert len(steps) == 6 and not torch.equal(seen[0], steps[-1])
+    assert len(steps) == 8 and not torch.equal(seen[0], steps[-1])
     assert ((weights.amin(0) - 1e-6 <= seen[0]) & (seen[0] <= weights.amax(0) + 1e-6)).all()
 
 
