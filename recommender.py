@@ -23,8 +23,8 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 MAX_LEN = 50                       # longest history the model sees, in items
-LENGTHS = (0.1, 0.4, 1.6)          # first lengths of projected features to choose from; ID vectors start at 0.16
-LEAST_EPOCHS = 12                  # no early stopping before: long features can start with a dip
+LENGTHS = (0.4, 1.6)               # first lengths of projected features to choose from; ID vectors start at 0.16
+LEAST_EPOCHS = 16                  # no early stopping before: long features can start with a dip
 LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
@@ -157,7 +157,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
         yield from (cut[k] for k in rng.permutation(len(cut)))
 
 
-def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=256, lr=5e-3,
+def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=3, batch=128, lr=3e-3,
           weight_decay=0.0, width=64, blocks=2, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs, LEAST_EPOCHS at least; gives back the best epoch's model.
 
