@@ -5,7 +5,7 @@
     python tests/bench/bench_recommender.py scale                                    10 k, 100 k and 1 M made-up items
     python tests/bench/bench_recommender.py serving --data-dir DIR                   ranking with features against without
 
-Results go to bench_recommender.json beside this file. quality is resumable: a run whose ranks lie in runs/bench is not repeated.
+Results go to bench_recommender.json beside this file. quality is resumable: what lies in runs/bench is not repeated.
 """
 import argparse
 import json
@@ -46,19 +46,28 @@ def beauty(args, ties="file"):
     return D.load("beauty", args.data_dir, seed=0, ties=ties)
 
 
+def kept(name: str, work):
+    """The result of work(), kept in runs/bench/NAME.pt: nothing is done twice."""
+    path = pathlib.Path("runs/bench", name + ".pt")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(work(), f"{path}.part")
+        os.replace(f"{path}.part", path)
+    return torch.load(path, weights_only=True)
+
+
 def quality(args):
     """Test metrics, slices and audit of every run, and paired intervals content - id in both tie orders."""
-    encode, entries, ranks = reward.load_encoder(args.encoder) if args.encoder else None, {}, {}
+    features = kept("features", lambda: reward.features("content", beauty(args), reward.load_encoder(args.encoder), {}, 0))
+    length = kept("length", lambda: rec.first_length(beauty(args), features, seed=0, blocks=1))
+    entries, ranks = {}, {}
     for arm, ties, seed in RUNS:
-        folder = pathlib.Path("runs/bench")
-        kept, data = folder / f"{arm}-{ties}-{seed}.pt", beauty(args, ties)
-        if not kept.exists():
-            features = reward.features(arm, data, encode, {}, seed)
-            rank, entry, _ = rec.run_arm(arm, data, features, rec.slices_of(data), seeds=1, base_seed=seed)
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"rank": torch.from_numpy(rank), "entry": entry}, f"{kept}.part")
-            os.replace(f"{kept}.part", kept)
-        found = torch.load(kept, weights_only=True)
+        def work():
+            data = beauty(args, ties)
+            rank, entry, _ = rec.run_arm(arm, data, features if arm == "content" else None, rec.slices_of(data), seeds=1,
+                                         base_seed=seed, blocks=1, length=length)
+            return {"rank": torch.from_numpy(rank), "entry": entry}
+        found = kept(f"{arm}-{ties}-{seed}", work)
         entries[f"{arm}-{ties}-{seed}"] = found["entry"]
         ranks.setdefault((arm, ties), []).append(found["rank"].numpy()[0])
         print(f"{arm:8s} {ties:8s} {seed}  " + "  ".join(f"{m} {found['entry']['test'][m][0]:.4f}" for m in ("hr@10", "ndcg@10")), flush=True)
@@ -67,7 +76,7 @@ def quality(args):
         for metric in ("hr@10", "ndcg@10"):
             a, b = (rec.metrics(np.stack(ranks[arm, ties]))[metric] for arm in ("content", "id"))
             differences[f"content - id, {ties}, {metric}"] = rec.paired_bootstrap(a, b)
-    save("quality", {"runs": entries, "differences": differences})
+    save("quality", {"first_length": length, "runs": entries, "differences": differences})
     print(rec.markdown(["difference", "delta", "95 % interval"], [[k, d, "{:+.4f} .. {:+.4f}".format(*ci)] for k, (d, ci) in differences.items()]))
 
 
@@ -82,8 +91,8 @@ def plain_loss(model, ids):
 def one_epoch(kind: str, data, dropout: float, steps: int = 0):
     """One epoch of `id` (or its first steps): losses, seconds, memory above what was resident before, in MB."""
     torch.manual_seed(0)
-    model, rng, losses = rec.SASRec(data.n_items, dropout=dropout), np.random.default_rng(0), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    model, rng, losses = rec.SASRec(data.n_items, dropout=dropout, blocks=1), np.random.default_rng(0), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     users = [s for s in data.train if len(s) > 1]
     lengths = np.array([min(len(s), rec.MAX_LEN + 1) for s in users])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -114,7 +123,7 @@ def speed(args):
     rounds = [{kind: ask(kind) for kind in ("ours", "plain")} for _ in range(args.rounds)]
     exact = {kind: ask(kind, dropout=0.0, steps=50)["losses"] for kind in ("ours", "plain")}
     data = beauty(args)
-    model = rec.SASRec(data.n_items)
+    model = rec.SASRec(data.n_items, blocks=1)
     start = time.perf_counter()
     rec.ranks(rec.scorer(model), [np.append(s, v) for s, v in zip(data.train, data.valid)], data.test)
     value = {"epoch_s": {k: [r[k]["seconds"] for r in rounds] for k in ("ours", "plain")},
@@ -132,8 +141,8 @@ def scale(args):
         n, rng = int(args.worker), np.random.default_rng(0)
         seqs = [rng.integers(1, n + 1, 9) for _ in range(128)]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        model = rec.SASRec(n)
-        optimizer, steps = torch.optim.AdamW(model.parameters()), []
+        model = rec.SASRec(n, blocks=1)
+        optimizer, steps = torch.optim.AdamW(model.parameters(), fused=True), []
         for _ in range(4):                                        # the first makes the optimiser's state
             start = time.perf_counter()
             optimizer.zero_grad(set_to_none=True)
@@ -155,7 +164,8 @@ def serving(args, repeats: int = 20):
     """The same ranking function with and without 256 features an item: median of interleaved passes over 4,096 users."""
     data = beauty(args)
     known, goal = [np.append(s, v) for s, v in zip(data.train, data.valid)][:4096], data.test[:4096]
-    score = {"id": rec.scorer(rec.SASRec(data.n_items)), "features": rec.scorer(rec.SASRec(data.n_items, torch.randn(data.n_items + 1, 256)))}
+    score = {"id": rec.scorer(rec.SASRec(data.n_items, blocks=1)),
+             "features": rec.scorer(rec.SASRec(data.n_items, torch.randn(data.n_items + 1, 256), blocks=1))}
     seconds = {k: [] for k in score}
     for _ in range(repeats):
         for k, s in score.items():
