@@ -25,6 +25,7 @@ from tqdm import tqdm
 MAX_LEN = 50                       # longest history the model sees, in items
 LENGTHS = (0.4, 1.6)               # first lengths of projected features to choose from; ID vectors start at 0.16
 LEAST_EPOCHS = 16                  # no early stopping before: long features can start with a dip
+EVERY = 2                          # epochs from one look at validation to the next: averaged weights change slowly
 LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
@@ -132,14 +133,13 @@ class FullSoftmax(torch.autograd.Function):
             x.scatter_add_(1, goal[:, None], -torch.ones_like(at_goal))            # d loss / d logits = p - [target]
             torch.mm(x, table, out=d_h)
             d_table.addmm_(x.T, h)
-        ctx.save_for_backward(d_states, d_table)
+        ctx.save_for_backward(d_states.div_(len(states)), d_table.div_(len(states)))
         return loss / len(states)
 
     @staticmethod
     def backward(ctx, grad):
         d_states, d_table = ctx.saved_tensors
-        n = len(d_states)
-        return d_states * (grad / n), d_table * (grad / n), None
+        return grad * d_states, grad * d_table, None
 
 
 def next_item_loss(model, ids: torch.Tensor) -> torch.Tensor:
@@ -157,7 +157,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
         yield from (cut[k] for k in rng.permutation(len(cut)))
 
 
-def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=3, batch=128, lr=3e-3,
+def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=128, lr=3e-3,
           weight_decay=0.0, width=64, blocks=2, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs, LEAST_EPOCHS at least; gives back the best epoch's model.
 
@@ -185,6 +185,8 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             average.update_parameters(model)
+        if epoch % EVERY and epoch < epochs:
+            continue
         value = metrics(ranks(scorer(average.module, device), train_seqs, valid_items))["ndcg@10"].mean()
         bar.set_postfix_str(f"valid NDCG@10 {value:.4f}, best {max(best, value):.4f}")
         if value > best:
@@ -278,8 +280,7 @@ def metrics(rank: np.ndarray) -> dict:
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0):
     """Mean of a - b over users and its 95 % interval. a, b: (seeds, users), averaged over seeds first."""
-    diff = a.mean(0) - b.mean(0)
-    rng = np.random.default_rng(seed)
+    diff, rng = a.mean(0) - b.mean(0), np.random.default_rng(seed)
     means = [diff[rng.integers(len(diff), size=len(diff))].mean() for _ in range(draws)]
     return float(diff.mean()), [float(x) for x in np.percentile(means, [2.5, 97.5])]
 
@@ -345,8 +346,7 @@ def slices_of(data) -> dict:
     last = np.full(data.n_items + 1, np.iinfo(np.int64).min)
     for s, t in zip(data.train, data.times):
         np.maximum.at(last, s, t[: len(s)])
-    when = np.array([t[-1] for t in data.times])
-    return {"train<=5": data.counts[data.test] <= 5, "no_later_train": last[data.test] <= when}
+    return {"train<=5": data.counts[data.test] <= 5, "no_later_train": last[data.test] <= np.array([t[-1] for t in data.times])}
 
 
 def compare(ranks_: dict, pairs=COMPARISONS, metric: str = "ndcg@10") -> list:

@@ -231,7 +231,7 @@ def test_few_users_still_make_eight_steps_an_epoch(monkeypatch):
 
 def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     """Guards: the last epoch's weights under the best epoch's figure; patience that never ends."""
-    monkeypatch.setattr(rec, "LEAST_EPOCHS", 0)
+    monkeypatch.setattr(rec, "LEAST_EPOCHS", 0), monkeypatch.setattr(rec, "EVERY", 1)
     d = ring()
 
     def run(values, **kw):
@@ -245,6 +245,7 @@ def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
 
 def test_no_early_stop_before_the_least_epochs(monkeypatch):
     """Guards: a run that stops in the dip with which long features start, before the rise behind it."""
+    monkeypatch.setattr(rec, "EVERY", 1)
     d = ring()
 
     def run(values, **kw):
@@ -254,6 +255,12 @@ def test_no_early_stop_before_the_least_epochs(monkeypatch):
     dip = [.3] + [.1] * (rec.LEAST_EPOCHS - 3)
     assert run([*dip, .5, *[.1] * 9], epochs=30, patience=2)["best_epoch"] == rec.LEAST_EPOCHS - 1
     assert run([*dip, *[.1] * 10], epochs=30, patience=2) == {"epochs": rec.LEAST_EPOCHS, "best_epoch": 1, "valid_ndcg@10": .3}
+
+
+def test_validation_is_looked_at_every_second_epoch_and_after_the_last(monkeypatch):
+    looks, real = [], rec.metrics
+    monkeypatch.setattr(rec, "metrics", lambda rank: looks.append(1) or real(rank))
+    assert [(looks.clear(), quick(ring(), epochs=n), len(looks))[2] for n in (1, 2, 5)] == [1, 1, 3]
 
 
 def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
