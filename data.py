@@ -395,12 +395,12 @@ def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "") -> tuple:
     """(prompt, answer) with a weak target: the item's words most shared with the histories shown, then two of its words.
 
-    Half of the time those of the thought, else two at random: which matter is left to the reward. Item order: none comes twice.
+    Three times in four those of the thought, else two at random: which matter is left to the reward. Item order: none comes twice.
     """
     said, own = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i))), data.phrases[item]
     shared = sorted(sorted((w for w in own if said[w]), key=lambda w: -said[w])[:2], key=own.index)
     think, named = " ".join(["most shared", *shared] if shared else ["nothing shared"]), [own[k] for k in sorted(rng.permutation(len(own))[:2])]
-    named = shared if len(shared) == 2 and rng.random() < 0.5 else named
+    named = shared if len(shared) == 2 and rng.random() < 0.75 else named
     return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
 
 
