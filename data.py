@@ -393,14 +393,14 @@ def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
 
 
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "") -> tuple:
-    """(prompt, answer) with a weak target: the item's words most shared with the histories shown, then two of its words.
+    """(prompt, answer) with a weak target: the item's two words most shared with the histories shown, as thought and as reason.
 
-    Three times in four those of the thought, else two at random: which matter is left to the reward. Item order: none comes twice.
+    Where fewer are shared the reason is filled up at random: which words matter is left to the reward. Item order: none comes twice.
     """
     said, own = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i))), data.phrases[item]
     shared = sorted(sorted((w for w in own if said[w]), key=lambda w: -said[w])[:2], key=own.index)
-    think, named = " ".join(["most shared", *shared] if shared else ["nothing shared"]), [own[k] for k in sorted(rng.permutation(len(own))[:2])]
-    named = shared if len(shared) == 2 and rng.random() < 0.75 else named
+    think, rest = " ".join(["most shared", *shared] if shared else ["nothing shared"]), [w for w in rng.permutation(own) if w not in shared]
+    named = sorted([*shared, *rest][:2], key=own.index)
     return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
 
 
