@@ -185,7 +185,7 @@ def hidden_states(model, ids, mask):
     """Last hidden states (B, T, D) of the backbone under the active adapter; positions count real tokens only."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)        # a left-padded row must equal the same row unpadded (TRAPS 10)
     return causal_lm(model).base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
-                             use_cache=False).last_hidden_state
+                                       use_cache=False).last_hidden_state
 
 
 def token_logps(model, ids, mask, P: int, temperature: float = 1.0, value_head=None):
@@ -195,7 +195,7 @@ def token_logps(model, ids, mask, P: int, temperature: float = 1.0, value_head=N
     on response positions alone; gather minus logsumexp in float32 (TRAPS 8).
     """
     states = hidden_states(model, ids, mask)[:, P - 1: -1]                                   # (B, R, D)
-    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature                   # (B, R, V)
+    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature         # (B, R, V)
     logp = logits.gather(-1, ids[:, P:, None]).squeeze(-1) - logits.logsumexp(-1)
     values = value_head(states.float()).squeeze(-1) if value_head is not None else None
     return logp, values, logits
