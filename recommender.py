@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 MAX_LEN = 50                       # longest history the model sees, in items
 LENGTHS = (0.4, 1.6)               # first lengths of projected features to choose from; ID vectors start at 0.16
-LEAST_EPOCHS = 16                  # no early stopping before: long features can start with a dip
+LEAST_STEPS = 250                  # no early stopping before: long features can start with a dip
 EVERY = 2                          # epochs from one look at validation to the next: averaged weights change slowly
 LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
@@ -159,7 +159,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
 
 def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=128, lr=3e-3,
           weight_decay=0.0, width=64, blocks=2, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
-    """Trains until validation NDCG@10 has not risen for `patience` epochs, LEAST_EPOCHS at least; gives back the best epoch's model.
+    """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
 
     train_seqs: one array of item numbers a user, chronological. valid_items: (users,) the next item, for selection
     only. Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
@@ -191,7 +191,7 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
         bar.set_postfix_str(f"valid NDCG@10 {value:.4f}, best {max(best, value):.4f}")
         if value > best:
             best, best_epoch, best_state = value, epoch, copy.deepcopy(average.module.state_dict())
-        if epoch >= max(best_epoch + patience, LEAST_EPOCHS):
+        if epoch >= best_epoch + patience and epoch * len(usable) >= LEAST_STEPS * batch:
             break
     bar.close()
     model.load_state_dict(best_state)

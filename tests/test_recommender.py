@@ -231,7 +231,7 @@ def test_few_users_still_make_eight_steps_an_epoch(monkeypatch):
 
 def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     """Guards: the last epoch's weights under the best epoch's figure; patience that never ends."""
-    monkeypatch.setattr(rec, "LEAST_EPOCHS", 0), monkeypatch.setattr(rec, "EVERY", 1)
+    monkeypatch.setattr(rec, "LEAST_STEPS", 0), monkeypatch.setattr(rec, "EVERY", 1)
     d = ring()
 
     def run(values, **kw):
@@ -243,18 +243,20 @@ def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     assert same(stopped, run([.2, .5], epochs=2)[0]) and not same(stopped, run([.2, .5, .6], epochs=3)[0])
 
 
-def test_no_early_stop_before_the_least_epochs(monkeypatch):
-    """Guards: a run that stops in the dip with which long features start, before the rise behind it."""
+@pytest.mark.parametrize("n_users, steps", [(48, 8), (400, 25)])
+def test_no_early_stop_before_the_least_steps(monkeypatch, n_users, steps):
+    """Guards: a run that stops in the dip with which long features start, before the rise behind it; a least number of
+    epochs instead of steps, which small data (eight steps an epoch) is through with before the rise."""
     monkeypatch.setattr(rec, "EVERY", 1)
-    d = ring()
+    d, least = ring(n_users=n_users), int(np.ceil(rec.LEAST_STEPS / steps))
 
-    def run(values, **kw):
+    def run(values):
         values = iter(values)
         monkeypatch.setattr(rec, "metrics", lambda rank: {"ndcg@10": np.array([next(values)])})
-        return quick(d, **kw)[1]
-    dip = [.3] + [.1] * (rec.LEAST_EPOCHS - 3)
-    assert run([*dip, .5, *[.1] * 9], epochs=30, patience=2)["best_epoch"] == rec.LEAST_EPOCHS - 1
-    assert run([*dip, *[.1] * 10], epochs=30, patience=2) == {"epochs": rec.LEAST_EPOCHS, "best_epoch": 1, "valid_ndcg@10": .3}
+        return quick(d, epochs=60, patience=2)[1]
+    dip = [.3] + [.1] * (least - 3)
+    assert run([*dip, .5, *[.1] * 9])["best_epoch"] == least - 1
+    assert run([*dip, *[.1] * 10]) == {"epochs": least, "best_epoch": 1, "valid_ndcg@10": .3}
 
 
 def test_validation_is_looked_at_every_second_epoch_and_after_the_last(monkeypatch):
