@@ -261,6 +261,23 @@ def test_reason_think_names_the_overlap_only(world):
         assert told or not shown & set(world.phrases[item])
 
 
+def test_the_thought_is_the_two_words_most_shared_with_what_the_prompt_shows(world):
+    """Guards: words counted over people or items that the prompt does not show; the first shared words instead of the
+    most shared; another order than the item's; reasons that do not name the thought."""
+    many = 0
+    for item, who in list(enumerate(data.choosers(world)))[1:]:
+        events = who[world.events["pos"][who] > data.HISTORY]
+        prompt, answer = data.reason_sample(world, item, events, np.random.default_rng(0))
+        lines, own = [x for x in prompt.splitlines() if x.startswith("- ")], world.phrases[item]
+        count = {w: sum(data.words(line).count(w) for line in lines) for w in own}
+        best = sorted([w for w in own if count[w]], key=lambda w: (-count[w], own.index(w)))[:2]
+        told = data.ANSWER_PATTERN.fullmatch(answer)[1].split()
+        assert told == (["most", "shared", *sorted(best, key=own.index)] if best else ["nothing", "shared"])
+        assert len(best) < 2 or data.parse_answer(answer)[1] == told[2:]
+        many += len(events) > data.PEOPLE
+    assert many > 20, "more people than a prompt shows"
+
+
 def test_no_user_id_in_any_sample(world):
     """Guards: ids that the LLM would memorise in place of reasons."""
     rated = blocks(rated=True)

@@ -679,6 +679,28 @@ def test_ppo_does_not_depend_on_the_micro_batch(tiny):
         assert close(run(*fresh(tiny), micro_batch=micro_batch, **settings), whole)
 
 
+@pytest.mark.parametrize("n, batch", [(7, 3), (3, 8), (5, 5)])
+def test_draw_gives_every_row_once_before_any_comes_again(n, batch):
+    """Guards: rows drawn twice while others wait; a batch cut short where there are fewer rows than it holds; rows in file order."""
+    some = rl.draw(n, batch, np.random.default_rng(0))
+    seen = [next(some) for _ in range(2 * n)]
+    assert all(len(rows) == batch for rows in seen)
+    rounds = np.array(sum(seen, [])).reshape(-1, n)
+    assert (np.sort(rounds) == np.arange(n)).all() and len({tuple(r) for r in rounds.tolist()}) > 1
+
+
+@pytest.mark.parametrize("quality", [1.0, 0.0])
+def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones(quality):
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
+    returns = torch.tensor([[1., 2., 4.], [0., -3., 99.], [5., 99., 99.]])
+    values = returns * quality * mask + 7.0
+    row = rl.summary(torch.ones(3), torch.ones(3), mask * 0.5, torch.tensor(1.0), returns, values, mask,
+                     torch.tensor([True, True, False]), [{"ratio": 1.0, "skipped": 0}, {"ratio": 1.5, "skipped": 1}])
+    assert row["explained_variance"] == pytest.approx(quality, abs=1e-6)
+    assert (row["kl"], row["ratio"], row["first_ratio"], row["skipped"], row["length"]) == (1.0, 1.25, 1.0, 1, 2.0)
+    assert row["eos_rate"] == pytest.approx(2 / 3)
+
+
 def test_tokens_after_eos_change_no_metric(tiny):
     """Padding in any loss, mean, whitening or metric; masks computed as ids != pad, which drop the EOS where pad = eos
     (TRAPS 10, 11). The pad token is drawn nowhere, so another one must not show in any figure."""
