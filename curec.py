@@ -17,6 +17,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -137,7 +138,7 @@ def stage(run: str, name: str, times: dict, work):
 
 
 def open_run(s: Settings):
-    """Makes the run folder and clears an old state, or checks that the run to resume was made with the same settings."""
+    """Makes the run folder and clears an older run out of it, or checks that the run to resume was made with the same settings."""
     path, state = os.path.join(s.out, "config.json"), os.path.join(s.out, "state")
     if s.resume:
         if not os.path.exists(path):
@@ -146,8 +147,11 @@ def open_run(s: Settings):
         for k, v in asdict(s).items():
             if k != "resume" and old.get(k) != v:
                 raise D.DataError(f"--resume: {s.out} was made with --{k.replace('_', '-')} {old.get(k)}, not {v}")
-    else:
-        shutil.rmtree(state, ignore_errors=True)
+    elif os.path.exists(path):
+        for old in (Path(s.out, name) for name in ("state", "align", "policy", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    elif os.path.exists(state):
+        raise D.DataError(f"--out {s.out}: holds a folder 'state' but no config.json, so it is no run of ours; choose another folder")
     os.makedirs(state, exist_ok=True)
 
 
@@ -159,11 +163,8 @@ def load_data(s: Settings):
 def describe(s: Settings, cuts) -> dict:
     """config.json: what another machine needs to know to repeat the run."""
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
-    except (OSError, subprocess.SubprocessError):
-        commit = "unknown"
-    return {"settings": {k: v for k, v in asdict(s).items() if k != "resume"}, "windows": cuts, "git_commit": commit,
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"settings": {k: v for k, v in asdict(s).items() if k != "resume"}, "windows": cuts, "git_commit": commit or "unknown",
             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
             "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
                          "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
@@ -181,6 +182,14 @@ def tiny_llm(s: Settings, data) -> str:
         texts = [D.item_text(item) for item in data.items[1:]]
         rl.train_tiny(path, texts, easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
     return path
+
+
+def save_adapter(model, out: str, name: str):
+    """OUT/NAME, atomic, and without the empty model card that peft puts beside it."""
+    with tempfile.TemporaryDirectory(dir=out) as part:
+        model.save_pretrained(part, selected_adapters=[name])
+        shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+        os.replace(os.path.join(part, name), os.path.join(out, name))
 
 
 def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
@@ -202,7 +211,7 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
                  lambda texts, rows: torch.from_numpy(total(texts, train[rows]) - reference[rows]),
                  updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
                  lr=s.ppo_lr, max_new=s.max_new, seed=s.seed, log_path=log_path)      # one epoch: fresh answers beat reused ones here
-    model.save_pretrained(s.out, selected_adapters=["policy"])
+    save_adapter(model, s.out, "policy")
     after = sample(held, "policy", "held-out prompts after PPO")
     return {"reward_before": float(before.mean()), "reward_after": float(after.mean()), "kl": log[-1]["kl"], "updates": len(log)}
 
@@ -240,16 +249,18 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     """All kinds of reasons: {KIND: decoded answers, index 0 empty}, the timelines and the correction's rows."""
     shown, items = reward.one_shot_people(who, s.seed)[0], list(range(1, data.n_items + 1))
 
-    def answer(adapter, items, seed, name):
+    def answer(adapter, items, seed, name, shown=shown):
         rl.use(model, adapter)
         prompts = [D.reason_prompt(data, i, "", shown[i]) for i in items]
         return rl.generate(model, tokenizer, prompts, max_new=s.max_new, seed=seed, name=name)[0]
     kinds = {"aligned": [""] + answer("align", items, s.seed, "reasons: aligned"), "rl": [""] + answer("policy", items, s.seed, "reasons: rl")}
     kinds["curec"], timelines, judged, made, rows = correct(s, data, model, tokenizer, judge, who, cuts)
-    # the control for correction: as many one-shot proposals as curec made, the same judges, no time order
+    # the control for correction: as many one-shot proposals as curec made, the same judges (in no prompt), no time order
+    rng, judged = np.random.default_rng([s.seed, 67]), [np.array(j, int) for j in judged]
+    apart = [rng.permutation(np.setdiff1d(w, j))[: D.PEOPLE] for w, j in zip(who, judged)]
     many = [i for i in items for _ in range(made[i])]
-    texts = answer("policy", many, s.seed + 91, "best of one-shot proposals")
-    total, _ = judge.rewards(many, texts, [shown[i] for i in many], [np.array(judged[i], int) for i in many], (cuts[0], cuts[-1]), s.seed)
+    texts = answer("policy", many, s.seed + 91, "best of one-shot proposals", apart)
+    total, _ = judge.rewards(many, texts, [apart[i] for i in many], [judged[i] for i in many], (cuts[0], cuts[-1]), s.seed)
     parts = np.split(np.arange(len(many)), np.cumsum(made[1:])[:-1])
     kinds["bestof"] = [""] + [texts[max(part, key=lambda k: total[k])] for part in parts]
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
@@ -263,7 +274,7 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
         samples = D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8)
         rl.supervise(model, tokenizer, samples, rl.trainable(model), steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
                      lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
-        model.save_pretrained(s.out, selected_adapters=["align"])
+        save_adapter(model, s.out, "align")
     stage(s.out, "align", m["time_s"], align)
     rl.restore(model, s.out, "align")
     print("[2/5] reward model")
@@ -277,7 +288,7 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
     rl.restore(model, s.out, "policy")
     print("[4/5] reasons and chronological correction")
     out = stage(s.out, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts))
-    m["reward"], m["correction"] = {"auc_heldout": fit["report"]["auc_heldout"]}, out["correction"]
+    m["reward"], m["correction"] = {k: v for k, v in fit["report"].items() if k == "auc_heldout"}, out["correction"]
     m["reasons"] = {k: {**judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed),
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
     return out, judge
@@ -285,10 +296,10 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
 
 def downstream(s, data, encode, kinds, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom."""
-    slices, ranks, start = recommender.slices_of(data), {}, time.perf_counter()
+    slices, ranks, seconds = recommender.slices_of(data), {}, {}
     settings, arms = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}, s.arms.split(",")
     if LLM_ARMS & {*arms}:
-        settings["length"] = stage(s.out, "length", {}, lambda: recommender.first_length(
+        settings["length"] = stage(s.out, "length", seconds, lambda: recommender.first_length(
             data, reward.features("content", data, encode, {}, s.seed), seed=s.seed, **settings))
         data.notes.append(f"Features start at length {settings['length']}: best of {recommender.LENGTHS} on the validation of `content`.")
     for arm in arms:
@@ -296,27 +307,19 @@ def downstream(s, data, encode, kinds, m):
             rank, entry, model = recommender.run_arm(arm, data, reward.features(arm, data, encode, kinds, s.seed), slices,
                                                      seeds=s.seeds, base_seed=s.seed, **settings)
             return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
-        done = stage(s.out, f"arm-{arm}", {}, work)
+        done = stage(s.out, f"arm-{arm}", seconds, work)
         ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
         print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
-    m["time_s"]["downstream"], m["comparisons"] = time.perf_counter() - start, recommender.compare(ranks)
+    m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
     if {"oracle", "content"} <= set(ranks):
         m["headroom"] = recommender.headroom(m["arms"])
-
-
-def tell_truth(s, data, judge, who, cuts, kinds, m):
-    """Demo only: how true the reasons are and how well the judge knows it. Read after everything else; feeds nothing."""
-    for kind, answers in kinds.items():
-        m["reasons"][kind] |= reward.truth_figures([D.parse_answer(a)[1] for a in answers[1:]], data.truth["late"][1:])
-    late = [w[data.events["time"][w] >= (cuts[0] + cuts[-1]) // 2] for w in who]
-    m["reward"]["driver_choice"] = reward.driver_choice(judge, data.truth["late"], late, (cuts[0], cuts[-1]), s.seed)
 
 
 def pipeline(s: Settings):
     """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
     begin, arms = time.perf_counter(), set(s.arms.split(","))
-    open_run(s)
     data = load_data(s)
+    open_run(s)
     m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]),
@@ -326,9 +329,7 @@ def pipeline(s: Settings):
     write(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
     if REASON_ARMS & arms or (LLM_ARMS & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
-        start = time.perf_counter()
-        path = tiny_llm(s, data) if s.llm == "tiny" else s.llm
-        m["time_s"]["tiny_llm"] = time.perf_counter() - start
+        path = stage(s.out, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
         torch.manual_seed(s.seed)
         model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
         write(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
@@ -344,16 +345,15 @@ def pipeline(s: Settings):
     print("[5/5] downstream: the arms, same seeds and budget")
     downstream(s, data, encode, out["kinds"], m)
     if reasons and data.truth:
-        tell_truth(s, data, judge, who, cuts, out["kinds"], m)
-    m["time_s"]["total"] = time.perf_counter() - begin
+        reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
+    m["time_s"]["total"] = sum(m["time_s"].values())
     finish(s, data, m, reasons, log)
 
 
 def finish(s, data, m, reasons, log):
     """Writes metrics.json and report.md and prints the arms."""
-    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if s.device.startswith("cuda"):
-        m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2 ** 20
+    gpu = {"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if s.device.startswith("cuda") else {}
+    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024} | gpu
     write(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
     notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
              *["**Quick run: these figures mean nothing.**"] * s.quick]

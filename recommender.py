@@ -364,7 +364,7 @@ def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
     value = {a: float(np.mean(e["test"][metric])) for a, e in arms.items()}
     room = value["oracle"] - value["content"]
     return {metric: room, "recovered": {a: (v - value["content"]) / room for a, v in value.items()
-                                        if a in ("placebo", "aligned", "rl", "bestof", "curec")}}
+                                        if a in ("placebo", "aligned", "rl", "bestof", "curec") and room > 0}}
 
 
 def markdown(header: list, rows) -> str:
@@ -393,7 +393,7 @@ def report(m: dict, notes: list) -> list:
                                                           "{:+.4f} .. {:+.4f}".format(*c["ci95"])] for c in m["comparisons"]])]
     if "headroom" in m:
         out.append(f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: "
-                   + ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) + ".")
+                   + (", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing") + ".")
     return out + ["## Slices and popularity audit", markdown(
         ["arm", *(f"NDCG@10, {n}" for n in slices), *audits],
         [[arm, *(float(np.mean(e["slices"][n]["ndcg@10"])) for n in slices), *(e["audit"][k] for k in audits)]

@@ -3,7 +3,7 @@
     z(x)   = P . enc(x)                              enc: frozen text encoder, whitened; P starts as the identity
     h(e)   = mean_j z(title_j) + SASRec(z(title_1) .. z(title_t))     what the person of event e had chosen before
     s(e,r) = cos(h(e), z(r)) / tau                   tau is learnt; the target item is represented by its reason alone
-    A(S,r) = mean_{e in S} s(e,r) - logmeanexp_{e in N} s(e,r)        N: states of other people of the same period
+    A(S,r) = mean_{e in S} s(e,r) - logmeanexp_{e in N} s(e,r)        N: states of 256 events of the same period, one draw
     R(r)   = (1 - l) A(shown,r) + l A(audience,r) - format penalty - ungrounded penalty
 
 If the score also saw the item's ID or content, the reason would tell it nothing new and the reward would ignore the
@@ -27,6 +27,7 @@ from recommender import Block, markdown, pad
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
 AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
 STATES, AUDIENCE = 256, 16                         # |N|; most people of an audience
+HELD_OUT = 2000                                    # most held-out events that choose the epoch
 LEAST_GAIN = 1e-3                                  # nats; two reasons that name the same things differ by rounding only
 MAX_HISTORY = 20                                   # items of a history the user tower reads
 
@@ -120,7 +121,8 @@ class Judge:
             seed: int = 0) -> dict:
         """Trains on train events of the kept people and items; the best epoch on held-out people x held-out items stays.
 
-        A fifth of the people and a fifth of the items are held out. Returns {"auc_heldout", "epochs", "best_epoch"}.
+        A fifth of the people and a fifth of the items are held out. Returns {"auc_heldout", "epochs", "best_epoch"}, without
+        the first where nothing could be held out.
         """
         torch.manual_seed(seed)
         self.model = RewardModel(self.items.shape[1])        # anew: what was drawn before must not matter to a resumed run
@@ -129,7 +131,7 @@ class Judge:
         people = rng.random(len(data.users)) < 0.2
         things = rng.random(data.n_items + 1) < 0.2
         train = np.flatnonzero(~people[user] & ~things[item])
-        held = np.flatnonzero(people[user] & things[item])[:2000]
+        held = np.random.default_rng([seed, 71]).permutation(np.flatnonzero(people[user] & things[item]))[:HELD_OUT]
         train_items, held_items = (np.flatnonzero(x[1:]) + 1 for x in (~things, things))
         column = np.zeros(data.n_items + 1, dtype=np.int64)
         column[train_items], column[held_items] = np.arange(len(train_items)), np.arange(len(held_items))
@@ -160,7 +162,7 @@ class Judge:
         bar.close()
         model.load_state_dict(best_state)
         self.remember()
-        return {"auc_heldout": best, "epochs": epoch, "best_epoch": best_epoch}
+        return {"epochs": epoch, "best_epoch": best_epoch} | ({"auc_heldout": best} if len(held) and len(held_items) > 1 else {})
 
     def histories(self, events) -> torch.Tensor:
         return pad([self.data.history(e) for e in events], MAX_HISTORY)
@@ -232,7 +234,7 @@ class Judge:
 
         proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old one, and its mean
         paired gain over the judges exceeds margin standard errors. Returns a list of {"best", "before", "after", "accepted"}
-        and the false-accept rate: the same test with the signs of the paired gains drawn at random, as if old and new were alike.
+        and the false-accept rate: the same with a sign drawn for each judge, who may as well have liked the old one better by as much.
         """
         K, rng = len(proposals) // len(items), np.random.default_rng([seed, 37, len(items)])
         spread = lambda xs: [x for x in xs for _ in range(K)]
@@ -242,12 +244,14 @@ class Judge:
         new = self.judge(reasons, spread(judges), period, seed)
         rows, false = [], 0
         for k, before in enumerate(old):
-            mine = range(k * K, (k + 1) * K)
+            mine, signs = range(k * K, (k + 1) * K), rng.choice([-1.0, 1.0], len(before))
+            least = D.grounded(self.data, items[k], old_reasons[k])
+            passes = lambda j, gain: bool(parts["format_ok"][j] and parts["grounded"][j] >= least) and convincing(gain, margin)
             best = max(mine, key=lambda j: total[j])
-            sound = parts["format_ok"][best] and parts["grounded"][best] >= D.grounded(self.data, items[k], old_reasons[k])
-            yes = bool(sound) and convincing(new[best] - before, margin)
+            yes = passes(best, new[best] - before)
             rows.append({"best": best, "before": float(before.mean()), "after": float(new[best].mean()), "accepted": yes})
-            false += convincing(max(((new[j] - before) * rng.choice([-1.0, 1.0], len(before)) for j in mine), key=np.mean), margin)
+            lucky = max(mine, key=lambda j: total[j] + AUDIENCE_WEIGHT * ((signs - 1) * (new[j] - before)).mean())
+            false += passes(lucky, signs * (new[lucky] - before))
         return rows, false / len(items)
 
     def figures(self, answers, shown, audience, period, seed) -> dict:
@@ -341,23 +345,32 @@ def convincing(gain: np.ndarray, margin: float) -> bool:
     return len(gain) > 1 and bool(gain.mean() > margin * gain.std(ddof=1) / len(gain) ** 0.5 + LEAST_GAIN)
 
 
-def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> float:
-    """Demo only, a figure of the report: how often a true driver pair beats a decoy pair with the item's audience."""
+def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> dict:
+    """Demo only, a figure of the report: how often a true driver pair beats a decoy pair with the item's audience; {} if no item has one."""
     rng, pairs = np.random.default_rng([seed, 31]), []
     items = [i for i in range(1, len(who)) if len(who[i]) >= 2]
+    if not items:
+        return {}
     for i in items:
         decoys = [p for p in judge.data.phrases[i] if p not in truth[i]]
         pairs.append((D.REASON.format(*truth[i]), D.REASON.format(*rng.permutation(decoys)[:2])))
     people = [who[i][:AUDIENCE] for i in items]
     a, b = (judge.judge([p[k] for p in pairs], people, period, seed) for k in (0, 1))
-    wins = [float(x.mean() > y.mean()) for x, y in zip(a, b)]
-    return float(np.mean(wins)) if wins else float("nan")
+    return {"driver_choice": float(np.mean([x.mean() > y.mean() for x, y in zip(a, b)]))}
 
 
 def truth_figures(named: list, truth: list) -> dict:
     """Demo only: of the phrases named, the share that are drivers (chance .4); of the drivers, the share named."""
     hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth))
     return {"truth_precision": hits / max(1, sum(len(set(n)) for n in named)), "truth_recall": hits / sum(map(len, truth))}
+
+
+def tell_truth(data, judge, who, cuts, kinds, m, seed):
+    """Demo only: how true the reasons are and how well the judge knows it, into m. Read after everything else; feeds nothing."""
+    for kind, answers in kinds.items():
+        m["reasons"][kind] |= truth_figures([D.parse_answer(a)[1] for a in answers[1:]], data.truth["late"][1:])
+    late = [w[data.events["time"][w] >= (cuts[0] + cuts[-1]) // 2] for w in who]
+    m["reward"] |= driver_choice(judge, data.truth["late"], late, (cuts[0], cuts[-1]), seed)
 
 
 def timeline(r: dict) -> str:
@@ -382,6 +395,6 @@ def report(m: dict, reasons: list, log: list) -> list:
             "PPO by update, mean reward over the reference reason:\n\n```\n" + "\n".join(
                 f"{r['update']:4d} {r['reward']:+.3f} {bar(r['reward'])}" for r in log[:: max(1, len(log) // 20)]) + "\n```",
             "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
-            "False-accept rate: the same test with the signs of the paired gains drawn at random.",
+            "False-accept rate: the same choice and test with the sign of each judge's gains drawn at random.",
             "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by their last window's reward",
             "\n".join(f"- {standing(r):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]

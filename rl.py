@@ -54,7 +54,7 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, wi
     for part, share, name in ((easy, steps // 3, "short prompts"), (samples, steps - steps // 3, "all prompts")):
         supervise(model, tokenizer, part, list(model.parameters()), steps=share, batch=batch, lr=lr, seed=seed,
                   name=f"tiny LLM from nothing, {name}", weight_decay=0.01)
-    part = path + ".part"
+    part = f"{path}.{os.getpid()}.part"                         # two runs may make the same model at once
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)

@@ -64,7 +64,24 @@ def test_run_folder_keeps_the_contract(finished):
     assert len(rows) == m["dataset"]["items"] and {"item", "title", "aligned", "rl", "timeline", "reason"} == set(rows[0])
     config = json.loads((folder / "config.json").read_text())
     assert {"settings", "windows", "versions", "git_commit", "hardware", "llm_path"} <= set(config)
-    assert not list(folder.rglob("*.part"))
+    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md", "align", "policy", "state"}
+    assert not list(folder.rglob("*.part")) and {p.name for p in (folder / "align").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_run_that_cannot_start_leaves_the_old_one_alone_and_a_new_one_clears_it(tmp_path, monkeypatch, capsys):
+    """Guards: hours of work deleted by a mistyped --data-dir; figures of an older run beside the new ones; other people's folders."""
+    monkeypatch.chdir(tmp_path)
+    s = curec.resolve(curec.Settings(dataset="demo", out="runs/x"))
+    old = [tmp_path / "runs/x" / name for name in ("state/arm-id.pt", "align/a", "metrics.json", "reasons.jsonl", "config.json", "own.txt")]
+    for p in old:
+        p.parent.mkdir(parents=True, exist_ok=True), p.write_text("{}")
+    assert curec.main(["--dataset", "no_such_folder/here", "--data-dir", "nowhere", "--out", "runs/x"]) == 2
+    assert all(p.exists() for p in old), capsys.readouterr().err
+    curec.open_run(s)
+    assert [p.name for p in old if p.exists()] == ["config.json", "own.txt"] and (tmp_path / "runs/x/state").is_dir()
+    (tmp_path / "runs/x/config.json").unlink()
+    with pytest.raises(D.DataError, match="another folder"):
+        curec.open_run(s)
 
 
 @pytest.mark.parametrize("adapter", ["align", "policy"])
@@ -88,7 +105,10 @@ def test_resume_does_no_finished_stage_again_and_changes_no_figure(finished):
     done = run("--dataset", "demo", "--quick", *SMALL, "--resume", cwd=cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     after = metrics_of(cwd)
+    assert all(before["time_s"][k] == after["time_s"][k] for k in ("tiny_llm", "align", "reward", "ppo", "correct"))
+    assert after["time_s"]["downstream"] > sum(e["train_s"] for e in after["arms"].values()), "arms of both processes"
     for m in (before, after):
+        assert m["time_s"].pop("total") == pytest.approx(sum(m["time_s"].values()))
         m.pop("time_s"), m.pop("peak_memory_mb")
         for arm in m["arms"].values():
             arm.pop("train_s"), arm.pop("rank_ms_per_user")
@@ -195,6 +215,21 @@ def test_correction_is_causal(fake_llm):
     assert before != after, "later windows must differ, or the test replaced nothing"
 
 
+def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
+    """Guards: the control for correction picked by the people whose histories its prompt echoes."""
+    shop, seen = D.demo(0, n_users=600, n_items=80), []
+    judge, cuts = reward.Judge(shop, bag_of_words), reward.window_cuts(shop, 2)
+    judge.remember()
+    real = reward.Judge.rewards
+    monkeypatch.setattr(reward.Judge, "rewards", lambda self, items, answers, shown, audience, *rest: (
+        seen.append((items, shown, audience)), real(self, items, answers, shown, audience, *rest))[1])
+    s = curec.resolve(curec.Settings())
+    curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts)
+    items, shown, judges = seen[-1]
+    assert len(items) > 5 * shop.n_items and not any(set(a) & set(b) for a, b in zip(shown, judges))
+    assert sum(len(a) > 0 and len(b) > 0 for a, b in zip(shown, judges)) > 0.9 * len(items)
+
+
 def test_correction_moves_reasons_towards_the_truth(fake_llm):
     """With random proposals and an ideal encoder, accepted corrections must name drivers more often than first reasons."""
     shop = D.demo(0, n_users=900, n_items=80)
@@ -225,8 +260,15 @@ def test_truth_feeds_nothing(finished, tmp_path, monkeypatch):
     a, b = metrics_of(cwd), metrics_of(tmp_path)
     assert (cwd / "runs/demo/reasons.jsonl").read_bytes() == (tmp_path / "runs/demo/reasons.jsonl").read_bytes()
     truth = {"truth_precision", "truth_recall"}
+    read = lambda cwd, name: (cwd / "runs/demo" / name).read_bytes()
+    for name in ("align/adapter_model.safetensors", "policy/adapter_model.safetensors"):
+        assert read(cwd, name) == read(tmp_path, name)
+    ppo = lambda cwd: [{k: v for k, v in json.loads(x).items() if k != "tokens_per_s"} for x in read(cwd, "ppo.jsonl").splitlines()]
+    weights = lambda cwd: torch.load(cwd / "runs/demo/state/reward.pt", weights_only=True)["value"]["weights"]
+    assert ppo(cwd) == ppo(tmp_path)
+    assert all(torch.equal(x, y) for x, y in zip(weights(cwd).values(), weights(tmp_path).values()))
     strip = lambda m: ({arm: {k: v for k, v in e.items() if k not in ("train_s", "rank_ms_per_user")} for arm, e in m["arms"].items()
-                        if arm != "oracle"}, m["correction"], m["ppo"], m["reward"]["auc_heldout"],
+                        if arm != "oracle"}, [c for c in m["comparisons"] if c["a"] != "oracle"], m["correction"], m["ppo"], m["reward"]["auc_heldout"],
                        {k: {n: x for n, x in v.items() if n not in truth} for k, v in m["reasons"].items()})
     assert strip(a) == strip(b)
     assert a["reasons"]["curec"]["truth_precision"] != b["reasons"]["curec"]["truth_precision"]

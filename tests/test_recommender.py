@@ -335,6 +335,9 @@ def test_headroom_by_hand():
     """Guards: shares of the wrong difference; an arm without reasons that recovers something."""
     arms = {a: {"test": {"ndcg@10": v}} for a, v in {"id": [.01, .01], "content": [.05, .07], "curec": [.08, .10], "oracle": [.10, .10]}.items()}
     assert rec.headroom(arms) == {"ndcg@10": pytest.approx(.04), "recovered": {"curec": pytest.approx(.75)}}
+    for oracle in (.06, .05):                                                      # no room, or less than none: no share of it
+        arms["oracle"]["test"]["ndcg@10"] = [oracle] * 2
+        assert rec.headroom(arms)["recovered"] == {}
 
 
 def test_audit_by_hand():

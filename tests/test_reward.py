@@ -84,7 +84,7 @@ def test_true_drivers_beat_decoys_with_the_audience(judge, shop):
     """If this falls to chance the reward is blind and nothing downstream can work."""
     low, high = everyone(shop)
     late = [w[shop.events["time"][w] >= (low + high) // 2] for w in D.choosers(shop)]
-    assert reward.driver_choice(judge, shop.truth["late"], late, (low, high), 0) > 0.75
+    assert reward.driver_choice(judge, shop.truth["late"], late, (low, high), 0)["driver_choice"] > 0.75
 
 
 def test_gaming_the_reward_does_not_pay(judge, shop):
@@ -113,6 +113,22 @@ def test_audience_weighs_half_and_stands_alone_when_nobody_is_shown(judge, shop)
     assert both[0] == pytest.approx(0.5 * parts["shown"][0] + 0.5 * parts["audience"][0])
     alone, parts = judge.rewards([1], [reason], [a], [np.zeros(0, int)], period, 0)
     assert alone[0] == pytest.approx(parts["shown"][0])
+
+
+def test_the_epoch_is_chosen_on_a_sample_of_all_held_out_events(shop, monkeypatch):
+    """Guards: the first events of a time-sorted list, all of them early."""
+    monkeypatch.setattr(reward, "HELD_OUT", 40)
+    judge, seen, real = reward.Judge(shop, bag_of_words), [], reward.Judge.auc
+    monkeypatch.setattr(reward.Judge, "auc", lambda self, events, *rest: (seen.append(events), real(self, events, *rest))[1])
+    judge.fit(epochs=1, seed=2)
+    assert all(len(e) == 40 and np.array_equal(e, seen[0]) for e in seen)
+    assert 0.35 < (seen[0] > len(shop.events["time"]) / 2).mean() < 0.65
+
+
+def test_a_figure_that_was_not_measured_is_absent(judge, shop, monkeypatch):
+    assert reward.driver_choice(judge, shop.truth["late"], [np.zeros(0, int)] * (shop.n_items + 1), everyone(shop), 0) == {}
+    monkeypatch.setattr(reward, "HELD_OUT", 0)
+    assert "auc_heldout" not in reward.Judge(shop, bag_of_words).fit(epochs=1)
 
 
 def test_fit_keeps_the_best_epoch_on_held_out_people_and_items(shop):
@@ -146,6 +162,20 @@ def test_choose_accepts_only_sound_proposals_that_judges_prefer(judge, shop):
     assert not run(best, [best, best])["accepted"]
     assert not run(worst, [None])["accepted"], "a malformed proposal"
     assert not run(worst, [("quantum", "unicorn")])["accepted"], "an ungrounded proposal"
+
+
+def test_false_accepts_are_what_the_same_test_lets_through_by_luck(judge, shop):
+    """Guards: a rate of another test than the one in use: other conditions, or luck drawn anew for every proposal."""
+    who, period, rng = D.choosers(shop), everyone(shop), np.random.default_rng(0)
+    items = [i for i in range(1, shop.n_items + 1) if len(who[i]) >= 8]
+    shown, judges = zip(*(reward.halves(who[i], rng) for i in items))
+    old = [say(*shop.phrases[i][:2]) for i in items]
+    other = [say(*shop.phrases[i][2:4]) for i in items]
+    rate = lambda proposals, margin=0.0: judge.choose(items, old, proposals, shown, judges, period, 0, margin)[1]
+    assert len(items) > 20 and 0.25 < rate(other) < 0.75, "one proposal, no margin: a coin"
+    assert rate([x for x in other for _ in range(6)]) == rate(other), "identical proposals give luck no further chance"
+    assert rate([x for i, o in zip(items, other) for x in (o, say(*shop.phrases[i][1:3]), say(shop.phrases[i][0], shop.phrases[i][4]))]) > rate(other)
+    assert rate(other, margin=9.0) == rate(old) == rate(["broken"] * len(items)) == rate([say("quantum", "unicorn")] * len(items)) == 0
 
 
 def test_windows_split_people_and_lose_nobody_early(shop):
