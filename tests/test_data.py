@@ -278,14 +278,6 @@ def test_the_thought_is_the_two_words_most_shared_with_what_the_prompt_shows(wor
     assert many > 20, "more people than a prompt shows"
 
 
-def test_a_ranking_lists_no_item_twice():
-    """Guards: negatives drawn with replacement: of four items not chosen, one came up twice."""
-    few = data.Dataset("few", [None] + [{"id": str(i), "title": f"thing {i} blue", "brand": "", "categories": [], "description": ""} for i in range(1, 8)],
-                       ["a"], [np.array([1, 2, 3, 4, 5])], [np.arange(5)], None, None, [])
-    ranked = [a.split("; ") for p, a in data.alignment_samples(few, 600, np.random.default_rng(0), reason_share=0.0) if "Rank these" in p]
-    assert len(ranked) > 50 and all(len(set(x)) == 3 for x in ranked)
-
-
 def test_no_user_id_in_any_sample(world):
     """Guards: ids that the LLM would memorise in place of reasons."""
     rated = blocks(rated=True)
