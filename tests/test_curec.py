@@ -217,7 +217,8 @@ def test_correction_is_causal(fake_llm):
 
 def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
     """Guards: the control for correction picked by the people whose histories its prompt echoes."""
-    shop, seen = D.demo(0, n_users=600, n_items=80), []
+    shop, seen, prompts, fake = D.demo(0, n_users=600, n_items=80), [], [], rl.generate
+    monkeypatch.setattr(rl, "generate", lambda model, tokenizer, p, **kw: (prompts.append(p), fake(model, tokenizer, p, **kw))[1])
     judge, cuts = reward.Judge(shop, bag_of_words), reward.window_cuts(shop, 2)
     judge.remember()
     real = reward.Judge.rewards
@@ -226,6 +227,7 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
     s = curec.resolve(curec.Settings())
     curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts)
     items, shown, judges = seen[-1]
+    assert prompts[-1] == [D.reason_prompt(shop, i, "", a) for i, a in zip(items, shown)], "and what is shown is what it is judged by"
     assert len(items) > 5 * shop.n_items and not any(set(a) & set(b) for a, b in zip(shown, judges))
     assert sum(len(a) > 0 and len(b) > 0 for a, b in zip(shown, judges)) > 0.9 * len(items)
 

@@ -172,7 +172,17 @@ def test_false_accepts_are_what_the_same_test_lets_through_by_luck(judge, shop):
     old = [say(*shop.phrases[i][:2]) for i in items]
     other = [say(*shop.phrases[i][2:4]) for i in items]
     rate = lambda proposals, margin=0.0: judge.choose(items, old, proposals, shown, judges, period, 0, margin)[1]
-    assert len(items) > 20 and 0.25 < rate(other) < 0.75, "one proposal, no margin: a coin"
+    luck, by_hand = np.random.default_rng([0, 37, len(items)]), []
+    for i, a, b, some, ears in zip(items, old, other, shown, judges):
+        reason = lambda text: [D.parse_answer(text)[0]]
+        gain = judge.judge(reason(b), [ears], period, 0)[0] - judge.judge(reason(a), [ears], period, 0)[0]
+        signs = luck.choice([-1.0, 1.0], len(ears))
+        of_the_shown = judge.judge(reason(b), [some], period, 0)[0].mean() - judge.judge(reason(a), [some], period, 0)[0].mean()
+        wins = of_the_shown + (signs * gain).mean() > 0                            # the higher reward of the two, half by either
+        by_hand.append((reward.convincing(signs * gain, 0.0), wins and reward.convincing(signs * gain, 0.0)))
+    alone, against_old = np.mean(by_hand, 0)
+    assert len(items) > 20 and 0.25 < rate(other) < 0.75 and rate(other) == pytest.approx(alone), "one proposal, no margin: a coin"
+    assert rate([x for pair in zip(other, old) for x in pair]) == pytest.approx(against_old) != alone
     assert rate([x for x in other for _ in range(6)]) == rate(other), "identical proposals give luck no further chance"
     assert rate([x for i, o in zip(items, other) for x in (o, say(*shop.phrases[i][1:3]), say(shop.phrases[i][0], shop.phrases[i][4]))]) > rate(other)
     assert rate(other, margin=9.0) == rate(old) == rate(["broken"] * len(items)) == rate([say("quantum", "unicorn")] * len(items)) == 0
