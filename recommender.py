@@ -53,14 +53,18 @@ class Block(nn.Module):
         self.local = nn.Parameter(torch.zeros(LOCAL, width))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, last=None) -> torch.Tensor:
+        """x (B, T, D) -> (B, T, D), or where last (B,) is given the states at these positions alone, (B, D)."""
         B, T, D = x.shape
         y = self.norm1(x)
         q, k, v = self.qkv(y).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.p if self.training else 0.0)
         past = F.pad(y, (0, 0, LOCAL - 1, 0))                                              # (B, LOCAL - 1 + T, D)
         local = sum(past[:, k: k + T] * weight for k, weight in enumerate(self.local))
-        x = x + self.drop(self.out(a.transpose(1, 2).reshape(B, T, D)) + local)
+        a, rows = a.transpose(1, 2).reshape(B, T, D), torch.arange(B, device=x.device)
+        if last is not None:
+            x, a, local = (z[rows, last] for z in (x, a, local))
+        x = x + self.drop(self.out(a) + local)
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
@@ -98,10 +102,10 @@ class SASRec(nn.Module):
         return F.normalize(vectors, dim=-1)
 
     def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states (B, T, D) of length 1 / tau."""
+        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states after the last item (B, D), of length 1 / tau."""
         x = self.drop(table[ids] * table.shape[1] ** 0.5 + self.pos.weight[: ids.shape[1]])
         for block in self.blocks:
-            x = block(x)
+            x = block(x, (ids > 0).sum(1) - 1 if block is self.blocks[-1] else None)
         return F.normalize(self.norm(x), dim=-1) / self.log_tau.exp()
 
 
@@ -142,10 +146,15 @@ class FullSoftmax(torch.autograd.Function):
         return grad * d_states, grad * d_table, None
 
 
-def next_item_loss(model, ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss over every next item of ids (B, T + 1), right-padded with 0; only real positions reach the softmax."""
-    table, real = model.table(), ids[:, 1:] > 0
-    return FullSoftmax.apply(model(ids[:, :-1], table)[real], table, ids[:, 1:][real])
+def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean loss of the next items, targets (B,), after the histories ids (B, T), right-padded with 0."""
+    table = model.table()
+    return FullSoftmax.apply(model(ids, table), table, targets)
+
+
+def samples(sequences):
+    """Every history with its next item, each a sample of its own: list of arrays, and (samples,) item numbers."""
+    return [s[:t] for s in sequences for t in range(1, len(s))], np.concatenate([s[1:] for s in sequences])
 
 
 def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
@@ -157,7 +166,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
         yield from (cut[k] for k in rng.permutation(len(cut)))
 
 
-def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=128, lr=3e-3,
+def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=256, lr=3e-3,
           weight_decay=0.0, width=64, blocks=2, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
 
@@ -168,18 +177,18 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     order_rng = np.random.default_rng(seed)
     model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout, length=length).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    usable = np.array([u for u, s in enumerate(train_seqs) if len(s) > 1])
-    lengths = np.array([min(len(train_seqs[u]), MAX_LEN + 1) for u in usable])
-    batch = min(batch, -(-len(usable) // 8))                # few users: eight steps an epoch all the same
-    decay = 1 - batch / len(usable)                         # the average reaches back about an epoch, less at the start
+    histories, targets = samples(train_seqs)
+    lengths = np.array([min(len(h), MAX_LEN) for h in histories])
+    batch = min(batch, -(-len(targets) // 8))                   # few events: eight steps an epoch all the same
+    decay = 1 - batch / len(targets)                        # the average reaches back about an epoch, less at the start
     average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(1 - decay, 9.0 / (10.0 + float(n)))))
     best, best_epoch, best_state = -1.0, 0, None
     bar = tqdm(range(1, epochs + 1), desc=name, unit="epoch", leave=False, mininterval=1, disable=None)
     for epoch in bar:
         model.train()
         for rows in batches(lengths, batch, order_rng):
-            ids = pad([train_seqs[u] for u in usable[rows]], MAX_LEN + 1).to(device)                 # (B, T + 1)
-            loss = next_item_loss(model, ids)
+            ids, goal = pad([histories[k] for k in rows]), torch.from_numpy(targets[rows])
+            loss = next_item_loss(model, ids.to(device), goal.to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -191,7 +200,7 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
         bar.set_postfix_str(f"valid NDCG@10 {value:.4f}, best {max(best, value):.4f}")
         if value > best:
             best, best_epoch, best_state = value, epoch, copy.deepcopy(average.module.state_dict())
-        if epoch >= best_epoch + patience and epoch * len(usable) >= LEAST_STEPS * batch:
+        if epoch >= best_epoch + patience and epoch * len(targets) >= LEAST_STEPS * batch:
             break
     bar.close()
     model.load_state_dict(best_state)
@@ -214,10 +223,7 @@ def scorer(model: SASRec, device="cpu"):
 
     @torch.no_grad()
     def score(sequences):
-        ids = pad(sequences).to(device)
-        last = torch.tensor([min(len(s), MAX_LEN) - 1 for s in sequences], device=device)
-        states = model(ids, table)[torch.arange(len(ids), device=device), last]
-        return (states @ table.T).float().cpu()
+        return (model(pad(sequences).to(device), table) @ table.T).float().cpu()
     return score
 
 

@@ -88,8 +88,7 @@ class RewardModel(nn.Module):
         """items (B, T) right-padded with 0, vectors (n + 1, width) -> unit state after the last real item, (B, width)."""
         z, real = self.P(vectors)[items], (items > 0).float()[..., None]
         mean = (z * real).sum(1) / real.sum(1).clamp(min=1)
-        last = real.sum(1).long().expand(-1, z.shape[2])[:, None] - 1
-        return F.normalize(mean + self.out(self.norm(self.block(z).gather(1, last).squeeze(1))), dim=-1)
+        return F.normalize(mean + self.out(self.norm(self.block(z, (items > 0).sum(1) - 1))), dim=-1)
 
     def reasons(self, vectors: torch.Tensor) -> torch.Tensor:
         """Whitened vectors of reasons (M, width) -> unit vectors (M, width)."""
