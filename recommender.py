@@ -237,18 +237,10 @@ def markov(n_items, train_seqs):
     """First-order transition counts from the last item; popularity breaks ties and fills the rest."""
     counts = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)
     fill = torch.from_numpy(counts / (counts.max() + 1.0))                 # < 1: less than any transition
-    follow = {}
-    for s in train_seqs:
-        for a, b in zip(s[:-1].tolist(), s[1:].tolist()):
-            follow.setdefault(a, []).append(b)
-
-    def score(sequences):
-        out = fill.repeat(len(sequences), 1)
-        for row, s in zip(out, sequences):
-            after = torch.tensor(follow.get(int(s[-1]), []), dtype=torch.long)
-            row.index_add_(0, after, torch.ones(len(after), dtype=row.dtype))
-        return out
-    return score
+    pairs = torch.from_numpy(np.concatenate([np.stack([s[:-1], s[1:]]) for s in train_seqs], 1))
+    follow = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]).to(fill), (n_items + 1, n_items + 1),
+                                     check_invariants=True).coalesce()
+    return lambda sequences: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
