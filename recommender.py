@@ -1,11 +1,12 @@
 """SASRec with fused item features, the two counting baselines, and evaluation over the full catalogue.
 
     v_i  = unit(E_i + W f_i)                    item vector = ID + projected features (text, reasons)
-    h_t  = unit(SASRec(x_1 .. x_t)) / tau       causal self-attention, pre-norm;  x_j = sqrt(D) v[i_j] + pos_j
-    loss = -log softmax_i(h_t . v_i)            full softmax over the catalogue, real positions only; tau is learnt
+    h_t  = unit(SASRec(x_1 .. x_t)) / tau       causal self-attention, pre-norm;  x_j = sqrt(D) v[i_j] + pos_(t - j)
+    loss = -log softmax_i(h_t . v_i)            full softmax over the catalogue, i = the item after x_t; tau is learnt
 
-Sequences are padded on the right: behind a causal mask no real position ever sees the padding, so no key mask is
-needed. Item 0 is padding. The fused table v is computed once for ranking, so features cost nothing there. Weights are
+Every history (x_1 .. x_t) is a training sample of its own, drawn in its own batch: SASRec's usual loss over all
+positions of a person at once overfits earlier. Sequences are padded on the right: behind a causal mask the last real
+position never sees the padding, so no key mask is needed. Item 0 is padding. The fused table v is computed once for ranking, so features cost nothing there. Weights are
 averaged over about the last epoch (EMA); validation and test see the average.
 
 Left out: negative sampling (the full softmax is stronger and simpler at this size) and sampled metrics (they rank
@@ -39,8 +40,8 @@ COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("r
 class Block(nn.Module):
     """One pre-norm transformer block beside a short causal convolution: position t sees items 1..t only.
 
-    The convolution (depthwise, the last LOCAL items, starting at 0) stands in for the frequency filter of BSARec
-    (arXiv 2312.10325), which mixes all positions and so cannot be trained on every position of a sequence at once.
+    The convolution (depthwise, the last LOCAL items, starting at 0) does the work of BSARec's frequency filter
+    (arXiv 2312.10325), which raises what changes from item to item against what stays.
     """
 
     def __init__(self, width: int, heads: int, dropout: float):
@@ -75,11 +76,10 @@ class SASRec(nn.Module):
     length: of projected features at the start.
     """
 
-    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, max_len=MAX_LEN, length=1.0):
+    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, length=1.0):
         super().__init__()
-        self.max_len = max_len
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
-        self.pos = nn.Embedding(max_len, width)
+        self.pos = nn.Embedding(MAX_LEN, width)
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(blocks)])
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
         self.log_tau = nn.Parameter(torch.tensor(0.07).log())
@@ -103,9 +103,11 @@ class SASRec(nn.Module):
 
     def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states after the last item (B, D), of length 1 / tau."""
-        x = self.drop(table[ids] * table.shape[1] ** 0.5 + self.pos.weight[: ids.shape[1]])
+        last = (ids > 0).sum(1) - 1
+        ago = (last[:, None] - torch.arange(ids.shape[1], device=ids.device)).clamp(min=0)       # 0: the last item
+        x = self.drop(table[ids] * table.shape[1] ** 0.5 + self.pos(ago))
         for block in self.blocks:
-            x = block(x, (ids > 0).sum(1) - 1 if block is self.blocks[-1] else None)
+            x = block(x, last if block is self.blocks[-1] else None)
         return F.normalize(self.norm(x), dim=-1) / self.log_tau.exp()
 
 
@@ -158,7 +160,7 @@ def samples(sequences):
 
 
 def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
-    """Random batches of users of similar length: `pool` random batches are sorted, cut, and shuffled, to pad little."""
+    """Random batches of histories of similar length: `pool` random batches are sorted, cut, and shuffled, to pad little."""
     order = rng.permutation(len(lengths))
     for some in np.split(order, range(batch * pool, len(order), batch * pool)):
         some = some[np.argsort(lengths[some], kind="stable")]
@@ -179,7 +181,7 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     histories, targets = samples(train_seqs)
     lengths = np.array([min(len(h), MAX_LEN) for h in histories])
-    batch = min(batch, -(-len(targets) // 8))                   # few events: eight steps an epoch all the same
+    batch = min(batch, -(-len(targets) // 8))               # few events: eight steps an epoch all the same
     decay = 1 - batch / len(targets)                        # the average reaches back about an epoch, less at the start
     average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(1 - decay, 9.0 / (10.0 + float(n)))))
     best, best_epoch, best_state = -1.0, 0, None

@@ -465,15 +465,16 @@ def test_validation_sees_the_average_of_the_weights(monkeypatch):
     assert ((weights.amin(0) - 1e-6 <= seen[0]) & (seen[0] <= weights.amax(0) + 1e-6)).all()
 
 
-def test_inputs_are_item_vectors_of_length_sqrt_width_plus_positions():
-    """Guards: item vectors drowned by the positions, or a position taken from the wrong end."""
-    model, ids = rec.SASRec(5, width=8, blocks=0).eval(), torch.tensor([[3, 1, 4]])
+def test_inputs_are_item_vectors_of_length_sqrt_width_plus_positions_from_the_last_item():
+    """Guards: item vectors drowned by the positions, or a position counted from the first item or from the padding."""
+    model, ids = rec.SASRec(5, width=8, blocks=0).eval(), torch.tensor([[3, 1, 4], [2, 5, 0]])
     table = model.table()
     block, seen = rec.Block(8, 2, 0.0), []
     block.forward = lambda x, last: seen.append(x) or x[:, -1]
     model.blocks.append(block)
     model(ids, table)
-    assert torch.allclose(seen[0], table[ids] * 8 ** .5 + model.pos.weight[:3], atol=1e-5)
+    expected = table[ids] * 8 ** .5 + model.pos.weight[torch.tensor([[2, 1, 0], [1, 0, 0]])]
+    assert torch.allclose(seen[0], expected, atol=1e-5)
 
 
 def test_features_lose_projected_dimensions_to_dropout_and_convolutions_start_at_nothing():

@@ -84,7 +84,8 @@ def quality(args):
 def plain_loss(model, ids, targets):
     """Plain: padded to length 50, all logits held at once. ids, targets (B, 50); targets 0 count for nothing."""
     table, ids = model.table(), F.pad(ids, (0, rec.MAX_LEN - ids.shape[1]))
-    x = model.drop(table[ids] * table.shape[1] ** 0.5 + model.pos.weight)
+    ago = ((ids > 0).sum(1, keepdim=True) - 1 - torch.arange(rec.MAX_LEN)).clamp(min=0)
+    x = model.drop(table[ids] * table.shape[1] ** 0.5 + model.pos(ago))
     for block in model.blocks:
         x = block(x)
     logits = F.normalize(model.norm(x), dim=-1) / model.log_tau.exp() @ table.T
