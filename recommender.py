@@ -76,7 +76,7 @@ class SASRec(nn.Module):
     length: of projected features at the start.
     """
 
-    def __init__(self, n_items, features=None, width=64, blocks=2, heads=2, dropout=0.3, length=1.0):
+    def __init__(self, n_items, features=None, width=64, blocks=1, heads=2, dropout=0.3, length=1.0):
         super().__init__()
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.pos = nn.Embedding(MAX_LEN, width)
@@ -169,7 +169,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
 
 
 def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=256, lr=3e-3,
-          weight_decay=0.0, width=64, blocks=2, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
+          weight_decay=0.0, width=64, blocks=1, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
 
     train_seqs: one array of item numbers a user, chronological. valid_items: (users,) the next item, for selection
@@ -314,7 +314,7 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=2, length=1.0):
+def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=1, length=1.0):
     """Trains and tests one arm on every seed. Returns (test ranks (seeds, users), entry of metrics.json, first model).
 
     data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None; length: see first_length.

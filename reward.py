@@ -48,7 +48,7 @@ class Whitening:
 
 def whitened(vectors: torch.Tensor) -> torch.Tensor:
     """Whitened vectors of mean length 1."""
-    z = Whitening(vectors)(vectors)
+    z = Whitening(vectors, 384)(vectors)
     return z / z.norm(dim=1).mean()
 
 

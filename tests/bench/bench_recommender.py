@@ -56,27 +56,39 @@ def kept(name: str, work):
     return torch.load(path, weights_only=True)
 
 
+def trained(args, arm: str, ties: str, seed: int, length: float) -> dict:
+    """Weights and training log of one run, kept."""
+    def work():
+        data, start = beauty(args, ties), time.perf_counter()
+        features = content(args) if arm == "content" else None
+        model, log = rec.train(data.n_items, data.train, data.valid, features, seed=seed, length=length, device=args.device,
+                               name=f"{arm} {ties} {seed}")
+        return {"model": model.cpu().state_dict(), "log": log | {"train_s": time.perf_counter() - start}}
+    return kept(f"{arm}-{ties}-{seed}-{length}", work)
+
+
+def content(args) -> torch.Tensor:
+    return kept("features", lambda: reward.features("content", beauty(args), reward.load_encoder(args.encoder), {}, 0))
+
+
 def quality(args):
     """Test metrics, slices and audit of every run, and paired intervals content - id in both tie orders."""
-    features = kept("features", lambda: reward.features("content", beauty(args), reward.load_encoder(args.encoder), {}, 0))
-    length = kept("length", lambda: rec.first_length(beauty(args), features, seed=0, blocks=1))
-    entries, ranks = {}, {}
+    valid = {x: trained(args, "content", "file", 0, x)["log"]["valid_ndcg@10"] for x in rec.LENGTHS}
+    length, entries, ranks = max(valid, key=valid.get), {}, {}
     for arm, ties, seed in RUNS:
-        def work():
-            data = beauty(args, ties)
-            rank, entry, _ = rec.run_arm(arm, data, features if arm == "content" else None, rec.slices_of(data), seeds=1,
-                                         base_seed=seed, blocks=1, length=length)
-            return {"rank": torch.from_numpy(rank), "entry": entry}
-        found = kept(f"{arm}-{ties}-{seed}", work)
-        entries[f"{arm}-{ties}-{seed}"] = found["entry"]
-        ranks.setdefault((arm, ties), []).append(found["rank"].numpy()[0])
-        print(f"{arm:8s} {ties:8s} {seed}  " + "  ".join(f"{m} {found['entry']['test'][m][0]:.4f}" for m in ("hr@10", "ndcg@10")), flush=True)
+        run, data = trained(args, arm, ties, seed, length if arm == "content" else 1.0), beauty(args, ties)
+        model = rec.SASRec(data.n_items, run["model"].get("features"))
+        model.load_state_dict(run["model"])
+        rank, row = rec.test(rec.scorer(model), data.n_items, data.train, data.valid, data.test, rec.slices_of(data))
+        entries[f"{arm}-{ties}-{seed}"] = run["log"] | row
+        ranks.setdefault((arm, ties), []).append(rank)
+        print(f"{arm:8s} {ties:8s} {seed}  " + "  ".join(f"{m} {row['test'][m]:.4f}" for m in ("hr@10", "ndcg@10")), flush=True)
     differences = {}
     for ties in ("file", "shuffle"):
         for metric in ("hr@10", "ndcg@10"):
             a, b = (rec.metrics(np.stack(ranks[arm, ties]))[metric] for arm in ("content", "id"))
             differences[f"content - id, {ties}, {metric}"] = rec.paired_bootstrap(a, b)
-    save("quality", {"first_length": length, "runs": entries, "differences": differences})
+    save("quality", {"valid_ndcg@10_of_first_length": valid, "runs": entries, "differences": differences})
     print(rec.markdown(["difference", "delta", "95 % interval"], [[k, d, "{:+.4f} .. {:+.4f}".format(*ci)] for k, (d, ci) in differences.items()]))
 
 
@@ -100,7 +112,7 @@ def one_epoch(kind: str, data, dropout: float, steps: int = 0):
     loss on our batches, for comparing losses.
     """
     torch.manual_seed(0)
-    model, rng, losses = rec.SASRec(data.n_items, dropout=dropout, blocks=1), np.random.default_rng(0), []
+    model, rng, losses = rec.SASRec(data.n_items, dropout=dropout), np.random.default_rng(0), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     histories, goals = rec.samples(data.train)
     if kind == "plain":
@@ -138,7 +150,7 @@ def speed(args):
     rounds = [{kind: ask(kind) for kind in ("ours", "plain")} for _ in range(args.rounds)]
     exact = {kind: ask(kind, dropout=0.0, steps=50)["losses"] for kind in ("ours", "agree")}
     data = beauty(args)
-    model = rec.SASRec(data.n_items, blocks=1)
+    model = rec.SASRec(data.n_items)
     start = time.perf_counter()
     rec.ranks(rec.scorer(model), [np.append(s, v) for s, v in zip(data.train, data.valid)], data.test)
     value = {"epoch_s": {k: [r[k]["seconds"] for r in rounds] for k in ("ours", "plain")},
@@ -156,7 +168,7 @@ def scale(args):
         n, rng = int(args.worker), np.random.default_rng(0)
         seqs = [rng.integers(1, n + 1, 9) for _ in range(128)]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        model = rec.SASRec(n, blocks=1)
+        model = rec.SASRec(n)
         optimizer, steps = torch.optim.AdamW(model.parameters(), fused=True), []
         for _ in range(4):                                        # the first makes the optimiser's state
             start = time.perf_counter()
@@ -179,8 +191,8 @@ def serving(args, repeats: int = 20):
     """The same ranking function with and without 256 features an item: median of interleaved passes over 4,096 users."""
     data = beauty(args)
     known, goal = [np.append(s, v) for s, v in zip(data.train, data.valid)][:4096], data.test[:4096]
-    score = {"id": rec.scorer(rec.SASRec(data.n_items, blocks=1)),
-             "features": rec.scorer(rec.SASRec(data.n_items, torch.randn(data.n_items + 1, 256), blocks=1))}
+    score = {"id": rec.scorer(rec.SASRec(data.n_items)),
+             "features": rec.scorer(rec.SASRec(data.n_items, torch.randn(data.n_items + 1, 256)))}
     seconds = {k: [] for k in score}
     for _ in range(repeats):
         for k, s in score.items():
@@ -198,6 +210,7 @@ if __name__ == "__main__":
     parser.add_argument("part", choices=("quality", "speed", "scale", "serving"))
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--encoder", default="", help="Hugging Face text encoder, name or path")
+    parser.add_argument("--device", default="cpu", help="of quality's training")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--worker", default="", help="for the script itself: what one child process measures")
     parser.add_argument("--dropout", type=float, default=0.3)
