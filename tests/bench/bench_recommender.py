@@ -29,7 +29,7 @@ import recommender as rec  # noqa: E402
 import reward  # noqa: E402
 
 RUNS = [("id", "file", s) for s in range(3)] + [("content", "file", s) for s in range(3)] + [
-    (arm, "shuffle", 0) for arm in ("id", "content")]
+    (arm, "shuffle", 0) for arm in ("id", "content")] + [(arm, "file", 0) for arm in ("popularity", "markov")]
 OUT = HERE.with_suffix(".json")
 
 
@@ -76,18 +76,25 @@ def quality(args):
     valid = {x: trained(args, "content", "file", 0, x)["log"]["valid_ndcg@10"] for x in rec.LENGTHS}
     length, entries, ranks = max(valid, key=valid.get), {}, {}
     for arm, ties, seed in RUNS:
-        run, data = trained(args, arm, ties, seed, length if arm == "content" else 1.0), beauty(args, ties)
-        model = rec.SASRec(data.n_items, run["model"].get("features"))
-        model.load_state_dict(run["model"])
-        rank, row = rec.test(rec.scorer(model), data.n_items, data.train, data.valid, data.test, rec.slices_of(data))
-        entries[f"{arm}-{ties}-{seed}"] = run["log"] | row
+        data, log = beauty(args, ties), {}
+        if arm in ("popularity", "markov"):
+            score = getattr(rec, arm)(data.n_items, data.train)
+        else:
+            weights, log = trained(args, arm, ties, seed, length if arm == "content" else 1.0).values()
+            model = rec.SASRec(data.n_items, weights.get("features"))
+            model.load_state_dict(weights)
+            score = rec.scorer(model)
+        rank, row = rec.test(score, data.n_items, data.train, data.valid, data.test, rec.slices_of(data))
+        entries[f"{arm}-{ties}-{seed}"] = log | row
         ranks.setdefault((arm, ties), []).append(rank)
-        print(f"{arm:8s} {ties:8s} {seed}  " + "  ".join(f"{m} {row['test'][m]:.4f}" for m in ("hr@10", "ndcg@10")), flush=True)
-    differences = {}
+        print(f"{arm:10s} {ties:8s} {seed}  " + "  ".join(f"{m} {row['test'][m]:.4f}" for m in ("hr@10", "ndcg@10")), flush=True)
+    ranks, differences = {k: np.stack(v) for k, v in ranks.items()}, {}
     for ties in ("file", "shuffle"):
-        for metric in ("hr@10", "ndcg@10"):
-            a, b = (rec.metrics(np.stack(ranks[arm, ties]))[metric] for arm in ("content", "id"))
-            differences[f"content - id, {ties}, {metric}"] = rec.paired_bootstrap(a, b)
+        data = beauty(args, ties)
+        for name, keep in ({"all": np.ones(len(data.users), dtype=bool)} | rec.slices_of(data)).items():
+            for metric in ("hr@10", "ndcg@10"):
+                a, b = (rec.metrics(ranks[arm, ties][:, keep])[metric] for arm in ("content", "id"))
+                differences[f"content - id, {ties}, {name}, {metric}"] = rec.paired_bootstrap(a, b)
     save("quality", {"valid_ndcg@10_of_first_length": valid, "runs": entries, "differences": differences})
     print(rec.markdown(["difference", "delta", "95 % interval"], [[k, d, "{:+.4f} .. {:+.4f}".format(*ci)] for k, (d, ci) in differences.items()]))
 
