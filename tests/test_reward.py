@@ -41,6 +41,11 @@ def test_whitening_centres_and_keeps_unit_scale():
     assert z.norm(dim=1).mean().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_features_of_arms_keep_384_dimensions_of_the_text():
+    """Guards: an encoder's vectors cut to the 128 that the judge reads (worse on Beauty)."""
+    assert reward.whitened(torch.randn(500, 400)).shape == (500, 384)
+
+
 def test_padding_does_not_change_a_state(judge, shop):
     """Guards the last-position gather: a state read from a padding position would depend on the batch."""
     alone = judge.model.states(judge.histories([3]), judge.items)
