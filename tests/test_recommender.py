@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import recommender as rec
 
@@ -40,7 +41,7 @@ def same(a, b):
 @pytest.fixture(scope="module")
 def small_model():
     torch.manual_seed(0)
-    return rec.SASRec(30, torch.randn(31, 5), width=16, heads=2, dropout=0.3).eval()
+    return rec.SASRec(30, torch.randn(31, 5), width=16, heads=2, blocks=2, dropout=0.3).eval()
 
 
 # ------------------------------------------------------------------------------------------------ ranks and metrics
@@ -129,6 +130,15 @@ def test_a_block_gives_the_last_states_alone_as_among_all(small_model):
     x, last = torch.randn(3, 7, 16), torch.tensor([6, 0, 3])
     with torch.no_grad():
         assert torch.allclose(small_model.blocks[0](x, last), small_model.blocks[0](x)[torch.arange(3), last], atol=1e-6)
+
+
+def test_states_go_through_every_block(small_model, monkeypatch):
+    """Guards: a block that is left out, or one before the last that gives a single position on."""
+    seen = []
+    monkeypatch.setattr(rec.Block, "forward", lambda self, x, last=None: seen.append((tuple(x.shape), last)) or (
+        x if last is None else x[torch.arange(len(x)), last]))
+    small_model(torch.tensor([[3, 1, 4], [2, 5, 0]]), small_model.table())
+    assert [shape for shape, _ in seen] == [(2, 3, 16)] * 2 and seen[0][1] is None and seen[1][1].tolist() == [2, 1]
 
 
 def test_a_row_alone_equals_the_row_in_a_padded_batch(small_model):
@@ -463,6 +473,20 @@ def test_validation_sees_the_average_of_the_weights(monkeypatch):
     assert torch.equal(kept.log_tau, seen[0]), "what validation saw is what is given back"
     assert len(steps) == 8 and not torch.equal(seen[0], steps[-1])
     assert ((weights.amin(0) - 1e-6 <= seen[0]) & (seen[0] <= weights.amax(0) + 1e-6)).all()
+
+
+def test_the_average_reaches_back_about_an_epoch_and_batches_hold_histories_of_similar_length(monkeypatch):
+    """Guards: an average over the whole run or over a step; batches sorted by anything but the length the model sees."""
+    told, batches = {}, rec.batches
+    monkeypatch.setattr(rec, "AveragedModel", lambda model, avg_fn: told.update(mean=avg_fn) or AveragedModel(model, avg_fn=avg_fn))
+    monkeypatch.setattr(rec, "batches", lambda lengths, *rest: told.update(lengths=lengths) or batches(lengths, *rest))
+    d = ring(n_users=24, length=8)
+    d.train[0] = np.tile(d.train[0], 10)
+    quick(d, epochs=1, batch=16)
+    steps = len(told["lengths"]) / 16
+    assert told["mean"](torch.zeros(1), torch.ones(1), 10 ** 6).item() == pytest.approx(1 / steps, abs=1e-6)
+    assert told["mean"](torch.zeros(1), torch.ones(1), 0).item() == pytest.approx(0.9)
+    assert sorted(told["lengths"]) == sorted(min(t, rec.MAX_LEN) for s in d.train for t in range(1, len(s)))
 
 
 def test_inputs_are_item_vectors_of_length_sqrt_width_plus_positions_from_the_last_item():
