@@ -5,7 +5,8 @@
     python tests/bench/bench_recommender.py scale                                    10 k, 100 k and 1 M made-up items
     python tests/bench/bench_recommender.py serving --data-dir DIR                   ranking with features against without
 
-Results go to bench_recommender.json beside this file. quality is resumable: what lies in runs/bench is not repeated.
+Results go to bench_recommender.json beside this file. quality is resumable: what lies in
+runs/bench is not repeated. Delete that folder after a change of code, data or encoder.
 """
 import argparse
 import json
@@ -36,7 +37,7 @@ OUT = HERE.with_suffix(".json")
 def save(part: str, value):
     """Puts one part of the results into the JSON, beside the machine it was measured on."""
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
-    known[part] = {"command": " ".join(["python", "tests/bench/bench_recommender.py", part]), "torch": torch.__version__,
+    known[part] = {"command": " ".join(["python", "tests/bench/bench_recommender.py", *map(os.path.basename, sys.argv[1:])]), "torch": torch.__version__,
                    "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "machine": platform.machine(), "results": value}
     OUT.with_suffix(".part").write_text(json.dumps(known, indent=1) + "\n")
     os.replace(OUT.with_suffix(".part"), OUT)
