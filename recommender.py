@@ -4,10 +4,10 @@
     h_t  = unit(SASRec(x_1 .. x_t)) / tau       causal self-attention, pre-norm;  x_j = sqrt(D) v[i_j] + pos_(t - j)
     loss = -log softmax_i(h_t . v_i)            full softmax over the catalogue, i = the item after x_t; tau is learnt
 
-Every history (x_1 .. x_t) is a training sample of its own, drawn in its own batch: SASRec's usual loss over all
-positions of a person at once overfits earlier. Sequences are padded on the right: behind a causal mask the last real
-position never sees the padding, so no key mask is needed. Item 0 is padding. The fused table v is computed once for ranking, so features cost nothing there. Weights are
-averaged over about the last epoch (EMA); validation and test see the average.
+Every history (x_1 .. x_t) is a training sample of its own: SASRec's usual loss over all positions of a person at once
+validates worse (README). Sequences are padded on the right: behind a causal mask the last real position never sees
+the padding, so no key mask is needed. Item 0 is padding. The fused table v is computed once, so features cost nothing
+at ranking. Weights are averaged over about the last epoch (EMA); validation and test see the average.
 
 Left out: negative sampling (the full softmax is stronger and simpler at this size) and sampled metrics (they rank
 models differently from the full catalogue: Krichene & Rendle 2020).  Try it alone: pytest tests/test_recommender.py
@@ -40,7 +40,7 @@ COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("r
 class Block(nn.Module):
     """One pre-norm transformer block beside a short causal convolution: position t sees items 1..t only.
 
-    The convolution (depthwise, the last LOCAL items, starting at 0) does the work of BSARec's frequency filter
+    The convolution (depthwise, the last LOCAL items, starting at 0) stands in for BSARec's frequency filter
     (arXiv 2312.10325), which raises what changes from item to item against what stays.
     """
 
@@ -62,9 +62,9 @@ class Block(nn.Module):
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.p if self.training else 0.0)
         past = F.pad(y, (0, 0, LOCAL - 1, 0))                                              # (B, LOCAL - 1 + T, D)
         local = sum(past[:, k: k + T] * weight for k, weight in enumerate(self.local))
-        a, rows = a.transpose(1, 2).reshape(B, T, D), torch.arange(B, device=x.device)
+        a = a.transpose(1, 2).reshape(B, T, D)
         if last is not None:
-            x, a, local = (z[rows, last] for z in (x, a, local))
+            x, a, local = (z[torch.arange(B, device=x.device), last] for z in (x, a, local))
         x = x + self.drop(self.out(a) + local)
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
