@@ -778,3 +778,39 @@ def test_bandit_reward_rises(tiny):
     assert first < 0.4 and last > 0.8, [row["reward"] for row in log]
     assert np.isfinite(log[-1]["kl"]) and log[-1]["kl"] > 0.5 and log[-1]["entropy"] < log[0]["entropy"] + 1
     assert np.mean(["red" in t for t in rl.generate(model, tokenizer, PROMPTS, max_new=4)[0]]) > 0.6
+
+
+def test_a_keyword_reaches_nine_tenths_of_its_reward(tiny):
+    """Guards: a policy that rises and stays half-way: clipping, whitening or the KL weight gone wrong."""
+    model, tokenizer = fresh(tiny)
+    log = run(model, tokenizer, lambda texts, rows: torch.tensor([float("red" in t) for t in texts]), updates=30, batch=24,
+              minibatch=12, micro_batch=12, max_new=4, beta=0.02)
+    assert np.mean([row["reward"] for row in log[-5:]]) >= 0.9, [row["reward"] for row in log]
+    assert 0 < log[-1]["kl"] < 20
+
+
+def test_a_length_target_reaches_nine_tenths_of_its_reward(tiny):
+    """Guards: credit that does not reach EOS: the token that ends an answer decides here."""
+    model, tokenizer = fresh(tiny)
+    log = run(model, tokenizer, lambda texts, rows: torch.tensor([max(0.0, 1 - abs(len(t.split()) - 3) / 3) for t in texts]),
+              updates=60, batch=24, minibatch=12, micro_batch=12, max_new=8, beta=0.02)
+    first, last = (np.mean([row["reward"] for row in part]) for part in (log[:5], log[-10:]))
+    assert first < 0.6 and last >= 0.9, [row["reward"] for row in log]
+    assert 0 < log[-1]["kl"] < 30 and log[-1]["eos_rate"] > 0.9
+
+
+def test_kl_and_penalty_keep_the_text_readable_where_repetition_pays(tiny):
+    """Guards: a KL weight or a penalty of unfinished answers that does not bite. `pytest -s` shows both kinds of text."""
+    def hacked(**guard):
+        model, tokenizer = fresh(tiny)
+        log = run(model, tokenizer, lambda texts, rows: torch.tensor([float(t.split().count("red")) for t in texts]), updates=40,
+                  batch=24, minibatch=12, micro_batch=12, max_new=12, **guard)
+        texts = rl.generate(model, tokenizer, PROMPTS, max_new=12)[0]
+        row = {k: np.mean([r[k] for r in log[-5:]]) for k in ("reward", "kl", "eos_rate")}
+        row["different"] = np.mean([len(set(t.split())) / max(1, len(t.split())) for t in texts])
+        print(f"\n{guard}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()), *texts[:4], sep="\n    ")
+        return log[0]["reward"], row
+    _, free = hacked(beta=0.0, no_eos_penalty=0.0)
+    start, kept = hacked(beta=2.0, no_eos_penalty=4.0)
+    assert free["reward"] > 8 and free["kl"] > 10 and free["eos_rate"] < 0.2 and free["different"] < 0.4
+    assert kept["reward"] > start and kept["kl"] < 2 and kept["eos_rate"] > 0.8 and kept["different"] > 0.6
