@@ -14,7 +14,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, BloomConfig, GenerationConfig, GPT2Config,
-                          GPTNeoXConfig, GraniteConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast)
+                          GPTNeoXConfig, GraniteConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 import rl
 
@@ -814,3 +814,30 @@ def test_kl_and_penalty_keep_the_text_readable_where_repetition_pays(tiny):
     start, kept = hacked(beta=2.0, no_eos_penalty=4.0)
     assert free["reward"] > 8 and free["kl"] > 10 and free["eos_rate"] < 0.2 and free["different"] < 0.4
     assert kept["reward"] > start and kept["kl"] < 2 and kept["eos_rate"] > 0.8 and kept["different"] > 0.6
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
+
+
+@pytest.mark.parametrize("template, pad", [(TEMPLATE, "<eos>"), (None, None), (None, "<pad>")], ids=["chat,pad=eos", "no pad", "plain"])
+@pytest.mark.parametrize("config", [
+    Qwen2Config(**SIZE, intermediate_size=128, num_key_value_heads=2), LlamaConfig(**SIZE, intermediate_size=128, num_key_value_heads=2),
+    GPT2Config(**GPT2)], ids=lambda c: c.model_type)
+def test_any_causal_lm_goes_through_align_generate_and_ppo(config, template, pad, tiny, tmp_path, monkeypatch):
+    """A model family, template, pad token or checkpoint setting for which a stage breaks or changes the distribution."""
+    untrained(config, tiny, tmp_path)
+    GenerationConfig(do_sample=True, repetition_penalty=1.3, eos_token_id=1, pad_token_id=0).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_file=f"{tiny}/tokenizer.json", eos_token="<eos>", pad_token=pad,
+                            chat_template=template).save_pretrained(tmp_path)
+    model, tokenizer = rl.load(str(tmp_path), rank=4)
+    assert tokenizer.pad_token == (pad or "<eos>") and ("user: red" in tokenizer.decode(rl.prompt_ids(tokenizer, "red"))) == bool(template)
+    rl.use(model, "align", trainable=True)
+    losses = [rl.supervise(model, tokenizer, pairs(64), rl.trainable(model), steps=steps, batch=16, lr=1e-2) for steps in (1, 20)]
+    assert losses[1] < losses[0]
+    rl.add_policy(model)
+    processors, original = [], model.get_base_model()._get_logits_processor
+    monkeypatch.setattr(model.get_base_model(), "_get_logits_processor",
+                        lambda *a, **k: processors.append(original(*a, **k)) or processors[-1])
+    log = run(model, tokenizer, updates=3, micro_batch=1)
+    assert log[0]["first_ratio"] == pytest.approx(1, abs=1e-5) and log[0]["kl"] == 0 and log[2]["kl"] != 0
+    assert not any(processors) and all(np.isfinite(v) for row in log for v in row.values()) and not log[-1]["skipped"]
