@@ -5,10 +5,10 @@
     L        = mean_t max(-A_t ratio_t, -A_t clip(ratio_t)) + c_v * clipped value loss,  ratio_t = exp(logp_t - old_t)
 
 One base model in memory, two named LoRA adapters: `align` (frozen after alignment: PPO's reference) and `policy`.
-Layout of a batch: prompts are padded on the left to P, responses on the right to R; masks: True = real token.
+Layout of a batch: padding comes last, where a causal model never sees it; only generation pads on the left.
 
-    ids    [ pad pad p p p | r r eos pad ]      logits at position P-1+t predict response token t
-            <----- P -----> <---- R ---->
+    ids    [ p p p r r r eos pad ]      answer tokens at `starts`, `starts` + 1, ...; the logits before each predict it
+             0     3 = starts
 
 Left out: vLLM, several GPUs, a separate value backbone, reward-model training (reward.py).  Try it alone:
 pytest tests/test_rl.py     Source of the details: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
@@ -18,6 +18,7 @@ import logging as logging_
 import os
 import time
 import warnings
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -169,11 +170,12 @@ def by_length(lengths, budget: int):
         yield group
 
 
-def left_pad(rows: list, pad: int):
-    """Lists of token ids -> ids (B, P) padded on the left, mask (B, P)."""
-    P = max(map(len, rows))
-    ids = torch.tensor([[pad] * (P - len(r)) + r for r in rows], dtype=torch.long)
-    return ids, torch.tensor([[False] * (P - len(r)) + [True] * len(r) for r in rows])
+def padded(rows: list, pad: int, left: bool = False):
+    """Lists of token ids -> ids (B, T) padded at the end, or on the left; mask (B, T), True = real token."""
+    T = max(map(len, rows))
+    real = torch.tensor([[False] * (T - len(r)) + [True] * len(r) for r in rows])
+    ids = [[pad] * (T - len(r)) * left + r + [pad] * (T - len(r)) * (not left) for r in rows]
+    return torch.tensor(ids), real if left else real.flip(1)
 
 
 def causal_lm(model):
@@ -181,24 +183,18 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def hidden_states(model, ids, mask):
-    """Last hidden states (B, T, D) of the backbone under the active adapter; positions count real tokens only."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)        # a left-padded row must equal the same row unpadded (TRAPS 10)
-    return causal_lm(model).base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
-                                       use_cache=False).last_hidden_state
-
-
-def token_logps(model, ids, mask, P: int, temperature: float = 1.0, value_head=None):
-    """Log-probabilities (B, R) of the response tokens ids[:, P:], and their values (B, R) if a value head is given.
+def token_logps(model, ids, starts, R: int, temperature: float = 1.0, value_head=None):
+    """Log-probabilities (B, R) of the tokens ids[b, starts[b] + t], and their values (B, R) if a value head is given.
 
     The one function for rollout, reference and update: only then is the first ratio exactly 1 (TRAPS 3). The head runs
-    on response positions alone; gather minus logsumexp in float32 (TRAPS 8).
+    on answer positions alone; gather minus logsumexp in float32 (TRAPS 8). Beyond a row's end the figures mean nothing.
     """
-    states = hidden_states(model, ids, mask)[:, P - 1: -1]                                   # (B, R, D)
-    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature         # (B, R, V)
-    logp = logits.gather(-1, ids[:, P:, None]).squeeze(-1) - logits.logsumexp(-1)
-    values = value_head(states.float()).squeeze(-1) if value_head is not None else None
-    return logp, values, logits
+    at = (starts[:, None] + torch.arange(R, device=ids.device)).clamp(max=ids.shape[1] - 1)
+    states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state               # (B, T, D)
+    states = states[torch.arange(len(ids), device=ids.device)[:, None], at - 1]                          # (B, R, D)
+    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature                      # (B, R, V)
+    logp = logits.gather(-1, ids.gather(1, at)[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return logp, value_head(states.float()).squeeze(-1) if value_head is not None else None
 
 
 # ------------------------------------------------------------------------------------------------ supervised training
@@ -227,9 +223,8 @@ def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_b
         total = 0.0
         for k in range(0, len(rows), micro_batch or len(rows)):
             part = [encoded[i] for i in rows[k: k + (micro_batch or len(rows))]]
-            ids, mask = (x.to(device) for x in left_pad([p + a for p, a in part], tokenizer.pad_token_id))
-            answer = left_pad([a for _, a in part], tokenizer.pad_token_id)[1].to(device)                  # (B, R)
-            logp, _, _ = token_logps(model, ids, mask, ids.shape[1] - answer.shape[1])
+            ids, answer = (padded(x, tokenizer.pad_token_id)[k].to(device) for k, x in enumerate(([p + a for p, a in part], [a for _, a in part])))
+            logp, _ = token_logps(model, ids, torch.tensor([len(p) for p, _ in part], device=device), answer.shape[1])
             loss = -(logp * answer).sum() / tokens                               # a sum over real tokens (TRAPS 15)
             loss.backward()
             total += loss.item()
@@ -243,11 +238,24 @@ def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_b
 
 
 # --------------------------------------------------------------------------------------------------------- generation
+def read_once(model, ids, mask):
+    """Keys and values of left-padded prompts (B, P) but for their last tokens; equal rows are computed once and copied."""
+    if ids.shape[1] == 1:
+        return None
+    once, back = torch.cat([ids, mask.long()], 1).unique(dim=0, return_inverse=True)
+    ids, mask = (x[:, :-1] for x in once.chunk(2, 1))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)        # a left-padded row must equal the same row unpadded (TRAPS 10)
+    cache = causal_lm(model).base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+    cache.batch_select_indices(back)
+    return cache
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=32_768, seed=0, name=None):
     """Samples one answer a prompt with the active adapter: (list of texts, list of sampled token-id lists).
 
-    Sorted by length and batched to `budget` padded tokens. A list ends with EOS unless max_new cut it off.
+    Sorted by length and batched to `budget` padded tokens; a prompt given several times is read once. A list ends with EOS
+    unless max_new cut it off. name: for the progress bar and the line of throughput.
     """
     from transformers import GenerationConfig
     eos, device = tokenizer.eos_token_id, next(model.parameters()).device
@@ -255,16 +263,19 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
     causal_lm(model).generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
                                                           eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(seed)
-    rows = [prompt_ids(tokenizer, p) for p in prompts]
+    rows, start = [prompt_ids(tokenizer, p) for p in prompts], time.perf_counter()
     out = [None] * len(rows)
     with tqdm(total=len(rows), desc=name, unit="answer", leave=False, mininterval=1, disable=None if name else True) as bar:
         for group in by_length([len(r) + max_new for r in rows], budget):
-            ids, mask = left_pad([rows[i] for i in group], tokenizer.pad_token_id)
-            made = model.generate(input_ids=ids.to(device), attention_mask=mask.long().to(device), max_new_tokens=max_new,
-                                  use_cache=True)[:, ids.shape[1]:].tolist()
+            ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id, left=True))
+            made = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=read_once(model, ids, mask),
+                                  max_new_tokens=max_new, use_cache=True)[:, ids.shape[1]:].tolist()
             for i, answer in zip(group, made):
                 out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
             bar.update(len(group))
+    if name:
+        tokens = sum(map(len, out))
+        print(f"  {name}: {len(out):,} answers, {tokens:,} tokens, {tokens / (time.perf_counter() - start):,.0f} tokens/s")
     # a reward may see the texts up to EOS; the policy trains on the sampled ids themselves (TRAPS 17)
     return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != eos] for a in out])], out
 
@@ -282,9 +293,9 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
     learning = trainable(model)              # peft makes the active adapter trainable when disable_adapter ends: undone below
     with model.disable_adapter():
         for group in groups:
-            ids, mask = (x.to(device) for x in left_pad([rows[i] for i in group], tokenizer.pad_token_id))
-            first, last = model.get_input_embeddings()(ids).float(), hidden_states(model, ids, mask).float()
-            both = torch.cat([first, last], -1) * mask[..., None]
+            ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id))
+            first, last = model.get_input_embeddings()(ids), causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+            both = torch.cat([first, last], -1).float() * mask[..., None]
             for i, vector in zip(group, (both.sum(1) / mask.sum(1, keepdim=True)).cpu()):
                 out[i] = vector
     for parameter in {*trainable(model)} - {*learning}:
@@ -326,6 +337,9 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
+MicroBatch = namedtuple("MicroBatch", "rows ids starts R")      # row numbers (b,), ids (b, T) and starts (b,) as drawn above
+
+
 def draw(n: int, batch: int, rng):
     """Endless batches of row numbers below n: each comes once before any comes again."""
     order = []
@@ -336,41 +350,44 @@ def draw(n: int, batch: int, rng):
         order = order[batch:]
 
 
-def lay_out(prompts, answers, pad: int, device):
-    """Lists of token ids -> ids (B, P + R) as drawn above, masks of real tokens (B, P + R) and (B, R), and P."""
-    left, left_mask = left_pad(prompts, pad)
-    R = max(map(len, answers))
-    right = torch.tensor([a + [pad] * (R - len(a)) for a in answers])
-    mask = torch.tensor([[True] * len(a) + [False] * (R - len(a)) for a in answers])
-    ids, full = torch.cat([left, right], 1), torch.cat([left_mask, mask], 1)
-    return ids.to(device), full.to(device), mask.to(device), left.shape[1]
+def lay_out(prompts, answers, pad: int, device, rng, minibatch: int, micro_batch: int) -> list:
+    """Token ids of prompts and answers -> random minibatches, lists of micro-batches of similar length: little padding.
+
+    Made once an update: every pass runs on the same shapes, so that the first ratio is exactly 1 (TRAPS 3).
+    """
+    rows = [p + a for p, a in zip(prompts, answers)]
+    starts, R = torch.tensor([len(p) for p in prompts]), torch.tensor([len(a) for a in answers])
+    minibatches = []
+    for some in torch.from_numpy(rng.permutation(len(rows))).split(minibatch):
+        some = some[(starts + R)[some].argsort(stable=True)]
+        minibatches.append([MicroBatch(part.to(device), padded([rows[i] for i in part], pad)[0].to(device), starts[part].to(device),
+                                       R[part].max().item()) for part in some.split(micro_batch)])
+    return minibatches
 
 
 @torch.no_grad()
-def look_back(model, forward, mask, micro_batch):
-    """Before any update: reference and old log-probabilities and old values (B, R), padding 0; mean entropy of a token."""
-    parts = torch.arange(len(mask), device=mask.device).split(micro_batch)
-    use(model, "align")
-    ref_logp = torch.cat([forward(p)[0] for p in parts])
-    use(model, "policy", trainable=True)
-    out = [(logp, values, torch.distributions.Categorical(logits=logits).entropy()) for p in parts
-           for logp, values, logits in [forward(p)]]
-    old_logp, old_values, entropy = (torch.cat(x) * mask for x in zip(*out))
-    return ref_logp * mask, old_logp, old_values, entropy.sum() / mask.sum()
+def look_back(model, forward, parts, mask):
+    """Before any update: reference and old log-probabilities and old values, each (B, R), padding 0."""
+    out = torch.zeros(3, *mask.shape, device=mask.device)
+    for k, adapter in enumerate(("align", "policy")):                    # the values that stay are the policy's
+        use(model, adapter, trainable=adapter == "policy")
+        for part in parts:
+            out[k, part.rows, : part.R], out[2, part.rows, : part.R] = forward(part)
+    return out * mask
 
 
-def learn(forward, parameters, optimizer, rollout, mask, rng, *, epochs, minibatch, micro_batch, kl_stop):
+def learn(forward, parameters, optimizer, rollout, mask, minibatches, rng, *, epochs, kl_stop):
     """Several epochs of clipped updates on one rollout, (old_logp, advantages, old_values, returns); one dict a step."""
-    old_logp, advantages, old_values, returns = rollout
     steps = []
-    for rows in (r for _ in range(epochs) for r in torch.from_numpy(rng.permutation(len(mask))).to(mask.device).split(minibatch)):
-        tokens, parts = mask[rows].sum(), []
-        for p in rows.split(micro_batch):
-            logp, values, _ = forward(p)
-            loss, stats = ppo_loss(logp, old_logp[p], advantages[p], values, old_values[p], returns[p], mask[p], tokens)
+    for parts in (minibatches[k] for _ in range(epochs) for k in rng.permutation(len(minibatches))):
+        tokens, stats = mask[torch.cat([part.rows for part in parts])].sum(), []
+        for part in parts:
+            logp, values = forward(part)
+            old_logp, advantages, old_values, returns, real = (x[part.rows, : part.R] for x in (*rollout, mask))
+            loss, found = ppo_loss(logp, old_logp, advantages, values, old_values, returns, real, tokens)
             loss.backward()
-            parts.append(stats | {"loss": loss.item()})
-        step = {k: sum(s[k] for s in parts) for k in parts[0]}
+            stats.append(found | {"loss": loss.item()})
+        step = {k: sum(s[k] for s in stats) for k in stats[0]}
         step["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         step["skipped"] = not np.isfinite(step["loss"] + step["grad_norm"]) or step["ratio"] > 10
         far = step["approx_kl"] > kl_stop                                                        # TRAPS 16
@@ -383,11 +400,14 @@ def learn(forward, parameters, optimizer, rollout, mask, rng, *, epochs, minibat
     return steps
 
 
-def summary(raw, scores, kl, entropy, returns, old_values, mask, finished, steps) -> dict:
-    """What a line of ppo.jsonl says about an update: means over its answers (kl: nats a sequence) and over its steps."""
+def summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps) -> dict:
+    """What a line of ppo.jsonl says about an update: means over its answers (kl: nats a sequence) and over its steps.
+
+    entropy: nats a token, as the mean of -log p over the sampled tokens.
+    """
     explained = 1 - (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
     return {"reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
-            "kl": kl.sum(1).mean().item(), "entropy": entropy.item(), "explained_variance": explained.item(),
+            "kl": kl.sum(1).mean().item(), "entropy": -old_logp[mask].mean().item(), "explained_variance": explained.item(),
             **{k: float(np.mean([s[k] for s in steps])) for k in steps[0]}, "first_ratio": steps[0]["ratio"],
             "steps": len(steps), "skipped": sum(s["skipped"] for s in steps),
             "eos_rate": finished.float().mean().item(), "length": mask.sum(1).float().mean().item()}
@@ -425,9 +445,10 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
         scores = raw * (scale or 1.0) - no_eos_penalty * ~finished
         # 3. old and reference log-probabilities, values
-        ids, full, mask, P = lay_out([encoded[i] for i in rows], answers, tokenizer.pad_token_id, device)
-        forward = lambda p: token_logps(model, ids[p], full[p], P, temperature, head)
-        ref_logp, old_logp, old_values, entropy = look_back(model, forward, mask, micro_batch)
+        minibatches = lay_out([encoded[i] for i in rows], answers, tokenizer.pad_token_id, device, rng, minibatch, micro_batch)
+        mask = torch.arange(max(map(len, answers)), device=device) < torch.tensor([[len(a)] for a in answers], device=device)
+        forward = lambda part: token_logps(model, part.ids, part.starts, part.R, temperature, head)
+        ref_logp, old_logp, old_values = look_back(model, forward, sum(minibatches, []), mask)
         # 4. per-token rewards: the KL penalty everywhere, the score on the last real token (TRAPS 12); advantages
         kl = old_logp - ref_logp
         rewards = -beta * kl
@@ -435,10 +456,10 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         advantages, returns = gae(rewards, old_values, mask, lam)
         # 5. several epochs of clipped updates
         set_mode(model, training=True)
-        steps = learn(forward, parameters, optimizer, (old_logp, whiten(advantages, mask), old_values, returns), mask, rng,
-                      epochs=epochs, minibatch=minibatch, micro_batch=micro_batch, kl_stop=kl_stop)
+        steps = learn(forward, parameters, optimizer, (old_logp, whiten(advantages, mask), old_values, returns), mask,
+                      minibatches, rng, epochs=epochs, kl_stop=kl_stop)
         # 6. log, adapt beta
-        row = summary(raw, scores, kl, entropy, returns, old_values, mask, finished, steps)
+        row = summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps)
         log.append({"update": update, "beta": beta, **row, "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)})
         beta *= 1 + float(np.clip(row["kl"] / kl_target - 1, -0.2, 0.2)) * 0.1
         if log_path:

@@ -69,15 +69,12 @@ def same(a, b):
 
 
 def batch_of(tokenizer, n=8):
-    """n ragged pairs as ids (n, P + R), mask (n, P + R), P, answer mask (n, R); answers end with EOS."""
+    """n ragged pairs as ids (n, T), starts (n,), R, mask of answer tokens (n, R); answers end with EOS."""
     samples = pairs(n, seed=3)
+    prompts = [rl.prompt_ids(tokenizer, p) for p, _ in samples]
     answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]
-    left, left_mask = rl.left_pad([rl.prompt_ids(tokenizer, p) for p, _ in samples], tokenizer.pad_token_id)
-    right = torch.full((n, max(map(len, answers))), tokenizer.pad_token_id)
-    mask = torch.zeros(right.shape, dtype=torch.bool)
-    for i, a in enumerate(answers):
-        right[i, : len(a)], mask[i, : len(a)] = torch.tensor(a), True
-    return torch.cat([left, right], 1), torch.cat([left_mask, mask], 1), left.shape[1], mask
+    mask = rl.padded(answers, 0)[1]
+    return rl.padded([p + a for p, a in zip(prompts, answers)], tokenizer.pad_token_id)[0], torch.tensor([*map(len, prompts)]), mask.shape[1], mask
 
 
 def by_row(texts, rows):
@@ -156,11 +153,10 @@ def test_no_dropout_is_left(config, tiny, tmp_path):
     """Sampling, reference and update become different functions where any dropout survives (TRAPS 14)."""
     model, tokenizer = untrained(config, tiny, tmp_path)
     assert all(m.p == 0.0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    ids, mask, P, _ = batch_of(tokenizer)
     out = []
     for training in (False, True):
         rl.set_mode(model, training)
-        out.append(rl.token_logps(model, ids, mask, P)[0])
+        out.append(rl.token_logps(model, *batch_of(tokenizer)[:3])[0])
     assert torch.equal(*out)
 
 
@@ -184,8 +180,7 @@ def test_a_missing_model_says_what_to_do(empty, tmp_path):
 def test_adapters_off_equal_base_logits(tiny, shared):
     """Loading or set_mode changed the base model."""
     model, tokenizer = shared
-    ids, mask, _, _ = batch_of(tokenizer)
-    batch = dict(input_ids=ids, attention_mask=mask.long())
+    batch = dict(input_ids=batch_of(tokenizer)[0])
     plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32).eval()
     rl.use(model, "align"), rl.set_mode(model, training=False)
     with torch.no_grad(), model.disable_adapter():
@@ -208,10 +203,9 @@ def test_saved_adapter_loads_in_plain_peft(tiny, shared, tmp_path):
     assert not (tmp_path / "policy").exists()
     base = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, str(tmp_path / "align")).eval()
-    ids, mask, _, _ = batch_of(tokenizer)
     rl.use(model, "align"), rl.set_mode(model, training=False)
     with torch.no_grad():
-        ours, theirs = (m(input_ids=ids, attention_mask=mask.long()).logits for m in (model, plain))
+        ours, theirs = (m(input_ids=batch_of(tokenizer)[0]).logits for m in (model, plain))
     assert torch.equal(ours, theirs)
 
 
@@ -242,11 +236,11 @@ def test_add_policy_copies_exactly_and_shares_nothing(tiny):
 
 
 # ----------------------------------------------------------------------------------------------- gradients, TRAPS 1
-def lora_gradients(model, ids, mask, P):
+def lora_gradients(model, batch):
     rl.use(model, "policy", trainable=True)
     rl.set_mode(model, training=True)
     model.zero_grad(set_to_none=True)
-    rl.token_logps(model, ids, mask, P)[0].mean().backward()
+    rl.token_logps(model, *batch[:3])[0].mean().backward()
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
 
 
@@ -268,20 +262,18 @@ def test_lora_gradients_equal_before_and_after_a_rollout(tiny, monkeypatch):
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = True
-    ids, mask, P, _ = batch_of(tokenizer)
-    before = lora_gradients(model, ids, mask, P)
+    before = lora_gradients(model, batch_of(tokenizer))
     assert len(before) == 28 and all(g.abs().max() > 0 for g in before.values())
     rl.set_mode(model, training=False)
     rl.generate(model, tokenizer, PROMPTS[:4], max_new=4)
     rl.encode(model, tokenizer, PROMPTS[:4])
-    assert same(lora_gradients(model, ids, mask, P), before)
+    assert same(lora_gradients(model, batch_of(tokenizer)), before)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny):
     """Checkpointing without inputs that require grad trains nothing; reentrant checkpointing drops gradients (TRAPS 5)."""
     a, b = fresh(tiny), fresh(tiny, checkpointing=True)
-    ids, mask, P, _ = batch_of(a[1])
-    a, b = lora_gradients(a[0], ids, mask, P), lora_gradients(b[0], ids, mask, P)
+    a, b = (lora_gradients(model, batch_of(tokenizer)) for model, tokenizer in (a, b))
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-7) for k in a)
 
 
@@ -304,23 +296,30 @@ def test_by_length_covers_each_row_once_within_budget():
     assert [200] in groups and list(rl.by_length([], 300)) == []
 
 
-def test_left_pad():
-    ids, mask = rl.left_pad([[5], [6, 7, 8], []], 9)
+def test_padded_on_either_side():
+    rows = [[5], [6, 7, 8], []]
+    ids, mask = rl.padded(rows, 9)
+    assert ids.tolist() == [[5, 9, 9], [6, 7, 8], [9, 9, 9]] and mask.sum(1).tolist() == [1, 3, 0] and mask[0, 0]
+    ids, mask = rl.padded(rows, 9, left=True)
     assert ids.tolist() == [[9, 9, 5], [6, 7, 8], [9, 9, 9]] and mask.sum(1).tolist() == [1, 3, 0] and mask[0, 2]
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SIZE, intermediate_size=128), GPT2Config(**GPT2)], ids=lambda c: c.model_type)
-def test_a_left_padded_row_equals_the_same_row_unpadded(config, tiny, tmp_path):
-    """Positions that count padding (rotary ones hide it: they are relative), or attention that sees it (TRAPS 10)."""
+def test_a_padded_row_equals_the_same_row_alone(config, tiny, tmp_path):
+    """Padding that is seen, or positions that count it (rotary ones hide it: they are relative) (TRAPS 10)."""
     model, tokenizer = untrained(config, tiny, tmp_path)
-    ids, mask, P, answer = batch_of(tokenizer)
-    head = torch.nn.Linear(64, 1)
+    ids, starts, R, answer = batch_of(tokenizer)
+    head, prompts = torch.nn.Linear(64, 1), [row[:n].tolist() for row, n in zip(ids, starts)]
+    left = rl.padded(prompts, tokenizer.pad_token_id, left=True)
     with torch.no_grad():
-        logp, values, _ = rl.token_logps(model, ids, mask, P, value_head=head)
-        for i in range(len(ids)):
-            row, n = ids[i][mask[i]][None], int(answer[i].sum())
-            alone, value, _ = rl.token_logps(model, row, torch.ones_like(row).bool(), row.shape[1] - n, value_head=head)
+        logp, values = rl.token_logps(model, ids, starts, R, value_head=head)
+        keys = rl.read_once(model, *left).layers[1].keys                                         # of left-padded prompts
+        for i, n in enumerate(answer.sum(1).tolist()):
+            alone, value = rl.token_logps(model, ids[i: i + 1, : starts[i] + n], starts[i: i + 1], n, value_head=head)
             assert torch.allclose(logp[i, :n], alone[0], atol=1e-5) and torch.allclose(values[i, :n], value[0], atol=1e-5)
+            if config.model_type == "gpt2" and len(prompts[i]) > 1:     # absolute positions: the keys themselves must agree
+                own = rl.read_once(model, *rl.padded([prompts[i]], 0)).layers[1].keys[0]
+                assert torch.allclose(keys[i, :, 1 - len(prompts[i]):], own, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [
@@ -331,11 +330,11 @@ def test_a_left_padded_row_equals_the_same_row_unpadded(config, tiny, tmp_path):
 def test_token_logps_equal_transformers(config, tiny, tmp_path):
     """Off-by-one positions; a temperature left out: 0.7 nats (TRAPS 3); a model that scales its logits after the head."""
     model, tokenizer = untrained(config, tiny, tmp_path)
-    ids, mask, P, answer = batch_of(tokenizer)
+    ids, starts, R, answer = batch_of(tokenizer)
     with torch.no_grad():
-        logp, values, _ = rl.token_logps(model, ids, mask, P, 0.7)
-        for i in range(len(ids)):
-            row, n = ids[i][mask[i]], int(answer[i].sum())
+        logp, values = rl.token_logps(model, ids, starts, R, 0.7)
+        for i, n in enumerate(answer.sum(1).tolist()):
+            row = ids[i, : starts[i] + n]
             whole = (model(input_ids=row[None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, row[1:, None])[:, 0]
             assert torch.allclose(logp[i, :n], whole[-n:], atol=1e-5)
     assert values is None
@@ -345,13 +344,13 @@ def test_token_logps_equal_transformers(config, tiny, tmp_path):
 def test_ratio_is_one_between_rollout_and_update(shared, micro_batch):
     """Old log-probabilities from another function, mode or temperature than the update's (TRAPS 3)."""
     model, tokenizer = shared
-    ids, mask, P, answer = batch_of(tokenizer)
+    ids, starts, R, answer = batch_of(tokenizer)
+    pieces = lambda: torch.cat([rl.token_logps(model, i, s, R, 0.7)[0] for i, s in zip(ids.split(micro_batch), starts.split(micro_batch))])
     rl.use(model, "policy"), rl.set_mode(model, training=False)
     with torch.no_grad():
-        old = torch.cat([rl.token_logps(model, i, m, P, 0.7)[0] for i, m in zip(ids.split(micro_batch), mask.split(micro_batch))])
-        whole = rl.token_logps(model, ids, mask, P, 0.7)[0]
+        old, whole = pieces(), rl.token_logps(model, ids, starts, R, 0.7)[0]
     rl.use(model, "policy", trainable=True), rl.set_mode(model, training=True)
-    new = torch.cat([rl.token_logps(model, i, m, P, 0.7)[0] for i, m in zip(ids.split(micro_batch), mask.split(micro_batch))])
+    new = pieces()
     assert new.requires_grad and torch.equal((new - old).exp()[answer], torch.ones(answer.sum()))
     assert ((new - whole).exp()[answer] - 1).abs().max() < 5e-6        # other batch shapes add up in another order
 
@@ -359,11 +358,12 @@ def test_ratio_is_one_between_rollout_and_update(shared, micro_batch):
 def test_tokens_after_eos_change_no_log_probability(shared):
     """Attention or positions that see what follows the EOS (TRAPS 11)."""
     model, tokenizer = shared
-    ids, mask, P, answer = batch_of(tokenizer)
+    ids, starts, R, answer = batch_of(tokenizer)
     rl.use(model, "policy"), rl.set_mode(model, training=False)
-    garbage = torch.where(mask, ids, torch.randint(3, 300, ids.shape, generator=torch.Generator().manual_seed(1)))
+    real = torch.arange(ids.shape[1]) < (starts + answer.sum(1))[:, None]
+    garbage = torch.where(real, ids, torch.randint(3, 300, ids.shape, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
-        a, b = (rl.token_logps(model, x, mask, P)[0][answer] for x in (ids, garbage))
+        a, b = (rl.token_logps(model, x, starts, R)[0][answer] for x in (ids, garbage))
     assert not torch.equal(ids, garbage) and torch.equal(a, b)
 
 
@@ -435,8 +435,8 @@ def test_samples_follow_token_logps(shared):
     _, answers = rl.generate(model, tokenizer, [prompt] * n, max_new=1, temperature=0.7, budget=10 ** 6)
     row = rl.prompt_ids(tokenizer, prompt)
     with torch.no_grad():
-        logits = rl.token_logps(model, torch.tensor([row + [0]]), torch.ones(1, len(row) + 1, dtype=torch.bool), len(row), 0.7)[2]
-    p = logits[0, 0].softmax(-1)
+        ids = torch.cat([torch.tensor([row]).repeat(320, 1), torch.arange(320)[:, None]], 1)              # every first token
+        p = rl.token_logps(model, ids, torch.full((320,), len(row)), 1, 0.7)[0][:, 0].exp()
     counts = torch.bincount(torch.tensor(answers)[:, 0], minlength=len(p))
     likely = p * n >= 5
     assert ((counts - p * n)[likely].abs() < 5 * (n * p * (1 - p))[likely].sqrt()).all() and likely.sum() >= 8
@@ -596,7 +596,7 @@ def test_first_update_starts_at_its_reference(tiny, monkeypatch, micro_batch):
     rewards, values, mask = calls[0][0][:3]
     answers = made[0][2][1]
     assert row["first_ratio"] == row["ratio"] == pytest.approx(1, abs=1e-6) and row["kl"] == 0.0
-    assert row["approx_kl"] == pytest.approx(0, abs=1e-6) and row["clipfrac"] == 0.0
+    assert row["approx_kl"] == row["clipfrac"] == 0.0                       # not nearly: the very same figures
     assert mask.sum(1).tolist() == [len(a) for a in answers] and not values.any()
     unfinished = torch.tensor([a[-1] != 1 for a in answers])
     assert 0 < unfinished.sum() < 16 and row["eos_rate"] == pytest.approx(1 - unfinished.float().mean().item())
@@ -608,16 +608,17 @@ def test_first_update_starts_at_its_reference(tiny, monkeypatch, micro_batch):
 
 def test_later_rewards_carry_the_kl_to_align(tiny, monkeypatch):
     """A KL with the wrong sign, of the wrong adapters or at another temperature (TRAPS 3, 7, 12); a scale that moves (13)."""
-    raws, calls, likely = [], spy(monkeypatch, "gae"), spy(monkeypatch, "token_logps")
+    raws, calls, looks = [], spy(monkeypatch, "gae"), spy(monkeypatch, "look_back")
     model, tokenizer = fresh(tiny)
     log = run(model, tokenizer, recorded(raws), updates=2, epochs=1, minibatch=8, micro_batch=8, beta=0.5, temperature=0.7,
               no_eos_penalty=0.0)
     rewards, _, mask = calls[1][0][:3]
-    reference, old = [c for c in likely if not c[2][0].requires_grad][2:]   # of the second update
+    (_, _, (part,), _), _, (reference, old, _) = looks[1]                   # of the second update
     rl.use(model, "align")
     with torch.no_grad():
-        assert torch.equal(rl.token_logps(model, *reference[0][1:4], 0.7)[0], reference[2][0])
-    kl = (old[2][0] - reference[2][0]) * mask
+        again = rl.token_logps(model, part.ids, part.starts, part.R, 0.7)[0]
+    assert torch.equal(again * mask[part.rows], reference[part.rows])
+    kl = old - reference
     scores = raws[1] / raws[0].std()
     last = torch.zeros_like(rewards).scatter(1, mask.sum(1, keepdim=True) - 1, scores[:, None])
     assert torch.allclose(rewards - last, -log[1]["beta"] * kl, atol=1e-5)
@@ -627,19 +628,23 @@ def test_later_rewards_carry_the_kl_to_align(tiny, monkeypatch):
 
 def test_ppo_trains_on_the_sampled_ids(tiny, monkeypatch):
     """Re-tokenised text is another answer (TRAPS 17); a reward that sees the prompts of other rows."""
-    seen, made, likely = [], spy(monkeypatch, "generate"), spy(monkeypatch, "token_logps")
+    seen, made, looks = [], spy(monkeypatch, "generate"), spy(monkeypatch, "look_back")
     model, tokenizer = fresh(tiny)
 
     def reward(texts, rows):
         seen.append((texts, list(rows)))
         return by_row(texts, rows)
-    run(model, tokenizer, reward, updates=3, micro_batch=8, minibatch=8, epochs=1)
+    run(model, tokenizer, reward, updates=3, micro_batch=3, minibatch=8, epochs=1)
     for k, (texts, rows) in enumerate(seen):
         (_, _, prompts), _, (made_texts, answers) = made[k]
-        ids, mask, P = likely[3 * k][0][1:4]
         assert texts == made_texts and prompts == [PROMPTS[i] for i in rows]
-        assert [ids[i][mask[i]].tolist() for i in range(8)] == [rl.prompt_ids(tokenizer, p) + a for p, a in zip(prompts, answers)]
-        assert mask[:, :P].sum(1).tolist() == [len(rl.prompt_ids(tokenizer, p)) for p in prompts]
+        wanted = [rl.prompt_ids(tokenizer, p) for p in prompts]
+        parts = looks[k][0][2]
+        assert sorted(i for part in parts for i in part.rows.tolist()) == list(range(8)) and len(parts) == 3
+        for part in parts:
+            assert part.R == max(len(answers[i]) for i in part.rows)
+            for i, ids, start in zip(part.rows, part.ids.tolist(), part.starts):
+                assert ids == wanted[i] + answers[i] + [0] * (len(ids) - start - len(answers[i])) and start == len(wanted[i])
     assert sorted(i for _, rows in seen for i in rows) == list(range(24))   # every prompt once before any comes again
 
 
@@ -694,7 +699,7 @@ def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0]]).bool()
     returns = torch.tensor([[1., 2., 4.], [0., -3., 99.], [5., 99., 99.]])
     values = returns * quality * mask + 7.0
-    row = rl.summary(torch.ones(3), torch.ones(3), mask * 0.5, torch.tensor(1.0), returns, values, mask,
+    row = rl.summary(torch.ones(3), torch.ones(3), mask * 0.5, mask * -2.0, returns, values, mask,
                      torch.tensor([True, True, False]), [{"ratio": 1.0, "skipped": 0}, {"ratio": 1.5, "skipped": 1}])
     assert row["explained_variance"] == pytest.approx(quality, abs=1e-6)
     assert (row["kl"], row["ratio"], row["first_ratio"], row["skipped"], row["length"]) == (1.0, 1.25, 1.0, 1, 2.0)
@@ -774,7 +779,7 @@ def test_bandit_reward_rises(tiny):
     model, tokenizer = fresh(tiny)
     log = run(model, tokenizer, lambda texts, rows: torch.tensor([float("red" in t) for t in texts]), updates=20, batch=24,
               minibatch=12, micro_batch=12, max_new=4, beta=0.02)
-    first, last = (np.mean([row["reward"] for row in part]) for part in (log[:3], log[-3:]))
+    first, last = (np.mean([row["reward"] for row in part]) for part in (log[:1], log[-3:]))
     assert first < 0.4 and last > 0.8, [row["reward"] for row in log]
     assert np.isfinite(log[-1]["kl"]) and log[-1]["kl"] > 0.5 and log[-1]["entropy"] < log[0]["entropy"] + 1
     assert np.mean(["red" in t for t in rl.generate(model, tokenizer, PROMPTS, max_new=4)[0]]) > 0.6
