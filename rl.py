@@ -35,15 +35,13 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, wi
     texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; a third of the steps goes to the easy
     ones, whose short prompts teach copying at a fraction of the cost. tags: markup kept as single tokens.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts + [t for s in samples for t in s], trainers.BpeTrainer(
-        vocab_size=vocab - len(tags), min_frequency=2, special_tokens=["<pad>", "<eos>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts + [t for s in samples for t in s], vocab_size=vocab - len(tags), min_frequency=2,
+                            special_tokens=["<pad>", "<eos>"], show_progress=False)
     bpe.add_tokens([AddedToken(t, lstrip=True, normalized=False) for t in tags])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>", eos_token="<eos>")
     size = -(-len(tokenizer) // 64) * 64
     # out_features % 32 == 0 and in_features % 64 == 0, or the 4-bit kernels refuse the layer (TRAPS 1)
     quiet()
@@ -65,6 +63,7 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, wi
 def load(name, device="cpu", *, rank=16, checkpointing=False):
     """Any Hugging Face causal LM in NF4 with a fresh trainable LoRA adapter `align`: (PeftModel, tokenizer)."""
     from peft import LoraConfig, get_peft_model
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     quiet()
     compute = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
@@ -75,9 +74,14 @@ def load(name, device="cpu", *, rank=16, checkpointing=False):
         tokenizer = AutoTokenizer.from_pretrained(name)
         base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=compute,
                                                     device_map={"": device})
-    except (OSError, ValueError) as e:
-        raise OSError(f"the LLM '{name}' could not be loaded ({str(e).splitlines()[0]}). Check the name and the network, "
-                      "give a local folder with --llm PATH, or use --llm tiny, which needs neither.") from e
+    except (OSError, ValueError, SafetensorError) as e:
+        root = e
+        while root.__context__:                      # transformers' last word often hides what happened
+            root = root.__context__
+        said = "; ".join(dict.fromkeys(str(x).strip().split("\n")[0] for x in (e, root)))
+        raise OSError(f"the LLM '{name}' could not be loaded ({said}). Check the name and the network: the same command takes an interrupted "
+                      "download up again, a gated model needs `hf auth login`, a damaged file must be deleted first. Or give a local "
+                      "folder with --llm PATH, or use --llm tiny, which needs no download.") from e
     base.requires_grad_(False)       # by hand: prepare_model_for_kbit_training upcasts embeddings and head (TRAPS 5)
     for module in base.modules():    # every dropout 0: sampling, reference and update must be the same function (TRAPS 14)
         if isinstance(module, nn.Dropout):
@@ -128,16 +132,13 @@ def use(model, adapter: str, trainable: bool = False):
 
 def add_policy(model):
     """The adapter `policy`, a copy of `align`: PPO starts at its own reference."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     model.add_adapter("policy", model.peft_config["align"])
-    weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            if ".policy." in name:
-                parameter.data = weights[name.replace(".policy.", ".align.")].detach().clone().float()
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="align"), "policy")
 
 
 def restore(model, folder: str, adapter: str):
-    """Loads the weights of a saved adapter into the adapter of that name."""
+    """Loads a saved adapter's weights into the adapter of that name (peft's load_adapter would end in model.eval(): TRAPS 1)."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
     set_peft_model_state_dict(model, load_file(os.path.join(folder, adapter, "adapter_model.safetensors")), adapter)
@@ -159,12 +160,11 @@ def prompt_ids(tokenizer, prompt: str) -> list:
 
 def by_length(lengths, budget: int):
     """Index lists of similar length, each of at most `budget` padded tokens: little padding, bounded memory."""
-    group, longest = [], 0
+    group = []
     for i in np.argsort(lengths, kind="stable"):
-        longest = max(longest, lengths[i])
-        if group and longest * (len(group) + 1) > budget:
+        if group and lengths[i] * (len(group) + 1) > budget:
             yield group
-            group, longest = [], lengths[i]
+            group = []
         group.append(int(i))
     if group:
         yield group
@@ -178,22 +178,33 @@ def padded(rows: list, pad: int, left: bool = False):
     return torch.tensor(ids), real if left else real.flip(1)
 
 
+MicroBatch = namedtuple("MicroBatch", "rows ids starts mask")     # (b,), (b, T) and (b,) as drawn above, (b, R) answer tokens
+
+
+def micro_batches(rows, prompts, answers, pad: int, device, size: int) -> list:
+    """These rows of the tokenised prompts and answers; a micro-batch has rows of similar length: little padding."""
+    rows = sorted(rows, key=lambda i: len(prompts[i]) + len(answers[i]))
+    return [MicroBatch(*(x.to(device) for x in (
+        torch.tensor(part), padded([prompts[i] + answers[i] for i in part], pad)[0], torch.tensor([len(prompts[i]) for i in part]),
+        padded([answers[i] for i in part], pad)[1]))) for part in (rows[k: k + size] for k in range(0, len(rows), size))]
+
+
 def causal_lm(model):
     """The Hugging Face causal LM itself, within its adapters or without any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def token_logps(model, ids, starts, R: int, temperature: float = 1.0, value_head=None):
-    """Log-probabilities (B, R) of the tokens ids[b, starts[b] + t], and their values (B, R) if a value head is given.
+def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=None):
+    """Log-probabilities (b, R) of the answer tokens, and their values (b, R) if a value head is given; padding means nothing.
 
     The one function for rollout, reference and update: only then is the first ratio exactly 1 (TRAPS 3). The head runs
-    on answer positions alone; gather minus logsumexp in float32 (TRAPS 8). Beyond a row's end the figures mean nothing.
+    on answer positions alone; gather minus logsumexp in float32 (TRAPS 8).
     """
-    at = (starts[:, None] + torch.arange(R, device=ids.device)).clamp(max=ids.shape[1] - 1)
-    states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state               # (B, T, D)
-    states = states[torch.arange(len(ids), device=ids.device)[:, None], at - 1]                          # (B, R, D)
-    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature                      # (B, R, V)
-    logp = logits.gather(-1, ids.gather(1, at)[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    at = (batch.starts[:, None] + torch.arange(batch.mask.shape[1], device=batch.ids.device)).clamp(max=batch.ids.shape[1] - 1)
+    states = causal_lm(model).base_model(input_ids=batch.ids, use_cache=False).last_hidden_state           # (b, T, D)
+    states = states.take_along_dim(at[..., None] - 1, 1)                                                   # (b, R, D)
+    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature                        # (b, R, V)
+    logp = logits.gather(-1, batch.ids.gather(1, at)[..., None]).squeeze(-1) - logits.logsumexp(-1)
     return logp, value_head(states.float()).squeeze(-1) if value_head is not None else None
 
 
@@ -206,26 +217,23 @@ def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_b
     """
     rng, device = np.random.default_rng([seed, 17]), next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
-    encoded = [(prompt_ids(tokenizer, p), tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
-               for p, a in samples]
+    prompts = [prompt_ids(tokenizer, p) for p, _ in samples]
+    answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]
     losses, pool = [], []
     set_mode(model, training=True)
     bar = tqdm(range(steps), desc=name, unit="step", mininterval=1, disable=None)
     for step in bar:
         if not pool:      # 16 batches at a time, sorted by length inside: little padding, still random
-            some = sorted(rng.permutation(len(encoded))[: 16 * batch], key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
+            some = sorted(rng.permutation(len(prompts))[: 16 * batch], key=lambda i: len(prompts[i]) + len(answers[i]))
             pool = [some[k: k + batch] for k in range(0, len(some), batch)]
             pool = [pool[k] for k in rng.permutation(len(pool))]
         rows = pool.pop()
-        tokens = sum(len(encoded[i][1]) for i in rows)
+        tokens = sum(len(answers[i]) for i in rows)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / max(1, min(20, steps // 10)), (steps - step) / (0.5 * steps))
         total = 0.0
-        for k in range(0, len(rows), micro_batch or len(rows)):
-            part = [encoded[i] for i in rows[k: k + (micro_batch or len(rows))]]
-            ids, answer = (padded(x, tokenizer.pad_token_id)[k].to(device) for k, x in enumerate(([p + a for p, a in part], [a for _, a in part])))
-            logp, _ = token_logps(model, ids, torch.tensor([len(p) for p, _ in part], device=device), answer.shape[1])
-            loss = -(logp * answer).sum() / tokens                               # a sum over real tokens (TRAPS 15)
+        for part in micro_batches(rows, prompts, answers, tokenizer.pad_token_id, device, micro_batch or batch):
+            loss = -(token_logps(model, part)[0] * part.mask).sum() / tokens                            # a sum over real tokens (TRAPS 15)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -337,9 +345,6 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
-MicroBatch = namedtuple("MicroBatch", "rows ids starts R")      # row numbers (b,), ids (b, T) and starts (b,) as drawn above
-
-
 def draw(n: int, batch: int, rng):
     """Endless batches of row numbers below n: each comes once before any comes again."""
     order = []
@@ -350,21 +355,6 @@ def draw(n: int, batch: int, rng):
         order = order[batch:]
 
 
-def lay_out(prompts, answers, pad: int, device, rng, minibatch: int, micro_batch: int) -> list:
-    """Token ids of prompts and answers -> random minibatches, lists of micro-batches of similar length: little padding.
-
-    Made once an update: every pass runs on the same shapes, so that the first ratio is exactly 1 (TRAPS 3).
-    """
-    rows = [p + a for p, a in zip(prompts, answers)]
-    starts, R = torch.tensor([len(p) for p in prompts]), torch.tensor([len(a) for a in answers])
-    minibatches = []
-    for some in torch.from_numpy(rng.permutation(len(rows))).split(minibatch):
-        some = some[(starts + R)[some].argsort(stable=True)]
-        minibatches.append([MicroBatch(part.to(device), padded([rows[i] for i in part], pad)[0].to(device), starts[part].to(device),
-                                       R[part].max().item()) for part in some.split(micro_batch)])
-    return minibatches
-
-
 @torch.no_grad()
 def look_back(model, forward, parts, mask):
     """Before any update: reference and old log-probabilities and old values, each (B, R), padding 0."""
@@ -372,19 +362,20 @@ def look_back(model, forward, parts, mask):
     for k, adapter in enumerate(("align", "policy")):                    # the values that stay are the policy's
         use(model, adapter, trainable=adapter == "policy")
         for part in parts:
-            out[k, part.rows, : part.R], out[2, part.rows, : part.R] = forward(part)
+            R = part.mask.shape[1]
+            out[k, part.rows, :R], out[2, part.rows, :R] = forward(part)
     return out * mask
 
 
-def learn(forward, parameters, optimizer, rollout, mask, minibatches, rng, *, epochs, kl_stop):
+def learn(forward, parameters, optimizer, rollout, minibatches, rng, *, epochs, kl_stop):
     """Several epochs of clipped updates on one rollout, (old_logp, advantages, old_values, returns); one dict a step."""
     steps = []
     for parts in (minibatches[k] for _ in range(epochs) for k in rng.permutation(len(minibatches))):
-        tokens, stats = mask[torch.cat([part.rows for part in parts])].sum(), []
+        tokens, stats = sum(part.mask.sum() for part in parts), []
         for part in parts:
             logp, values = forward(part)
-            old_logp, advantages, old_values, returns, real = (x[part.rows, : part.R] for x in (*rollout, mask))
-            loss, found = ppo_loss(logp, old_logp, advantages, values, old_values, returns, real, tokens)
+            old_logp, advantages, old_values, returns = (x[part.rows, : logp.shape[1]] for x in rollout)
+            loss, found = ppo_loss(logp, old_logp, advantages, values, old_values, returns, part.mask, tokens)
             loss.backward()
             stats.append(found | {"loss": loss.item()})
         step = {k: sum(s[k] for s in stats) for k in stats[0]}
@@ -401,10 +392,7 @@ def learn(forward, parameters, optimizer, rollout, mask, minibatches, rng, *, ep
 
 
 def summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps) -> dict:
-    """What a line of ppo.jsonl says about an update: means over its answers (kl: nats a sequence) and over its steps.
-
-    entropy: nats a token, as the mean of -log p over the sampled tokens.
-    """
+    """A line of ppo.jsonl: means over an update's answers (kl: nats a sequence, entropy: -log p of a sampled token) and steps."""
     explained = 1 - (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
     return {"reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
             "kl": kl.sum(1).mean().item(), "entropy": -old_logp[mask].mean().item(), "explained_variance": explained.item(),
@@ -415,12 +403,13 @@ def summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, step
 
 def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32, micro_batch=32, epochs=2, lr=5e-4,
         value_lr=1e-2, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,
-        seed=0, log_path=None):
+        budget=32_768, seed=0, state=None, save=lambda state: None):
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (B,) tensor; rows index prompts.
 
     beta: weight of the per-token KL to `align`, adapted towards kl_target nats a sequence. kl_stop: per-token KL to the
     rollout policy at which the epochs of an update end. no_eos_penalty: taken from an unfinished answer's scaled score.
-    Returns the log, one dict an update, also written as JSON lines to log_path.
+    budget: see generate. save: called after every update with all that it takes to go on, which comes back as `state` (TRAPS 19).
+    Returns the log, one dict an update.
     """
     device = next(model.parameters()).device
     encoded = [prompt_ids(tokenizer, p) for p in prompts]
@@ -430,24 +419,33 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
     parameters = [*trainable(model), *head.parameters()]
     optimizer = torch.optim.AdamW([{"params": parameters[:-2], "lr": lr}, {"params": parameters[-2:], "lr": value_lr}],
                                   eps=1e-5, weight_decay=0.0)    # TRAPS 16
-    rng, log, scale = np.random.default_rng([seed, 19]), [], None
+    log, scale = [], None
+    if state:
+        log, beta, scale = state["log"], state["beta"], state["scale"]
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, value in zip(parameters, state["weights"], strict=True):
+            parameter.data.copy_(value)
     bar = tqdm(range(updates), desc="PPO", unit="update", mininterval=1, disable=None)
-    for update, rows in zip(bar, draw(len(prompts), batch, rng)):
-        start = time.perf_counter()
+    for update, rows in zip(bar, draw(len(prompts), batch, np.random.default_rng([seed, 19]))):
+        if update < len(log):
+            continue                                             # done before an interruption
+        # a generator for each update: no random state needs saving (TRAPS 19)
+        rng, start = np.random.default_rng([seed, 19, update]), time.perf_counter()
         # 1. sample answers
         set_mode(model, training=False)
         texts, answers = generate(model, tokenizer, [prompts[i] for i in rows], max_new=max_new, temperature=temperature,
-                                  seed=int(rng.integers(2 ** 31)))
+                                  budget=budget, seed=int(rng.integers(2 ** 31)))
         # 2. score them
         raw = reward_fn(texts, rows).float().to(device)
         if scale is None and 1e-6 < raw.std().item() < float("inf"):
             scale = 1.0 / raw.std().item()                       # once, by the first spread there is (TRAPS 13)
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
         scores = raw * (scale or 1.0) - no_eos_penalty * ~finished
-        # 3. old and reference log-probabilities, values
-        minibatches = lay_out([encoded[i] for i in rows], answers, tokenizer.pad_token_id, device, rng, minibatch, micro_batch)
-        mask = torch.arange(max(map(len, answers)), device=device) < torch.tensor([[len(a)] for a in answers], device=device)
-        forward = lambda part: token_logps(model, part.ids, part.starts, part.R, temperature, head)
+        # 3. old and reference log-probabilities and values; every pass of an update has the same micro-batches (TRAPS 3)
+        minibatches = [micro_batches(some, [encoded[i] for i in rows], answers, tokenizer.pad_token_id, device, micro_batch)
+                       for some in np.split(rng.permutation(batch), range(minibatch, batch, minibatch))]
+        mask = padded(answers, 0)[1].to(device)
+        forward = lambda part: token_logps(model, part, temperature, head)
         ref_logp, old_logp, old_values = look_back(model, forward, sum(minibatches, []), mask)
         # 4. per-token rewards: the KL penalty everywhere, the score on the last real token (TRAPS 12); advantages
         kl = old_logp - ref_logp
@@ -456,15 +454,13 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         advantages, returns = gae(rewards, old_values, mask, lam)
         # 5. several epochs of clipped updates
         set_mode(model, training=True)
-        steps = learn(forward, parameters, optimizer, (old_logp, whiten(advantages, mask), old_values, returns), mask,
+        steps = learn(forward, parameters, optimizer, (old_logp, whiten(advantages, mask), old_values, returns),
                       minibatches, rng, epochs=epochs, kl_stop=kl_stop)
         # 6. log, adapt beta
         row = summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps)
         log.append({"update": update, "beta": beta, **row, "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)})
         beta *= 1 + float(np.clip(row["kl"] / kl_target - 1, -0.2, 0.2)) * 0.1
-        if log_path:
-            with open(log_path, "a") as f:
-                f.write(json.dumps(log[-1]) + "\n")
+        save({"log": log, "beta": beta, "scale": scale, "weights": [p.data for p in parameters], "optimizer": optimizer.state_dict()})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
     set_mode(model, training=False)
     use(model, "policy")

@@ -69,12 +69,22 @@ def same(a, b):
 
 
 def batch_of(tokenizer, n=8):
-    """n ragged pairs as ids (n, T), starts (n,), R, mask of answer tokens (n, R); answers end with EOS."""
+    """n ragged pairs as one micro-batch; answers end with EOS."""
     samples = pairs(n, seed=3)
     prompts = [rl.prompt_ids(tokenizer, p) for p, _ in samples]
     answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]
-    mask = rl.padded(answers, 0)[1]
-    return rl.padded([p + a for p, a in zip(prompts, answers)], tokenizer.pad_token_id)[0], torch.tensor([*map(len, prompts)]), mask.shape[1], mask
+    return rl.micro_batches(range(n), prompts, answers, tokenizer.pad_token_id, "cpu", n)[0]
+
+
+def cut(batch, size):
+    """The same rows in smaller micro-batches of the same width."""
+    return [rl.MicroBatch(*x) for x in zip(*(x.split(size) for x in batch))]
+
+
+def alone(batch, i):
+    """Row i without its padding."""
+    n = int(batch.mask[i].sum())
+    return rl.MicroBatch(batch.rows[i: i + 1], batch.ids[i: i + 1, : batch.starts[i] + n], batch.starts[i: i + 1], batch.mask[i: i + 1, :n])
 
 
 def by_row(texts, rows):
@@ -156,7 +166,7 @@ def test_no_dropout_is_left(config, tiny, tmp_path):
     out = []
     for training in (False, True):
         rl.set_mode(model, training)
-        out.append(rl.token_logps(model, *batch_of(tokenizer)[:3])[0])
+        out.append(rl.token_logps(model, batch_of(tokenizer))[0])
     assert torch.equal(*out)
 
 
@@ -180,7 +190,7 @@ def test_a_missing_model_says_what_to_do(empty, tmp_path):
 def test_adapters_off_equal_base_logits(tiny, shared):
     """Loading or set_mode changed the base model."""
     model, tokenizer = shared
-    batch = dict(input_ids=batch_of(tokenizer)[0])
+    batch = dict(input_ids=batch_of(tokenizer).ids)
     plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32).eval()
     rl.use(model, "align"), rl.set_mode(model, training=False)
     with torch.no_grad(), model.disable_adapter():
@@ -205,7 +215,7 @@ def test_saved_adapter_loads_in_plain_peft(tiny, shared, tmp_path):
     plain = PeftModel.from_pretrained(base, str(tmp_path / "align")).eval()
     rl.use(model, "align"), rl.set_mode(model, training=False)
     with torch.no_grad():
-        ours, theirs = (m(input_ids=batch_of(tokenizer)[0]).logits for m in (model, plain))
+        ours, theirs = (m(input_ids=batch_of(tokenizer).ids).logits for m in (model, plain))
     assert torch.equal(ours, theirs)
 
 
@@ -240,7 +250,7 @@ def lora_gradients(model, batch):
     rl.use(model, "policy", trainable=True)
     rl.set_mode(model, training=True)
     model.zero_grad(set_to_none=True)
-    rl.token_logps(model, *batch[:3])[0].mean().backward()
+    rl.token_logps(model, batch)[0].mean().backward()
     return {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
 
 
@@ -308,15 +318,14 @@ def test_padded_on_either_side():
 def test_a_padded_row_equals_the_same_row_alone(config, tiny, tmp_path):
     """Padding that is seen, or positions that count it (rotary ones hide it: they are relative) (TRAPS 10)."""
     model, tokenizer = untrained(config, tiny, tmp_path)
-    ids, starts, R, answer = batch_of(tokenizer)
-    head, prompts = torch.nn.Linear(64, 1), [row[:n].tolist() for row, n in zip(ids, starts)]
-    left = rl.padded(prompts, tokenizer.pad_token_id, left=True)
+    batch, head = batch_of(tokenizer), torch.nn.Linear(64, 1)
+    prompts = [row[:n].tolist() for row, n in zip(batch.ids, batch.starts)]
     with torch.no_grad():
-        logp, values = rl.token_logps(model, ids, starts, R, value_head=head)
-        keys = rl.read_once(model, *left).layers[1].keys                                         # of left-padded prompts
-        for i, n in enumerate(answer.sum(1).tolist()):
-            alone, value = rl.token_logps(model, ids[i: i + 1, : starts[i] + n], starts[i: i + 1], n, value_head=head)
-            assert torch.allclose(logp[i, :n], alone[0], atol=1e-5) and torch.allclose(values[i, :n], value[0], atol=1e-5)
+        logp, values = rl.token_logps(model, batch, value_head=head)
+        keys = rl.read_once(model, *rl.padded(prompts, tokenizer.pad_token_id, left=True)).layers[1].keys
+        for i, n in enumerate(batch.mask.sum(1)):
+            own, value = rl.token_logps(model, alone(batch, i), value_head=head)
+            assert torch.allclose(logp[i, :n], own[0], atol=1e-5) and torch.allclose(values[i, :n], value[0], atol=1e-5)
             if config.model_type == "gpt2" and len(prompts[i]) > 1:     # absolute positions: the keys themselves must agree
                 own = rl.read_once(model, *rl.padded([prompts[i]], 0)).layers[1].keys[0]
                 assert torch.allclose(keys[i, :, 1 - len(prompts[i]):], own, atol=1e-5)
@@ -330,11 +339,11 @@ def test_a_padded_row_equals_the_same_row_alone(config, tiny, tmp_path):
 def test_token_logps_equal_transformers(config, tiny, tmp_path):
     """Off-by-one positions; a temperature left out: 0.7 nats (TRAPS 3); a model that scales its logits after the head."""
     model, tokenizer = untrained(config, tiny, tmp_path)
-    ids, starts, R, answer = batch_of(tokenizer)
+    batch = batch_of(tokenizer)
     with torch.no_grad():
-        logp, values = rl.token_logps(model, ids, starts, R, 0.7)
-        for i, n in enumerate(answer.sum(1).tolist()):
-            row = ids[i, : starts[i] + n]
+        logp, values = rl.token_logps(model, batch, 0.7)
+        for i, n in enumerate(batch.mask.sum(1).tolist()):
+            row = alone(batch, i).ids[0]
             whole = (model(input_ids=row[None]).logits[0, :-1] / 0.7).log_softmax(-1).gather(-1, row[1:, None])[:, 0]
             assert torch.allclose(logp[i, :n], whole[-n:], atol=1e-5)
     assert values is None
@@ -344,27 +353,27 @@ def test_token_logps_equal_transformers(config, tiny, tmp_path):
 def test_ratio_is_one_between_rollout_and_update(shared, micro_batch):
     """Old log-probabilities from another function, mode or temperature than the update's (TRAPS 3)."""
     model, tokenizer = shared
-    ids, starts, R, answer = batch_of(tokenizer)
-    pieces = lambda: torch.cat([rl.token_logps(model, i, s, R, 0.7)[0] for i, s in zip(ids.split(micro_batch), starts.split(micro_batch))])
+    batch = batch_of(tokenizer)
+    pieces = lambda size: torch.cat([rl.token_logps(model, part, 0.7)[0] for part in cut(batch, size)])[batch.mask]
     rl.use(model, "policy"), rl.set_mode(model, training=False)
     with torch.no_grad():
-        old, whole = pieces(), rl.token_logps(model, ids, starts, R, 0.7)[0]
+        old, whole = pieces(micro_batch), pieces(8)
     rl.use(model, "policy", trainable=True), rl.set_mode(model, training=True)
-    new = pieces()
-    assert new.requires_grad and torch.equal((new - old).exp()[answer], torch.ones(answer.sum()))
-    assert ((new - whole).exp()[answer] - 1).abs().max() < 5e-6        # other batch shapes add up in another order
+    new = pieces(micro_batch)
+    assert new.requires_grad and torch.equal((new - old).exp(), torch.ones(len(new)))
+    assert ((new - whole).exp() - 1).abs().max() < 5e-6                # other batch shapes add up in another order
 
 
 def test_tokens_after_eos_change_no_log_probability(shared):
     """Attention or positions that see what follows the EOS (TRAPS 11)."""
     model, tokenizer = shared
-    ids, starts, R, answer = batch_of(tokenizer)
+    batch = batch_of(tokenizer)
     rl.use(model, "policy"), rl.set_mode(model, training=False)
-    real = torch.arange(ids.shape[1]) < (starts + answer.sum(1))[:, None]
-    garbage = torch.where(real, ids, torch.randint(3, 300, ids.shape, generator=torch.Generator().manual_seed(1)))
+    real = torch.arange(batch.ids.shape[1]) < (batch.starts + batch.mask.sum(1))[:, None]
+    garbage = torch.where(real, batch.ids, torch.randint(3, 300, real.shape, generator=torch.Generator().manual_seed(1)))
     with torch.no_grad():
-        a, b = (rl.token_logps(model, x, starts, R)[0][answer] for x in (ids, garbage))
-    assert not torch.equal(ids, garbage) and torch.equal(a, b)
+        a, b = (rl.token_logps(model, x)[0][batch.mask] for x in (batch, batch._replace(ids=garbage)))
+    assert not torch.equal(batch.ids, garbage) and torch.equal(a, b)
 
 
 # -------------------------------------------------------------------------------------------------------- supervise
@@ -436,7 +445,8 @@ def test_samples_follow_token_logps(shared):
     row = rl.prompt_ids(tokenizer, prompt)
     with torch.no_grad():
         ids = torch.cat([torch.tensor([row]).repeat(320, 1), torch.arange(320)[:, None]], 1)              # every first token
-        p = rl.token_logps(model, ids, torch.full((320,), len(row)), 1, 0.7)[0][:, 0].exp()
+        some = rl.MicroBatch(torch.arange(320), ids, torch.full((320,), len(row)), torch.ones(320, 1).bool())
+        p = rl.token_logps(model, some, 0.7)[0][:, 0].exp()
     counts = torch.bincount(torch.tensor(answers)[:, 0], minlength=len(p))
     likely = p * n >= 5
     assert ((counts - p * n)[likely].abs() < 5 * (n * p * (1 - p))[likely].sqrt()).all() and likely.sum() >= 8
@@ -616,7 +626,7 @@ def test_later_rewards_carry_the_kl_to_align(tiny, monkeypatch):
     (_, _, (part,), _), _, (reference, old, _) = looks[1]                   # of the second update
     rl.use(model, "align")
     with torch.no_grad():
-        again = rl.token_logps(model, part.ids, part.starts, part.R, 0.7)[0]
+        again = rl.token_logps(model, part, 0.7)[0]
     assert torch.equal(again * mask[part.rows], reference[part.rows])
     kl = old - reference
     scores = raws[1] / raws[0].std()
@@ -642,7 +652,7 @@ def test_ppo_trains_on_the_sampled_ids(tiny, monkeypatch):
         parts = looks[k][0][2]
         assert sorted(i for part in parts for i in part.rows.tolist()) == list(range(8)) and len(parts) == 3
         for part in parts:
-            assert part.R == max(len(answers[i]) for i in part.rows)
+            assert part.mask.sum(1).tolist() == [len(answers[i]) for i in part.rows]
             for i, ids, start in zip(part.rows, part.ids.tolist(), part.starts):
                 assert ids == wanted[i] + answers[i] + [0] * (len(ids) - start - len(answers[i])) and start == len(wanted[i])
     assert sorted(i for _, rows in seen for i in rows) == list(range(24))   # every prompt once before any comes again
@@ -761,17 +771,33 @@ def test_equal_first_rewards_do_not_blow_up_the_scale(tiny):
     assert max(abs(row["score"]) for row in log) < 100
 
 
-def test_jsonl_has_one_line_an_update_with_every_figure(tiny, tmp_path):
+def test_a_row_of_the_log_has_every_figure(tiny):
     """A run whose health nobody can read afterwards (TRAPS 18)."""
-    path = tmp_path / "ppo.jsonl"
-    log = run(*fresh(tiny), updates=3, log_path=str(path))
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == log and [row["update"] for row in log] == [0, 1, 2]
-    for row in lines:
+    log = run(*fresh(tiny), updates=3)
+    assert json.loads(json.dumps(log)) == log and [row["update"] for row in log] == [0, 1, 2]
+    for row in log:
         assert row.keys() >= {"reward", "reward_std", "score", "kl", "beta", "approx_kl", "clipfrac", "ratio", "first_ratio",
                               "entropy", "explained_variance", "eos_rate", "length", "grad_norm", "loss", "steps", "skipped",
                               "tokens_per_s"}
         assert all(np.isfinite(v) for v in row.values()) and 0 < row["entropy"] < np.log(320) and 1 <= row["length"] <= 6
+
+
+def test_resume_after_any_update_equals_the_uninterrupted_run(tiny, tmp_path):
+    """A state that lacks value head, optimiser, beta, scale, random state or order of the prompts (TRAPS 19)."""
+    states = []
+
+    def save(state):
+        torch.save(state, tmp_path / str(len(states)))
+        states.append(torch.load(tmp_path / str(len(states)), weights_only=True))
+    settings = dict(updates=4, epochs=2, batch=10, kl_target=0.5)
+    model, tokenizer = fresh(tiny)
+    log = run(model, tokenizer, save=save, **settings)
+    assert len({row["beta"] for row in log}) == 4
+    for k in (0, 2, 3):
+        again, _ = fresh(tiny)
+        torch.manual_seed(5), np.random.seed(5)
+        assert figures(run(again, tokenizer, state=states[k], **settings)) == figures(log)
+        assert same(adapter(again, "policy"), adapter(model, "policy"))
 
 
 def test_bandit_reward_rises(tiny):

@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[2]))
 WORD, WORDS = "red", "green blue old calm loud warm dark soft tall thin wide cold dry new odd".split()
 RANK, PROMPT, ANSWER, EPOCHS, LR = 8, 64, 32, 4, 1e-3
-SIZES = {"small": {"width": 128, "layers": 3, "batch": 64, "micro_batch": 64},            # speed and reward
+SIZES = {"small": {"width": 128, "layers": 3, "batch": 64, "micro_batch": 16},            # speed and reward
          "large": {"width": 640, "layers": 11, "batch": 16, "micro_batch": 4}}            # memory: 61 M weights
 
 
@@ -88,10 +88,11 @@ def ours(kind, path, prompts, watch, shape, updates, seed):
 def trl(path, prompts, watch, shape, updates, seed):
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    counts = torch.tensor([float(tokenizer.decode([i]).count(WORD)) for i in range(len(tokenizer))])
+    rows = AutoConfig.from_pretrained(path).vocab_size                        # more than the tokenizer has: a multiple of 64
+    counts = torch.tensor([float(tokenizer.decode([i]).count(WORD)) for i in range(rows)])
 
     class Backbone(torch.nn.Module):
         def forward(self, input_ids, **_):
@@ -131,6 +132,7 @@ def resident() -> float:
 
 
 def worker(args):
+    import numpy as np
     import torch
     import peft, transformers  # noqa: E401, F401
     if args.worker == "trl":
@@ -142,8 +144,7 @@ def worker(args):
     prompts = texts(2, 512, PROMPT - 1, False)
     settings = f"{args.folder}/{args.size}", prompts, watch, shape, args.updates, args.seed
     length = (globals()["trl"] if args.worker == "trl" else lambda *s: ours(args.worker, *s))(*settings)
-    update = (watch.calls[-1] - watch.calls[0]) / (len(watch.calls) - 1)              # from one reward to the next
-    generation = sum(watch.generating[1:]) / (len(watch.generating) - 1)
+    update, generation = (float(np.median(x)) for x in (np.diff(watch.calls), watch.generating[1:]))   # from one reward to the next
     print(json.dumps({"samples_per_s": shape["batch"] / update, "generation_s": generation, "update_s": update - generation,
                       "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, "rewards": watch.rewards,
                       "length": length}))
