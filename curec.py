@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ class Settings:
     tiny_steps: int = opt(1200, "LLM", "training steps of the tiny LLM, 32 prompts each")
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
-    micro_batch: int = opt(0, "LLM", "rows a forward-backward pass holds; lower it if memory runs out; 0: 64 tiny, else 4")
+    micro_batch: int = opt(0, "LLM", "rows a pass with gradients holds; lower it if memory runs out; 0: 16 for tiny, else 4")
     ppo_updates: int = opt(30, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
@@ -69,10 +70,13 @@ class Settings:
     seed: int = opt(0, "run", "seed of everything, the demo world included")
     device: str = opt("", "run", "cpu | cuda | cuda:1; default: cuda where there is one")
     quick: bool = opt(False, "run", "a tiny run of every stage, for CI: its figures mean nothing")
-    resume: bool = opt(False, "run", "go on with the run folder from its last finished stage")
+    resume: bool = opt(False, "run", "go on with the run folder from its last finished stage or PPO update")
+    run: str = opt("", "look at a finished run", "the run folder to look at")
+    explain: str = opt("", "look at a finished run", "USER: this user's top items, each with its reason and the reason's history")
 
 
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "seeds": 1, "epochs": 3}
+sampling = lambda s: {"max_new": s.max_new, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}   # padded tokens a pass holds
 
 
 def parse_args(argv=None):
@@ -87,14 +91,10 @@ def parse_args(argv=None):
         text = f.metadata["help"] + ("" if f.default in ("", False) else f" [{f.default}]")
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
         group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
-    look = parser.add_argument_group("look at a finished run")
-    look.add_argument("--run", metavar="DIR", help="the run folder to look at")
-    look.add_argument("--explain", metavar="USER", help="this user's top items, each with its reason and the reason's history")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
-    run, user = given.pop("run", None), given.pop("explain", None)
-    if (run is None) != (user is None):
+    if ("run" in given) != ("explain" in given):
         raise D.DataError("--run DIR and --explain USER go together")
-    return Settings(**{**(QUICK if "quick" in given else {}), **given}), run, user
+    return Settings(**{**(QUICK if "quick" in given else {}), **given})
 
 
 def resolve(s: Settings) -> Settings:
@@ -115,26 +115,30 @@ def resolve(s: Settings) -> Settings:
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     tiny, name = llm == "tiny", os.path.basename(os.path.normpath(s.dataset)).lower()
     return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{name}", max_new=s.max_new or (24 if tiny else 128),
-                   micro_batch=s.micro_batch or (64 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
+                   micro_batch=s.micro_batch or (16 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
-def write(path: str, text: str):
-    """Atomic: a reader, or a killed run, sees the old file or the new one."""
-    Path(path + ".part").write_text(text, encoding="utf-8")
+def keep(path: str, value):
+    """Writes a text or what torch.save takes; atomic: a reader, or a killed run, sees the old file or the new one."""
+    Path(path + ".part").write_text(value, encoding="utf-8") if isinstance(value, str) else torch.save(value, path + ".part")
     os.replace(path + ".part", path)
 
 
-def stage(run: str, name: str, times: dict, work):
+def stage(s: Settings, name: str, times: dict, work, title=""):
     """The result of work() (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again."""
-    path = os.path.join(run, "state", name + ".pt")
-    if not os.path.exists(path):
-        start = time.perf_counter()
-        torch.save({"value": work(), "seconds": time.perf_counter() - start}, path + ".part")
-        os.replace(path + ".part", path)
-    saved = torch.load(path, weights_only=True)
-    times[name] = saved["seconds"]
-    return saved["value"]
+    print(title, end="\n" * bool(title))
+    path, start = os.path.join(s.out, "state", name + ".pt"), time.perf_counter()
+    try:
+        if not os.path.exists(path):
+            keep(path, {"value": work(), "seconds": time.perf_counter() - start})
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(e)):
+            raise
+        raise D.DataError(f"out of memory on {s.device} in stage {name} with --micro-batch {s.micro_batch}. What is finished is kept: go on with "
+                          f"--resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items") from e
+    value, times[name] = torch.load(path, weights_only=True).values()
+    return value
 
 
 def open_run(s: Settings):
@@ -143,10 +147,9 @@ def open_run(s: Settings):
     if s.resume:
         if not os.path.exists(path):
             raise D.DataError(f"--resume: {path} does not exist; leave --resume out to start")
-        old = json.loads(Path(path).read_text())["settings"]
-        for k, v in asdict(s).items():
-            if k != "resume" and old.get(k) != v:
-                raise D.DataError(f"--resume: {s.out} was made with --{k.replace('_', '-')} {old.get(k)}, not {v}")
+        old = json.loads(Path(path).read_text())["settings"]                 # another micro-batch adds up the same sums
+        if changed := [k for k, v in old.items() if k != "micro_batch" and getattr(s, k, None) != v]:
+            raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {old[changed[0]]}")
     elif os.path.exists(path):
         for old in (Path(s.out, name) for name in ("state", "align", "policy", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
@@ -162,9 +165,9 @@ def load_data(s: Settings):
 
 def describe(s: Settings, cuts) -> dict:
     """config.json: what another machine needs to know to repeat the run."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"]
+    git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"settings": {k: v for k, v in asdict(s).items() if k != "resume"}, "windows": cuts, "git_commit": commit or "unknown",
+    return {"settings": {k: v for k, v in asdict(s).items() if k not in ("resume", "run", "explain")}, "windows": cuts, "git_commit": commit or "unknown",
             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
             "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
                          "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
@@ -176,11 +179,10 @@ def tiny_llm(s: Settings, data) -> str:
     rng = np.random.default_rng([s.seed, 41])
     easy = D.alignment_samples(data, 6000, rng, reason_share=1.0, people=0)
     samples = D.alignment_samples(data, 20_000, rng, reason_share=0.8)
-    key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 2]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 3]).encode()).hexdigest()[:12]
     path = os.path.join("cache", f"tiny-{data.name}-{key}")
     if not os.path.exists(path):
-        texts = [D.item_text(item) for item in data.items[1:]]
-        rl.train_tiny(path, texts, easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
+        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
     return path
 
 
@@ -195,22 +197,24 @@ def save_adapter(model, out: str, name: str):
 def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt."""
     items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
-    train, log_path = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "ppo.jsonl")     # more would never be drawn
-    write(log_path, "")
+    train, updates = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt")   # more would never be drawn
+    total = lambda texts, rows: judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
+                                              (cuts[0], cuts[-1]), s.seed)[0]
 
-    def total(texts, rows):
-        return judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
-                             (cuts[0], cuts[-1]), s.seed)[0]
-
-    def sample(rows, adapter, name, seed=s.seed):
+    def sample(rows, adapter, name):
         rl.use(model, adapter)
-        return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], max_new=s.max_new, seed=seed, name=name)[0], rows)
+        return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], **sampling(s), seed=s.seed, name=name)[0], rows)
+
+    def save(state):
+        keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"]))
+        keep(updates, state)
     before = sample(held, "align", "held-out prompts before PPO")
-    reference = (sample(train, "align", "reference 1 of 2") + sample(train, "align", "reference 2 of 2", s.seed + 1)) / 2
+    reference = sample(np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1)
     log = rl.ppo(model, tokenizer, [prompts[k] for k in train],
                  lambda texts, rows: torch.from_numpy(total(texts, train[rows]) - reference[rows]),
                  updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
-                 lr=s.ppo_lr, max_new=s.max_new, seed=s.seed, log_path=log_path)      # one epoch: fresh answers beat reused ones here
+                 lr=s.ppo_lr, **sampling(s), seed=s.seed, save=save,               # one epoch: fresh answers beat reused ones here
+                 state=torch.load(updates, s.device, weights_only=True) if os.path.exists(updates) else None)
     save_adapter(model, s.out, "policy")
     after = sample(held, "policy", "held-out prompts after PPO")
     return {"reward_before": float(before.mean()), "reward_after": float(after.mean()), "kl": log[-1]["kl"], "updates": len(log)}
@@ -220,16 +224,15 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
 def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
     """Corrects every item's reason at the end of each window; nothing after the window is in a prompt or a judgement.
 
-    Half of a window's choosers of an item are shown to the LLM, the other half judge (see reward.windows and Judge.choose).
-    Returns (answers, timelines, judges and number of proposals an item, one row a window).
+    Half of a window's choosers are shown, the other half judge. Returns (answers, timelines, judges an item, rows a window).
     """
     rl.use(model, "policy")
     first = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
-    answers = [""] + rl.generate(model, tokenizer, first, max_new=s.max_new, seed=s.seed, name="first reasons, from the text alone")[0]
-    timelines, judged, made, rows = [[] for _ in answers], [[] for _ in answers], [1 for _ in answers], []
+    answers = [""] + rl.generate(model, tokenizer, first, **sampling(s), seed=s.seed, name="first reasons, from the text alone")[0]
+    timelines, judged, rows = [[] for _ in answers], [[] for _ in answers], []
     for w, period, items, shown, judges in reward.windows(data, who, cuts, s.seed):
         prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
-        proposals, _ = rl.generate(model, tokenizer, [p for p in prompts for _ in range(s.proposals)], max_new=s.max_new,
+        proposals, _ = rl.generate(model, tokenizer, [p for p in prompts for _ in range(s.proposals)], **sampling(s),
                                    seed=s.seed + w, name=f"correction, window {w} of {len(cuts) - 1}")
         chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
         for i, c, j in zip(items, chosen, judges):
@@ -237,12 +240,11 @@ def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
                                  "reward_before": c["before"], "reward_after": c["after"], "accepted": c["accepted"]})
             answers[i] = proposals[c["best"]] if c["accepted"] else answers[i]
             judged[i] += j.tolist()
-            made[i] += s.proposals
         rows.append({"window": w, "proposed": len(proposals), "accepted": sum(c["accepted"] for c in chosen),
                      "reward_before": float(np.mean([c["before"] for c in chosen])),
                      "reward_after": float(np.mean([c["after" if c["accepted"] else "before"] for c in chosen])),
                      "items": len(items), "false_accept_rate": false})
-    return answers, timelines, judged, made, rows
+    return answers, timelines, judged, rows
 
 
 def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
@@ -252,16 +254,16 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     def answer(adapter, items, seed, name, shown=shown):
         rl.use(model, adapter)
         prompts = [D.reason_prompt(data, i, "", shown[i]) for i in items]
-        return rl.generate(model, tokenizer, prompts, max_new=s.max_new, seed=seed, name=name)[0]
+        return rl.generate(model, tokenizer, prompts, **sampling(s), seed=seed, name=name)[0]
     kinds = {"aligned": [""] + answer("align", items, s.seed, "reasons: aligned"), "rl": [""] + answer("policy", items, s.seed, "reasons: rl")}
-    kinds["curec"], timelines, judged, made, rows = correct(s, data, model, tokenizer, judge, who, cuts)
+    kinds["curec"], timelines, judged, rows = correct(s, data, model, tokenizer, judge, who, cuts)
     # the control for correction: as many one-shot proposals as curec made, the same judges (in no prompt), no time order
     rng, judged = np.random.default_rng([s.seed, 67]), [np.array(j, int) for j in judged]
     apart = [rng.permutation(np.setdiff1d(w, j))[: D.PEOPLE] for w, j in zip(who, judged)]
-    many = [i for i in items for _ in range(made[i])]
+    many = [i for i in items for _ in range(1 + s.proposals * len(timelines[i]))]
     texts = answer("policy", many, s.seed + 91, "best of one-shot proposals", apart)
     total, _ = judge.rewards(many, texts, [apart[i] for i in many], [judged[i] for i in many], (cuts[0], cuts[-1]), s.seed)
-    parts = np.split(np.arange(len(many)), np.cumsum(made[1:])[:-1])
+    parts = np.split(np.arange(len(many)), np.flatnonzero(np.diff(many)) + 1)
     kinds["bestof"] = [""] + [texts[max(part, key=lambda k: total[k])] for part in parts]
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
 
@@ -271,23 +273,21 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
     def align():
         rl.use(model, "align", trainable=True)
-        samples = D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8)
-        rl.supervise(model, tokenizer, samples, rl.trainable(model), steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
+        rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8),
+                     rl.trainable(model), steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
                      lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
         save_adapter(model, s.out, "align")
-    stage(s.out, "align", m["time_s"], align)
+    stage(s, "align", m["time_s"], align)
     rl.restore(model, s.out, "align")
-    print("[2/5] reward model")
     judge = reward.Judge(data, encode)
-    fit = stage(s.out, "reward", m["time_s"], lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()})
+    fit = stage(s, "reward", m["time_s"], lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()}, "[2/5] reward model")
     judge.model.load_state_dict(fit["weights"])
     judge.remember()
-    print("[3/5] PPO")
     rl.add_policy(model)
-    m["ppo"] = stage(s.out, "ppo", m["time_s"], lambda: reinforce(s, data, model, tokenizer, judge, who, cuts))
+    m["ppo"] = stage(s, "ppo", m["time_s"], lambda: reinforce(s, data, model, tokenizer, judge, who, cuts), "[3/5] PPO")
     rl.restore(model, s.out, "policy")
-    print("[4/5] reasons and chronological correction")
-    out = stage(s.out, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts))
+    out = stage(s, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts),
+                "[4/5] reasons and chronological correction")
     m["reward"], m["correction"] = {k: v for k, v in fit["report"].items() if k == "auc_heldout"}, out["correction"]
     m["reasons"] = {k: {**judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed),
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
@@ -299,7 +299,7 @@ def downstream(s, data, encode, kinds, m):
     slices, ranks, seconds = recommender.slices_of(data), {}, {}
     settings, arms = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}, s.arms.split(",")
     if LLM_ARMS & {*arms}:
-        settings["length"] = stage(s.out, "length", seconds, lambda: recommender.first_length(
+        settings["length"] = stage(s, "length", seconds, lambda: recommender.first_length(
             data, reward.features("content", data, encode, {}, s.seed), seed=s.seed, **settings))
         data.notes.append(f"Features start at length {settings['length']}: best of {recommender.LENGTHS} on the validation of `content`.")
     for arm in arms:
@@ -307,7 +307,7 @@ def downstream(s, data, encode, kinds, m):
             rank, entry, model = recommender.run_arm(arm, data, reward.features(arm, data, encode, kinds, s.seed), slices,
                                                      seeds=s.seeds, base_seed=s.seed, **settings)
             return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
-        done = stage(s.out, f"arm-{arm}", seconds, work)
+        done = stage(s, f"arm-{arm}", seconds, work)
         ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
         print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
@@ -326,21 +326,21 @@ def pipeline(s: Settings):
           *(f"  note: {note}" for note in data.notes), sep="\n")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
     config, encode, out, reasons, log = describe(s, cuts), None, {"kinds": {}}, [], []
-    write(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
+    keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
     if REASON_ARMS & arms or (LLM_ARMS & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
-        path = stage(s.out, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
+        path = stage(s, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
         torch.manual_seed(s.seed)
         model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
-        write(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
-        encode = lambda texts: rl.encode(model, tokenizer, texts)
+        keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
+        encode = lambda texts: rl.encode(model, tokenizer, texts, budget=sampling(s)["budget"])
     encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
     if REASON_ARMS & arms:
         out, judge = learn(s, data, model, tokenizer, encode, who, cuts, m)
         said = lambda kind, i: D.parse_answer(out["kinds"][kind][i])[0]
         reasons = [{"item": item["id"], "title": item["title"], "aligned": said("aligned", i), "rl": said("rl", i),
                     "timeline": out["timelines"][i], "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
-        write(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
+        keep(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
         log = [json.loads(line) for _, line in D.lines(os.path.join(s.out, "ppo.jsonl"))]
     print("[5/5] downstream: the arms, same seeds and budget")
     downstream(s, data, encode, out["kinds"], m)
@@ -354,11 +354,11 @@ def finish(s, data, m, reasons, log):
     """Writes metrics.json and report.md and prints the arms."""
     gpu = {"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if s.device.startswith("cuda") else {}
     m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024} | gpu
-    write(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
+    keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
     notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
              *["**Quick run: these figures mean nothing.**"] * s.quick]
     report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
-    write(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
+    keep(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
     print(f"\n{recommender.arms_table(m['arms'])}\n" + "\nquick run: these figures mean nothing\n" * s.quick
           + f"\nreport: {os.path.join(s.out, 'report.md')}")
 
@@ -385,8 +385,8 @@ def explain(run: str, user: str):
 def main(argv=None) -> int:
     sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
     try:
-        s, run, user = parse_args(argv)
-        explain(run, user) if run else pipeline(resolve(s))
+        s = parse_args(argv)
+        explain(s.run, s.explain) if s.run else pipeline(resolve(s))
         return 0
     except (D.DataError, OSError) as e:
         print(f"curec.py: error: {e}", file=sys.stderr)

@@ -426,7 +426,7 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
         s = data.train[u := users[rng.integers(len(users))]]
         end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told
         past, goal = [title(data, i) for i in s[max(0, end - HISTORY): end]], title(data, s[end])
-        others = [int(j) for j in rng.integers(1, data.n_items + 1, 8) if j not in s][:2]
+        others = [j for j in dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist()) if j not in s][:2]
         task, told = tasks[rng.integers(len(tasks))], "Chosen in order: " + "; ".join(past)
         if task == "mim":
             hide = int(rng.integers(len(past)))

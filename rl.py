@@ -42,19 +42,17 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, wi
                             special_tokens=["<pad>", "<eos>"], show_progress=False)
     bpe.add_tokens([AddedToken(t, lstrip=True, normalized=False) for t in tags])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>", eos_token="<eos>")
-    size = -(-len(tokenizer) // 64) * 64
-    # out_features % 32 == 0 and in_features % 64 == 0, or the 4-bit kernels refuse the layer (TRAPS 1)
     quiet()
-    config = LlamaConfig(vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-                         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
+    # out_features % 32 == 0 and in_features % 64 == 0, or the 4-bit kernels refuse the layer (TRAPS 1)
+    config = LlamaConfig(vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=width, intermediate_size=2 * width,
+                         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
                          tie_word_embeddings=True, initializer_range=width ** -0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
     for part, share, name in ((easy, steps // 3, "short prompts"), (samples, steps - steps // 3, "all prompts")):
         supervise(model, tokenizer, part, list(model.parameters()), steps=share, batch=batch, lr=lr, seed=seed,
-                  name=f"tiny LLM from nothing, {name}", weight_decay=0.01)
+                  name=f"tiny LLM from nothing, {name}")
     part = f"{path}.{os.getpid()}.part"                         # two runs may make the same model at once
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     os.replace(part, path)
@@ -72,9 +70,8 @@ def load(name, device="cpu", *, rank=16, checkpointing=False):
                                    bnb_4bit_compute_dtype=compute)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=compute,
-                                                    device_map={"": device})
-    except (OSError, ValueError, SafetensorError) as e:
+        base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=compute, device_map={"": device})
+    except (OSError, ValueError, SafetensorError, torch.OutOfMemoryError) as e:
         root = e
         while root.__context__:                      # transformers' last word often hides what happened
             root = root.__context__
@@ -90,9 +87,8 @@ def load(name, device="cpu", *, rank=16, checkpointing=False):
             setattr(module, rate, 0.0)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
                                             task_type="CAUSAL_LM"), adapter_name="align")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()     # bf16 LoRA weights lose small steps (TRAPS 4)
+    for parameter in trainable(model):
+        parameter.data = parameter.data.float()         # bf16 LoRA weights lose small steps (TRAPS 4)
     if checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()
@@ -152,10 +148,19 @@ def trainable(model):
 def prompt_ids(tokenizer, prompt: str) -> list:
     """Token ids of a prompt, in the tokenizer's chat template where it has one."""
     if tokenizer.chat_template:
-        encoded = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
-                                                return_dict=True)
-        return list(encoded["input_ids"])
+        message = [{"role": "user", "content": prompt}]
+        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
     return tokenizer(prompt + "\n")["input_ids"]
+
+
+def draw(n: int, batch: int, rng):
+    """Endless batches of row numbers below n: each comes once before any comes again."""
+    order = []
+    while True:
+        while len(order) < batch:
+            order += rng.permutation(n).tolist()
+        yield order[:batch]
+        order = order[batch:]
 
 
 def by_length(lengths, budget: int):
@@ -209,31 +214,24 @@ def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=N
 
 
 # ------------------------------------------------------------------------------------------------ supervised training
-def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_batch=0, lr=1e-3, seed=0, name="align",
-              weight_decay=0.0):
+def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_batch=8, lr=1e-3, seed=0, name="align"):
     """Next-token training on answers only, linear warm-up and decay; returns the mean loss of the last tenth.
 
     samples: (prompt, answer) pairs. Each step's loss is summed over micro-batches and divided by the step's tokens.
     """
     rng, device = np.random.default_rng([seed, 17]), next(model.parameters()).device
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     prompts = [prompt_ids(tokenizer, p) for p, _ in samples]
     answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]
-    losses, pool = [], []
+    losses = []
     set_mode(model, training=True)
     bar = tqdm(range(steps), desc=name, unit="step", mininterval=1, disable=None)
-    for step in bar:
-        if not pool:      # 16 batches at a time, sorted by length inside: little padding, still random
-            some = sorted(rng.permutation(len(prompts))[: 16 * batch], key=lambda i: len(prompts[i]) + len(answers[i]))
-            pool = [some[k: k + batch] for k in range(0, len(some), batch)]
-            pool = [pool[k] for k in rng.permutation(len(pool))]
-        rows = pool.pop()
-        tokens = sum(len(answers[i]) for i in rows)
+    for step, rows in zip(bar, draw(len(samples), batch, rng)):
+        tokens, total = sum(len(answers[i]) for i in rows), 0.0
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / max(1, min(20, steps // 10)), (steps - step) / (0.5 * steps))
-        total = 0.0
-        for part in micro_batches(rows, prompts, answers, tokenizer.pad_token_id, device, micro_batch or batch):
-            loss = -(token_logps(model, part)[0] * part.mask).sum() / tokens                            # a sum over real tokens (TRAPS 15)
+        for part in micro_batches(rows, prompts, answers, tokenizer.pad_token_id, device, micro_batch):
+            loss = -(token_logps(model, part)[0] * part.mask).sum() / tokens     # a sum over real tokens (TRAPS 15)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -282,8 +280,7 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
                 out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
             bar.update(len(group))
     if name:
-        tokens = sum(map(len, out))
-        print(f"  {name}: {len(out):,} answers, {tokens:,} tokens, {tokens / (time.perf_counter() - start):,.0f} tokens/s")
+        print(f"  {name}: {len(out):,} answers, {sum(map(len, out)) / (time.perf_counter() - start):,.0f} tokens/s")
     # a reward may see the texts up to EOS; the policy trains on the sampled ids themselves (TRAPS 17)
     return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != eos] for a in out])], out
 
@@ -306,8 +303,7 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
             both = torch.cat([first, last], -1).float() * mask[..., None]
             for i, vector in zip(group, (both.sum(1) / mask.sum(1, keepdim=True)).cpu()):
                 out[i] = vector
-    for parameter in {*trainable(model)} - {*learning}:
-        parameter.requires_grad_(False)
+    use(model, model.active_adapter, trainable=bool(learning))
     first, last = torch.stack(out).chunk(2, -1)
     return F.normalize(first, dim=-1) + 0.3 * F.normalize(last, dim=-1)
 
@@ -325,8 +321,7 @@ def gae(rewards, values, mask, lam: float = 0.95):
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + after - values[:, t]
         last = (delta + lam * last) * mask[:, t]
-        after = values[:, t] * mask[:, t]
-        advantages[:, t] = last
+        after, advantages[:, t] = values[:, t] * mask[:, t], last
     return advantages, (advantages + values) * mask      # returns from unwhitened advantages (TRAPS 13)
 
 
@@ -345,16 +340,6 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
-def draw(n: int, batch: int, rng):
-    """Endless batches of row numbers below n: each comes once before any comes again."""
-    order = []
-    while True:
-        while len(order) < batch:
-            order += rng.permutation(n).tolist()
-        yield order[:batch]
-        order = order[batch:]
-
-
 @torch.no_grad()
 def look_back(model, forward, parts, mask):
     """Before any update: reference and old log-probabilities and old values, each (B, R), padding 0."""
@@ -425,10 +410,8 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         optimizer.load_state_dict(state["optimizer"])
         for parameter, value in zip(parameters, state["weights"], strict=True):
             parameter.data.copy_(value)
-    bar = tqdm(range(updates), desc="PPO", unit="update", mininterval=1, disable=None)
-    for update, rows in zip(bar, draw(len(prompts), batch, np.random.default_rng([seed, 19]))):
-        if update < len(log):
-            continue                                             # done before an interruption
+    todo = list(zip(range(updates), draw(len(prompts), batch, np.random.default_rng([seed, 19]))))[len(log):]
+    for update, rows in (bar := tqdm(todo, desc="PPO", unit="update", mininterval=1, disable=None)):
         # a generator for each update: no random state needs saving (TRAPS 19)
         rng, start = np.random.default_rng([seed, 19, update]), time.perf_counter()
         # 1. sample answers

@@ -81,7 +81,7 @@ def ours(kind, path, prompts, watch, shape, updates, seed):
     rl.generate = watch.timed(rl.generate)
     log = rl.ppo(model, tokenizer, prompts, lambda answers, rows: watch.reward(torch.tensor([float(t.count(WORD)) for t in answers])),
                  updates=updates, batch=shape["batch"], minibatch=shape["batch"], micro_batch=shape["micro_batch"], epochs=EPOCHS,
-                 lr=LR, value_lr=LR, kl_stop=float("inf"), no_eos_penalty=0.0, max_new=ANSWER, seed=seed)
+                 lr=LR, kl_stop=float("inf"), no_eos_penalty=0.0, max_new=ANSWER, seed=seed)
     return sum(row["length"] for row in log) / len(log)
 
 
