@@ -189,7 +189,7 @@ def tiny_llm(s: Settings, data) -> str:
 def save_adapter(model, out: str, name: str):
     """OUT/NAME, atomic, and without the empty model card that peft puts beside it."""
     with tempfile.TemporaryDirectory(dir=out) as part:
-        model.save_pretrained(part, selected_adapters=[name])
+        model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)      # "auto" would ask the hub
         shutil.rmtree(os.path.join(out, name), ignore_errors=True)
         os.replace(os.path.join(part, name), os.path.join(out, name))
 

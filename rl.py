@@ -130,7 +130,7 @@ def add_policy(model):
     """The adapter `policy`, a copy of `align`: PPO starts at its own reference."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     model.add_adapter("policy", model.peft_config["align"])
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="align"), "policy")
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="align", save_embedding_layers=False), "policy")
 
 
 def restore(model, folder: str, adapter: str):

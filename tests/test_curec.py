@@ -261,8 +261,9 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
     monkeypatch.setattr(reward.Judge, "rewards", lambda self, items, answers, shown, audience, *rest: (
         seen.append((items, shown, audience)), real(self, items, answers, shown, audience, *rest))[1])
     s = curec.resolve(curec.Settings())
-    curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts)
+    timelines = curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts)["timelines"]
     items, shown, judges = seen[-1]
+    assert np.bincount(items)[1:].tolist() == [1 + s.proposals * len(t) for t in timelines[1:]], "as many as curec made"
     assert prompts[-1] == [D.reason_prompt(shop, i, "", a) for i, a in zip(items, shown)], "and what is shown is what it is judged by"
     assert len(items) > 5 * shop.n_items and not any(set(a) & set(b) for a, b in zip(shown, judges))
     assert sum(len(a) > 0 and len(b) > 0 for a, b in zip(shown, judges)) > 0.9 * len(items)

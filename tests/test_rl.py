@@ -5,9 +5,18 @@
 Each docstring names the bug that the test guards against; TRAPS n is the entry of that number in the notes on QLoRA and PPO.
 """
 import copy
+import hashlib
+import http.server
+import importlib.util
 import json
 import logging
+import os
+import pathlib
+import re
 import shutil
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -185,6 +194,54 @@ def test_a_missing_model_says_what_to_do(empty, tmp_path):
         path.mkdir(parents=True)
     with pytest.raises(OSError, match="(?s)such/model.*could not be loaded.*--llm PATH.*--llm tiny"):
         rl.load(str(path))
+
+
+def test_a_damaged_file_says_what_to_do(tiny, tmp_path):
+    """A safetensors file cut off by a full disk: its error is no OSError."""
+    path = shutil.copytree(tiny, tmp_path / "llm")
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="could not be loaded.*not fully covered.*damaged file must be deleted"):
+        rl.load(str(path))
+
+
+@pytest.fixture
+def hub(tiny):
+    """A Hugging Face hub on this machine: org/gated is refused, org/broken breaks off in the middle of the weights."""
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def do_GET(self, body=True):
+            file = pathlib.Path(tiny, self.path.split("?")[0].split("/")[-1])
+            data = file.read_bytes() if "/resolve/" in self.path and file.is_file() else b""
+            gated = "gated" in self.path
+            self.send_response(403 if gated else 200 if data else 404)
+            headers = {"X-Error-Code": "GatedRepo" if gated else "EntryNotFound"} if gated or not data else {
+                "X-Repo-Commit": "0" * 40, "ETag": hashlib.sha256(data).hexdigest(), "Content-Length": len(data)}
+            for k, v in ({"Content-Length": 0} | headers).items():
+                self.send_header(k, str(v))
+            self.end_headers()
+            if body and not gated:
+                self.wfile.write(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+                self.close_connection = True
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("name, said", [("org/gated", "gated repo.*403.*hf auth login"), ("org/broken", "same command takes an interrupted download up")])
+def test_a_refused_or_broken_download_says_what_to_do(hub, name, said, tmp_path):
+    """A traceback, or silence, where a licence must be accepted or the line was cut. A process of its own: the hub's address is read once."""
+    code = f"import sys; sys.path.insert(0, {str(pathlib.Path(rl.__file__).parent)!r}); import rl; rl.load({name!r})"
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode and re.search(rf"OSError: the LLM '{name}' could not be loaded.*{said}", last), done.stderr[-3000:]
 
 
 def test_adapters_off_equal_base_logits(tiny, shared):
@@ -845,6 +902,17 @@ def test_kl_and_penalty_keep_the_text_readable_where_repetition_pays(tiny):
     start, kept = hacked(beta=2.0, no_eos_penalty=4.0)
     assert free["reward"] > 8 and free["kl"] > 10 and free["eos_rate"] < 0.2 and free["different"] < 0.4
     assert kept["reward"] > start and kept["kl"] < 2 and kept["eos_rate"] > 0.8 and kept["different"] > 0.6
+
+
+def test_the_benchmark_at_real_shapes_runs_on_a_cpu_at_a_tiny_one(tmp_path):
+    """A script for a GPU that nobody has run before the GPU is there."""
+    spec = importlib.util.spec_from_file_location("bench_llm", pathlib.Path(__file__).parent / "bench" / "bench_llm.py")
+    spec.loader.exec_module(bench := importlib.util.module_from_spec(spec))
+    found = bench.main(["shapes", "--sizes", "tiny", "--device", "cpu", "--prompt", "24", "--answer", "8", "--rows", "8",
+                        "--json", str(tmp_path / "x.json")])
+    assert found["tiny"].keys() == {"align", "generation", "one PPO update"}
+    assert all(0 < row["tokens_per_s"] < 1e7 for row in found["tiny"].values())
+    assert json.loads((tmp_path / "x.json").read_text())["shapes"]["result"] == found
 
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
