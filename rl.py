@@ -58,13 +58,13 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, wi
     os.replace(part, path)
 
 
-def load(name, device="cpu", *, rank=16, checkpointing=False):
-    """Any Hugging Face causal LM in NF4 with a fresh trainable LoRA adapter `align`: (PeftModel, tokenizer)."""
+def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
+    """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter `align`: (PeftModel, tokenizer)."""
     from peft import LoraConfig, get_peft_model
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     quiet()
-    compute = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+    compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     # load_in_4bit as a model argument is gone, and the config's defaults are fp4 without double quantisation (TRAPS 6)
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                    bnb_4bit_compute_dtype=compute)
@@ -79,16 +79,15 @@ def load(name, device="cpu", *, rank=16, checkpointing=False):
         raise OSError(f"the LLM '{name}' could not be loaded ({said}). Check the name and the network: the same command takes an interrupted "
                       "download up again, a gated model needs `hf auth login`, a damaged file must be deleted first. Or give a local "
                       "folder with --llm PATH, or use --llm tiny, which needs no download.") from e
-    base.requires_grad_(False)       # by hand: prepare_model_for_kbit_training upcasts embeddings and head (TRAPS 5)
+    # not prepare_model_for_kbit_training: it upcasts embeddings and head (TRAPS 5); peft freezes the base by itself
     for module in base.modules():    # every dropout 0: sampling, reference and update must be the same function (TRAPS 14)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for rate in [n for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]:
             setattr(module, rate, 0.0)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"), adapter_name="align")
-    for parameter in trainable(model):
-        parameter.data = parameter.data.float()         # bf16 LoRA weights lose small steps (TRAPS 4)
+                                            task_type="CAUSAL_LM"), adapter_name="align", autocast_adapter_dtype=True)
+    # autocast: LoRA weights in float32, bfloat16 ones lose small steps (TRAPS 4)
     if checkpointing:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()

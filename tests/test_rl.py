@@ -145,6 +145,19 @@ def test_base_is_nf4_double_quantised_and_lora_is_fp32(shared):
     assert not rl.trainable(model)
 
 
+def test_bfloat16_stays_where_it_belongs(tiny):
+    """On a GPU: LoRA weights in bfloat16 (TRAPS 4), embeddings and head in float32 (TRAPS 5), log-probabilities in bfloat16 (TRAPS 8)."""
+    model, tokenizer = fresh(tiny, compute=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert parameter.dtype == torch.float32, name
+    assert model.get_input_embeddings().weight.dtype == model.get_output_embeddings().weight.dtype == torch.bfloat16
+    logp, values = rl.token_logps(model, batch_of(tokenizer), value_head=torch.nn.Linear(64, 1))
+    assert logp.dtype == values.dtype == torch.float32 and not torch.equal(logp, logp.bfloat16().float())
+    row, = run(model, tokenizer, epochs=1)
+    assert row["first_ratio"] == pytest.approx(1, abs=1e-2) and not row["skipped"]
+
+
 SIZE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1, pad_token_id=0,
             bos_token_id=None)
 GPT2 = dict(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=1, bos_token_id=1)
@@ -792,6 +805,23 @@ def test_kl_stop_ends_the_epochs_before_the_step(tiny):
     assert row["steps"] == 1 and same(adapter(model, "policy"), adapter(model, "align"))
     free, held = run(*fresh(tiny), lr=0.05, epochs=6, kl_stop=float("inf"))[0], run(*fresh(tiny), lr=0.05, epochs=6)[0]
     assert free["steps"] == 12 and 1 < held["steps"] < 12 and held["skipped"] == 0
+
+
+def test_adam_shrinks_nothing_and_no_step_is_larger_than_its_clip(tiny, monkeypatch):
+    """Weight decay that pulls the policy away from align without any reward; a gradient clipped in the log only (TRAPS 16)."""
+    model, tokenizer = fresh(tiny)
+    states, norms, original = [], [], torch.optim.AdamW.step
+
+    def step(self, *args, **settings):
+        norms.append(torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"] if p.grad is not None]).norm().item())
+        return original(self, *args, **settings)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(model, tokenizer, lambda texts, rows: torch.zeros(len(rows)), beta=0.0, no_eos_penalty=0.0, save=states.append)
+    assert same(adapter(model, "policy"), adapter(model, "align"))
+    assert all(g["eps"] == 1e-5 for g in states[0]["optimizer"]["param_groups"])
+    count = iter(range(9))                                   # the first spread sets the scale: later rewards are a hundred times as large
+    log = run(*fresh(tiny), lambda texts, rows: by_row(texts, rows) * (100 if next(count) else 1), updates=3)
+    assert max(row["grad_norm"] for row in log) > 2 and max(norms) < 1.001
 
 
 @pytest.mark.parametrize("kind", ["nan", "ratio"])
