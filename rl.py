@@ -89,8 +89,8 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
                                             task_type="CAUSAL_LM"), adapter_name="align", autocast_adapter_dtype=True)
     # autocast: LoRA weights in float32, bfloat16 ones lose small steps (TRAPS 4)
     if checkpointing:
+        # reentrant checkpointing drops every gradient where its input needs none, as here (TRAPS 5)
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masks are carried, so pad may equal eos (TRAPS 10)
     set_mode(model, training=False)
     return model, tokenizer
@@ -390,7 +390,7 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         budget=32_768, seed=0, state=None, save=lambda state: None):
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (B,) tensor; rows index prompts.
 
-    beta: weight of the per-token KL to `align`, adapted towards kl_target nats a sequence. kl_stop: per-token KL to the
+    beta: weight of the per-token KL to `align`, adapted towards kl_target nats a sequence, fixed if that is 0. kl_stop: per-token KL to the
     rollout policy at which the epochs of an update end. no_eos_penalty: taken from an unfinished answer's scaled score.
     budget: see generate. save: called after every update with all that it takes to go on, which comes back as `state` (TRAPS 19).
     Returns the log, one dict an update.
@@ -441,7 +441,8 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         # 6. log, adapt beta
         row = summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps)
         log.append({"update": update, "beta": beta, **row, "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)})
-        beta *= 1 + float(np.clip(row["kl"] / kl_target - 1, -0.2, 0.2)) * 0.1
+        if kl_target:
+            beta *= 1 + float(np.clip(row["kl"] / kl_target - 1, -0.2, 0.2)) * 0.1
         save({"log": log, "beta": beta, "scale": scale, "weights": [p.data for p in parameters], "optimizer": optimizer.state_dict()})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
     set_mode(model, training=False)

@@ -367,6 +367,27 @@ def test_prompt_ids_use_the_chat_template(shared):
     assert rl.prompt_ids(tokenizer, "red old") == tokenizer("user: red old\nbot:", add_special_tokens=False)["input_ids"]
 
 
+def test_micro_batches_keep_rows_together_and_sort_them_by_length():
+    """A prompt with another row's answer; micro-batches as wide as the longest row of all."""
+    prompts, answers = [[1] * 9, [2], [3] * 5, [4] * 2], [[5], [6] * 4, [7] * 2, [8]]
+    a, b = rl.micro_batches([3, 1, 0, 2], prompts, answers, 0, "cpu", 2)
+    assert a.rows.tolist() == [3, 1] and b.rows.tolist() == [2, 0]
+    assert a.ids.tolist() == [[4, 4, 8, 0, 0], [2, 6, 6, 6, 6]] and a.starts.tolist() == [2, 1] and b.starts.tolist() == [5, 9]
+    assert a.mask.tolist() == [[True, False, False, False], [True] * 4] and b.ids.shape == (2, 10) and b.mask.sum() == 3
+
+
+def test_a_prompt_given_several_times_is_read_once(shared, monkeypatch):
+    """Six proposals for a prompt that cost six readings of it; copies that share one sample, or keys of another prompt."""
+    model, tokenizer = shared
+    rl.use(model, "policy"), rl.set_mode(model, training=False)
+    read, base = [], model.get_base_model().base_model
+    handle = base.register_forward_pre_hook(lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True)
+    answers = rl.generate(model, tokenizer, [p for p in PROMPTS[:4] for _ in range(6)], max_new=4)[1]
+    handle.remove()
+    assert read[0][0] == 4 and read[1] == (24, 1), "four prompts are read, then 24 rows go on a token at a time"
+    assert all(len({tuple(a) for a in answers[k: k + 6]}) > 1 for k in range(0, 24, 6))
+
+
 def test_by_length_covers_each_row_once_within_budget():
     """A row lost or answered twice; a batch that outgrows the memory it was promised."""
     lengths = np.random.default_rng(0).integers(1, 60, 200).tolist() + [500]
@@ -708,7 +729,7 @@ def test_later_rewards_carry_the_kl_to_align(tiny, monkeypatch):
 
 def test_ppo_trains_on_the_sampled_ids(tiny, monkeypatch):
     """Re-tokenised text is another answer (TRAPS 17); a reward that sees the prompts of other rows."""
-    seen, made, looks = [], spy(monkeypatch, "generate"), spy(monkeypatch, "look_back")
+    seen, made, looks, learnt = [], spy(monkeypatch, "generate"), spy(monkeypatch, "look_back"), spy(monkeypatch, "learn")
     model, tokenizer = fresh(tiny)
 
     def reward(texts, rows):
@@ -720,6 +741,7 @@ def test_ppo_trains_on_the_sampled_ids(tiny, monkeypatch):
         assert texts == made_texts and prompts == [PROMPTS[i] for i in rows]
         wanted = [rl.prompt_ids(tokenizer, p) for p in prompts]
         parts = looks[k][0][2]
+        assert all(a is b for a, b in zip(parts, sum(learnt[k][0][4], []), strict=True)), "same shapes in every pass (TRAPS 3)"
         assert sorted(i for part in parts for i in part.rows.tolist()) == list(range(8)) and len(parts) == 3
         for part in parts:
             assert part.mask.sum(1).tolist() == [len(answers[i]) for i in part.rows]
@@ -783,7 +805,7 @@ def test_explained_variance_is_one_for_perfect_values_and_zero_for_constant_ones
                      torch.tensor([True, True, False]), [{"ratio": 1.0, "skipped": 0}, {"ratio": 1.5, "skipped": 1}])
     assert row["explained_variance"] == pytest.approx(quality, abs=1e-6)
     assert (row["kl"], row["ratio"], row["first_ratio"], row["skipped"], row["length"]) == (1.0, 1.25, 1.0, 1, 2.0)
-    assert row["eos_rate"] == pytest.approx(2 / 3)
+    assert row["eos_rate"] == pytest.approx(2 / 3) and row["entropy"] == 2.0
 
 
 def test_tokens_after_eos_change_no_metric(tiny):
