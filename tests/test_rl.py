@@ -682,7 +682,7 @@ def test_an_absurd_log_ratio_stays_finite():
 # --------------------------------------------------------------------------------------------------------------- PPO
 def recorded(raws):
     def reward(texts, rows):
-        raws.append(by_row(texts, rows))
+        raws.append(by_row(texts, rows) * (1 + len(raws)))       # a spread that grows
         return raws[-1]
     return reward
 
@@ -743,6 +743,8 @@ def test_ppo_trains_on_the_sampled_ids(tiny, monkeypatch):
         parts = looks[k][0][2]
         assert all(a is b for a, b in zip(parts, sum(learnt[k][0][4], []), strict=True)), "same shapes in every pass (TRAPS 3)"
         assert sorted(i for part in parts for i in part.rows.tolist()) == list(range(8)) and len(parts) == 3
+        advantages = learnt[k][0][3][1][looks[k][0][3]]
+        assert abs(advantages.mean()) < 1e-5 and abs(advantages.square().mean() - 1) < 1e-4, "whitened over the whole rollout (TRAPS 13)"
         for part in parts:
             assert part.mask.sum(1).tolist() == [len(answers[i]) for i in part.rows]
             for i, ids, start in zip(part.rows, part.ids.tolist(), part.starts):
