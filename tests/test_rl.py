@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -313,6 +314,15 @@ def test_add_policy_copies_exactly_and_shares_nothing(tiny):
         for parameter in rl.trainable(model):
             parameter.add_(1.0)
     assert same(adapter(model, "align"), before) and not same(adapter(model, "policy"), before)
+
+
+def test_add_policy_asks_nothing_of_disk_or_hub(tiny, tmp_path):
+    """peft's default looks whether the vocabulary was changed, on the hub where the model came from there: a wait, or a warning."""
+    model, _ = fresh(str(shutil.copytree(tiny, tmp_path / "llm")), policy=False)
+    shutil.rmtree(tmp_path / "llm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rl.add_policy(model)
 
 
 # ----------------------------------------------------------------------------------------------- gradients, TRAPS 1
