@@ -365,7 +365,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny):
     a, b = fresh(tiny), fresh(tiny, checkpointing=True)
     layers, computed = b[0].get_base_model().model.layers, []
     assert all(layer._gradient_checkpointing_func.keywords == {"use_reentrant": False} for layer in layers)
-    layers[0].mlp.register_forward_hook(lambda *_: computed.append(1))
+    layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(1))
     a, b = (lora_gradients(model, batch_of(tokenizer)) for model, tokenizer in (a, b))
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-7) for k in a) and len(computed) == 2
 
