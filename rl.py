@@ -213,7 +213,7 @@ def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=N
 
 
 # ------------------------------------------------------------------------------------------------ supervised training
-def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_batch=8, lr=1e-3, seed=0, name="align"):
+def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_batch=16, lr=1e-3, seed=0, name="align"):
     """Next-token training on answers only, linear warm-up and decay; returns the mean loss of the last tenth.
 
     samples: (prompt, answer) pairs. Each step's loss is summed over micro-batches and divided by the step's tokens.
