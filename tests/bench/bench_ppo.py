@@ -1,7 +1,8 @@
 """PPO side by side with TRL's: samples a second, peak memory, and reward after the same number of samples.
 
     python -m venv trl_env && trl_env/bin/pip install -r requirements.txt trl==1.12.0       TRL lives apart
-    python tests/bench/bench_ppo.py --trl-python trl_env/bin/python [--updates 30] [--seeds 3]
+    python tests/bench/bench_ppo.py --trl-python trl_env/bin/python [--updates 30] [--seeds 3]         speed and reward
+    python tests/bench/bench_ppo.py --trl-python trl_env/bin/python --size large --updates 4           speed and memory
 
 The same checkpoint in float32, LoRA (rank 8), prompts (64 tokens), answers (32 tokens), batch (64), PPO epochs (4, one
 minibatch), learning rate, fixed weight of the KL and reward (how often one word occurs) on both sides; ours in NF4 is a row
@@ -13,7 +14,7 @@ import json
 import os
 import pathlib
 import platform
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -128,9 +129,9 @@ def trl(path, prompts, watch, shape, updates, seed):
     return float("nan")
 
 
-def resident() -> float:
-    """MB in memory now."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+def memory(which: str) -> float:
+    """MB: VmRSS now, VmHWM at most since this process began. (The kernel's ru_maxrss counts the parent's too.)"""
+    return int(re.search(rf"{which}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def worker(args):
@@ -142,13 +143,13 @@ def worker(args):
     else:
         import bitsandbytes, rl  # noqa: E401, F401
     torch.set_num_threads(1)
-    before, shape, watch = resident(), SIZES[args.size], Watch()
+    before, shape, watch = memory("VmRSS"), SIZES[args.size], Watch()
     prompts = texts(2, 512, PROMPT - 1, False)
     settings = f"{args.folder}/{args.size}", prompts, watch, shape, args.updates, args.seed
     length = (globals()["trl"] if args.worker == "trl" else lambda *s: ours(args.worker, *s))(*settings)
     update, generation = (float(np.median(x)) for x in (np.diff(watch.calls), watch.generating[1:]))   # from one reward to the next
     print(json.dumps({"samples_per_s": shape["batch"] / update, "generation_s": generation, "update_s": update - generation,
-                      "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, "rewards": watch.rewards,
+                      "peak_mb": memory("VmHWM") - before, "rewards": watch.rewards,
                       "length": length}))
 
 
@@ -165,19 +166,19 @@ def main(args):
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])
         return json.loads([line for line in done.stdout.splitlines() if line.startswith("{\"samples")][-1])
-    runs = {kind: [] for kind in python}
-    for seed in range(args.seeds):
+    runs = {kind: {} for kind in python}
+    for seed in range(args.seeds) if args.size == "small" else [0]:
         for kind in python:
-            runs[kind].append(ask(kind, "small", args.updates, seed))
-            print(f"{kind:14s} seed {seed}  {runs[kind][-1]['samples_per_s']:6.1f} samples/s  "
-                  f"last reward {np.mean(runs[kind][-1]['rewards'][-3:]):.2f}", flush=True)
-    large = {kind: ask(kind, "large", 3) for kind in python}
-    middle = lambda kind, what: float(np.median([r[what] for r in runs[kind]]))
+            runs[kind][seed] = found = ask(kind, args.size, args.updates, seed)
+            print(f"{args.size} {kind:14s} seed {seed}  {found['samples_per_s']:6.2f} samples/s  {found['peak_mb']:5.0f} MB  "
+                  f"last reward {np.mean(found['rewards'][-3:]):.2f}", flush=True)
+    middle = lambda kind, what: float(np.median([r[what] for r in runs[kind].values()]))
     table = {kind: {**{what: middle(kind, what) for what in ("samples_per_s", "generation_s", "update_s", "peak_mb")},
-                    "large": {k: large[kind][k] for k in ("samples_per_s", "generation_s", "update_s", "peak_mb")}, "last_rewards": [float(np.mean(r["rewards"][-3:])) for r in runs[kind]]} for kind in python}
+                    "last_rewards": [float(np.mean(r["rewards"][-3:])) for r in runs[kind].values()]} for kind in python}
+    path = HERE.with_suffix(".json")
     result = {"command": " ".join(["python", "tests/bench/bench_ppo.py", *sys.argv[1:]]), "torch": torch.__version__, "cpus": os.cpu_count(),
               "threads": 1, "machine": platform.machine(), "table": table, "runs": runs}
-    HERE.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {args.size: result}, indent=1) + "\n")
     print(json.dumps(table, indent=1))
 
 
