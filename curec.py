@@ -1,7 +1,6 @@
 """CURec on one GPU: an LLM writes why people choose an item, a recommender judges it, and the reasons help to rank.
 
-    python curec.py --dataset demo                        everything offline on a laptop CPU, minutes
-    python curec.py --dataset beauty --arms id,content    only these arms of a real data set
+    python curec.py --dataset demo            everything offline on a laptop CPU, in minutes
 
     data -> LLM (align) -> reward model -> PPO (policy) -> chronological correction -> SASRec with reasons -> report
 
@@ -92,7 +91,7 @@ def parse_args(argv=None):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
         group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
-    if ("run" in given) != ("explain" in given):
+    if bool(given.get("run")) != bool(given.get("explain")):
         raise D.DataError("--run DIR and --explain USER go together")
     return Settings(**{**(QUICK if "quick" in given else {}), **given})
 
@@ -129,14 +128,9 @@ def stage(s: Settings, name: str, times: dict, work, title=""):
     """The result of work() (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again."""
     print(title, end="\n" * bool(title))
     path, start = os.path.join(s.out, "state", name + ".pt"), time.perf_counter()
-    try:
-        if not os.path.exists(path):
-            keep(path, {"value": work(), "seconds": time.perf_counter() - start})
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(e)):
-            raise
-        raise D.DataError(f"out of memory on {s.device} in stage {name} with --micro-batch {s.micro_batch}. What is finished is kept: go on with "
-                          f"--resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items") from e
+    stage.now = name                                             # main names it where memory runs out
+    if not os.path.exists(path):
+        keep(path, {"value": work(), "seconds": time.perf_counter() - start})
     value, times[name] = torch.load(path, weights_only=True).values()
     return value
 
@@ -147,7 +141,7 @@ def open_run(s: Settings):
     if s.resume:
         if not os.path.exists(path):
             raise D.DataError(f"--resume: {path} does not exist; leave --resume out to start")
-        old = json.loads(Path(path).read_text())["settings"]                 # another micro-batch adds up the same sums
+        old = json.loads(Path(path).read_text())["settings"]     # another micro-batch: same method, but other groups and so other samples
         if changed := [k for k, v in old.items() if k != "micro_batch" and getattr(s, k, None) != v]:
             raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {old[changed[0]]}")
     elif os.path.exists(path):
@@ -200,24 +194,24 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     train, updates = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt")   # more would never be drawn
     total = lambda texts, rows: judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
                                               (cuts[0], cuts[-1]), s.seed)[0]
+    save = lambda state: (keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"])),
+                          keep(updates, state))
 
     def sample(rows, adapter, name):
         rl.use(model, adapter)
         return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], **sampling(s), seed=s.seed, name=name)[0], rows)
-
-    def save(state):
-        keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"]))
-        keep(updates, state)
-    before = sample(held, "align", "held-out prompts before PPO")
-    reference = sample(np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1)
+    before, reference = stage(s, "reference", {}, lambda: [torch.from_numpy(x) for x in (
+        sample(held, "align", "held-out prompts before PPO"),
+        sample(np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1))])
+    stage.now = "ppo"
     log = rl.ppo(model, tokenizer, [prompts[k] for k in train],
-                 lambda texts, rows: torch.from_numpy(total(texts, train[rows]) - reference[rows]),
+                 lambda texts, rows: torch.from_numpy(total(texts, train[rows])) - reference[rows],
                  updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
                  lr=s.ppo_lr, **sampling(s), seed=s.seed, save=save,               # one epoch: fresh answers beat reused ones here
-                 state=torch.load(updates, s.device, weights_only=True) if os.path.exists(updates) else None)
+                 state=torch.load(updates, "cpu", weights_only=True) if os.path.exists(updates) else None)
     save_adapter(model, s.out, "policy")
-    after = sample(held, "policy", "held-out prompts after PPO")
-    return {"reward_before": float(before.mean()), "reward_after": float(after.mean()), "kl": log[-1]["kl"], "updates": len(log)}
+    return {"reward_before": before.mean().item(), "reward_after": float(sample(held, "policy", "held-out prompts after PPO").mean()),
+            "kl": log[-1]["kl"], "updates": len(log)}
 
 
 # ----------------------------------------------------------------------------- stage 5: chronological correction
@@ -386,8 +380,14 @@ def main(argv=None) -> int:
     sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
     try:
         s = parse_args(argv)
-        explain(s.run, s.explain) if s.run else pipeline(resolve(s))
+        explain(s.run, s.explain) if s.run else pipeline(s := resolve(s))
         return 0
+    except (RuntimeError, MemoryError) as e:
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(e)):
+            raise
+        print(f"curec.py: error: out of memory on {s.device} in or after stage {getattr(stage, "now", "load")} with --micro-batch {s.micro_batch}. What is finished is "
+              f"kept: go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items", file=sys.stderr)
+        return 2
     except (D.DataError, OSError) as e:
         print(f"curec.py: error: {e}", file=sys.stderr)
         return 2

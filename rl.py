@@ -13,7 +13,6 @@ Layout of a batch: padding comes last, where a causal model never sees it; only 
 Left out: vLLM, several GPUs, a separate value backbone, reward-model training (reward.py).  Try it alone:
 pytest tests/test_rl.py     Source of the details: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 """
-import json
 import logging as logging_
 import os
 import time
@@ -71,7 +70,7 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=compute, device_map={"": device})
-    except (OSError, ValueError, SafetensorError, torch.OutOfMemoryError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         root = e
         while root.__context__:                      # transformers' last word often hides what happened
             root = root.__context__
@@ -79,6 +78,9 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
         raise OSError(f"the LLM '{name}' could not be loaded ({said}). Check the name and the network: the same command takes an interrupted "
                       "download up again, a gated model needs `hf auth login`, a damaged file must be deleted first. Or give a local "
                       "folder with --llm PATH, or use --llm tiny, which needs no download.") from e
+    later = "logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"       # Granite, Cohere, Gemma 2, Falcon-H1
+    if changed := [k for k in later if getattr(base.config, k, None) not in (None, 1)]:
+        raise OSError(f"the LLM '{name}' changes its logits after the head ({changed[0]}); that is not supported, choose another --llm")
     # not prepare_model_for_kbit_training: it upcasts embeddings and head (TRAPS 5); peft freezes the base by itself
     for module in base.modules():    # every dropout 0: sampling, reference and update must be the same function (TRAPS 14)
         if isinstance(module, nn.Dropout):
@@ -218,11 +220,10 @@ def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_b
 
     samples: (prompt, answer) pairs. Each step's loss is summed over micro-batches and divided by the step's tokens.
     """
-    rng, device = np.random.default_rng([seed, 17]), next(model.parameters()).device
+    rng, device, losses = np.random.default_rng([seed, 17]), next(model.parameters()).device, []
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     prompts = [prompt_ids(tokenizer, p) for p, _ in samples]
     answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]
-    losses = []
     set_mode(model, training=True)
     bar = tqdm(range(steps), desc=name, unit="step", mininterval=1, disable=None)
     for step, rows in zip(bar, draw(len(samples), batch, rng)):
@@ -245,8 +246,9 @@ def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_b
 # --------------------------------------------------------------------------------------------------------- generation
 def read_once(model, ids, mask):
     """Keys and values of left-padded prompts (B, P) but for their last tokens; equal rows are computed once and copied."""
-    if ids.shape[1] == 1:
-        return None
+    from transformers import DynamicCache
+    if ids.shape[1] == 1 or not all(hasattr(x, "batch_select_indices") for x in DynamicCache(config=causal_lm(model).config).layers):
+        return None                                      # a recurrent model has no keys to copy: generate reads every row
     once, back = torch.cat([ids, mask.long()], 1).unique(dim=0, return_inverse=True)
     ids, mask = (x[:, :-1] for x in once.chunk(2, 1))
     positions = (mask.cumsum(1) - 1).clamp(min=0)        # a left-padded row must equal the same row unpadded (TRAPS 10)
@@ -392,7 +394,7 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
 
     beta: weight of the per-token KL to `align`, adapted towards kl_target nats a sequence, fixed if that is 0. kl_stop: per-token KL to the
     rollout policy at which the epochs of an update end. no_eos_penalty: taken from an unfinished answer's scaled score.
-    budget: see generate. save: called after every update with all that it takes to go on, which comes back as `state` (TRAPS 19).
+    budget: see generate. save: called after every update with all that it takes to go on, live: store it at once; it comes back as `state` (TRAPS 19).
     Returns the log, one dict an update.
     """
     device = next(model.parameters()).device
@@ -407,8 +409,7 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
     if state:
         log, beta, scale = state["log"], state["beta"], state["scale"]
         optimizer.load_state_dict(state["optimizer"])
-        for parameter, value in zip(parameters, state["weights"], strict=True):
-            parameter.data.copy_(value)
+        nn.utils.vector_to_parameters(state["weights"].to(device), parameters)
     todo = list(zip(range(updates), draw(len(prompts), batch, np.random.default_rng([seed, 19]))))[len(log):]
     for update, rows in (bar := tqdm(todo, desc="PPO", unit="update", mininterval=1, disable=None)):
         # a generator for each update: no random state needs saving (TRAPS 19)
@@ -441,9 +442,8 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         # 6. log, adapt beta
         row = summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps)
         log.append({"update": update, "beta": beta, **row, "tokens_per_s": mask.sum().item() / (time.perf_counter() - start)})
-        if kl_target:
-            beta *= 1 + float(np.clip(row["kl"] / kl_target - 1, -0.2, 0.2)) * 0.1
-        save({"log": log, "beta": beta, "scale": scale, "weights": [p.data for p in parameters], "optimizer": optimizer.state_dict()})
+        beta *= 1 + float(np.clip(row["kl"] / kl_target - 1, -0.2, 0.2)) * 0.1 if kl_target else 1
+        save({"log": log, "beta": beta, "scale": scale, "weights": nn.utils.parameters_to_vector(parameters).detach(), "optimizer": optimizer.state_dict()})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
     set_mode(model, training=False)
     use(model, "policy")

@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -134,12 +135,20 @@ def test_resume_refuses_other_settings(finished):
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     RuntimeError("CUDA error: an illegal memory access was encountered")], ids=["cuda", "python", "cpu", "cublas", "other"])
-def test_out_of_memory_is_told_from_other_errors(error, tmp_path, monkeypatch):
-    """A traceback where a flag would help; a real fault that is taken for full memory."""
-    monkeypatch.chdir(tmp_path)
-    s = curec.resolve(curec.Settings(device="cpu", micro_batch=6))
-    with pytest.raises(RuntimeError if "illegal" in str(error) else D.DataError, match="illegal|stage align with --micro-batch 6.*--micro-batch 3"):
-        curec.stage(s, "align", {}, lambda: (_ for _ in ()).throw(error))
+def test_out_of_memory_is_told_from_other_errors(error, tmp_path, monkeypatch, capsys):
+    """A traceback where a flag would help, inside a stage or after it; a real fault that is taken for full memory."""
+    def full(s):
+        Path("runs/demo/state").mkdir(parents=True)
+        curec.stage(s, "align", {}, lambda: 0)
+        raise error
+    monkeypatch.chdir(tmp_path), monkeypatch.setattr(curec, "pipeline", full)
+    args = ["--device", "cpu", "--micro-batch", "6"]
+    if "illegal" in str(error):
+        with pytest.raises(RuntimeError, match="illegal"):
+            curec.main(args)
+    else:
+        assert curec.main(args) == 2
+        assert re.search("stage align with --micro-batch 6.*--resume --micro-batch 3", capsys.readouterr().err)
 
 
 def test_out_of_memory_in_ppo_loses_no_finished_update(finished, tmp_path, monkeypatch, capsys):

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, BloomConfig, GenerationConfig, GPT2Config,
-                          GPTNeoXConfig, GraniteConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, BloomConfig, Gemma2Config, GenerationConfig, GPT2Config,
+                          GPTNeoXConfig, GraniteConfig, Lfm2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config)
 
 import rl
 
@@ -163,7 +163,6 @@ SIZE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_h
             bos_token_id=None)
 GPT2 = dict(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=1, bos_token_id=1)
 HALF = dict(attention_dropout=0.5, hidden_dropout=0.5)
-NOT_YET = lambda why: pytest.mark.xfail(reason=why, strict=False)
 
 
 def untrained(config, tiny, folder):
@@ -256,6 +255,21 @@ def test_a_refused_or_broken_download_says_what_to_do(hub, name, said, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode and re.search(rf"OSError: the LLM '{name}' could not be loaded.*{said}", last), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("config", [GraniteConfig(**SIZE, intermediate_size=128, logits_scaling=8.0),
+                                    Gemma2Config(**SIZE, intermediate_size=128, head_dim=16)], ids=lambda c: c.model_type)
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(config, tiny, tmp_path):
+    """token_logps would train another distribution than it samples, and no figure would show it: the first ratio is still 1."""
+    with pytest.raises(OSError, match="changes its logits after the head.*choose another --llm"):
+        untrained(config, tiny, tmp_path)
+
+
+def test_a_recurrent_model_generates_without_copied_keys(tiny, tmp_path):
+    """A crash on models that have no keys and values to copy."""
+    model, tokenizer = untrained(Lfm2Config(**SIZE, intermediate_size=128, num_key_value_heads=2, layer_types=["conv", "full_attention"]), tiny, tmp_path)
+    ids, mask = rl.padded([rl.prompt_ids(tokenizer, p) for p in PROMPTS[:2]], 0, left=True)
+    assert rl.read_once(model, ids, mask) is None and len(rl.generate(model, tokenizer, PROMPTS[:2] * 2, max_new=3)[1]) == 4
 
 
 def test_adapters_off_equal_base_logits(tiny, shared):
@@ -399,6 +413,8 @@ def test_a_prompt_given_several_times_is_read_once(shared, monkeypatch):
     handle.remove()
     assert read[0][0] == 4 and read[1] == (24, 1), "four prompts are read, then 24 rows go on a token at a time"
     assert all(len({tuple(a) for a in answers[k: k + 6]}) > 1 for k in range(0, 24, 6))
+    greedy = lambda prompts: rl.generate(model, tokenizer, prompts, max_new=4, temperature=1e-6)[1]
+    assert greedy([p for p in PROMPTS[:4] for _ in range(2)]) == [greedy([p])[0] for p in PROMPTS[:4] for _ in range(2)]
 
 
 def test_by_length_covers_each_row_once_within_budget():
@@ -437,8 +453,6 @@ def test_a_padded_row_equals_the_same_row_alone(config, tiny, tmp_path):
 
 @pytest.mark.parametrize("config", [
     LlamaConfig(**SIZE, intermediate_size=128), GPT2Config(**GPT2),
-    pytest.param(GraniteConfig(**SIZE, intermediate_size=128, logits_scaling=8.0),
-                 marks=NOT_YET("token_logps skips what a model does to logits after its head (Granite, Cohere, Gemma 2)")),
 ], ids=lambda c: c.model_type)
 def test_token_logps_equal_transformers(config, tiny, tmp_path):
     """Off-by-one positions; a temperature left out: 0.7 nats (TRAPS 3); a model that scales its logits after the head."""
@@ -580,7 +594,7 @@ def test_mixed_lengths_answer_as_alone_and_in_order(pad, tiny, tmp_path):
     assert AutoTokenizer.from_pretrained(path).pad_token == pad
     model, tokenizer = fresh(path, noise=1.0)
     assert tokenizer.pad_token == (pad or "<eos>")
-    greedy = dict(max_new=6, temperature=1e-4)
+    greedy = dict(max_new=6, temperature=1e-6)
     together = rl.generate(model, tokenizer, PROMPTS, **greedy)[1]
     assert len({tuple(a) for a in together}) >= 8 and len({a[-1] == 1 for a in together}) == 2
     assert together == rl.generate(model, tokenizer, PROMPTS, budget=60, **greedy)[1]
@@ -977,9 +991,9 @@ def test_the_benchmark_at_real_shapes_runs_on_a_cpu_at_a_tiny_one(tmp_path):
     spec.loader.exec_module(bench := importlib.util.module_from_spec(spec))
     found = bench.main(["shapes", "--sizes", "tiny", "--device", "cpu", "--prompt", "24", "--answer", "8", "--rows", "8",
                         "--json", str(tmp_path / "x.json")])
-    assert found["tiny"].keys() == {"align", "generation", "one PPO update"}
+    assert found["tiny"].keys() == {"load", "align", "generation", "one PPO update"} and found["tiny"].pop("load") == {}
     assert all(0 < row["tokens_per_s"] < 1e7 for row in found["tiny"].values())
-    assert json.loads((tmp_path / "x.json").read_text())["shapes"]["result"] == found
+    assert json.loads((tmp_path / "x.json").read_text())["shapes"]["result"]["tiny"].keys() > found["tiny"].keys()
 
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
@@ -1006,4 +1020,6 @@ def test_any_causal_lm_goes_through_align_generate_and_ppo(config, template, pad
                         lambda *a, **k: processors.append(original(*a, **k)) or processors[-1])
     log = run(model, tokenizer, updates=3, micro_batch=1)
     assert log[0]["first_ratio"] == pytest.approx(1, abs=1e-5) and log[0]["kl"] == 0 and log[2]["kl"] != 0
-    assert not any(processors) and all(np.isfinite(v) for row in log for v in row.values()) and not log[-1]["skipped"]
+    together = rl.generate(model, tokenizer, PROMPTS[:6] * 2, max_new=5, temperature=1e-6)[1]
+    assert together == [rl.generate(model, tokenizer, [p], max_new=5, temperature=1e-6)[1][0] for p in PROMPTS[:6]] * 2
+    assert not any(processors[:3]) and all(np.isfinite(v) for row in log for v in row.values()) and not log[-1]["skipped"]

@@ -92,37 +92,35 @@ def checkpoint(folder: str, size: str, device: str):
 
 
 def shapes(args) -> dict:
-    cuda, result = args.device.startswith("cuda"), {}
-    rng, rows = np.random.default_rng(0), args.rows
+    cuda, result, rng, rows = args.device.startswith("cuda"), {}, np.random.default_rng(0), args.rows
+    text = lambda n: " ".join(rng.choice(WORDS, n))
+    prompts = [text(args.prompt - 1) for _ in range(rows)]                         # and the line's end
+    samples, budget = [(p, text(args.answer - 1)) for p in prompts], 8192 * args.micro_batch
+
+    def measured(found, name, tokens, work):
+        if cuda:
+            torch.cuda.synchronize(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        out = work()
+        torch.cuda.synchronize() if cuda else None
+        found[name] = {"tokens_per_s": tokens / (time.perf_counter() - start)} if tokens else {}
+        if cuda:
+            found[name]["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        return out
     for size in args.sizes.split(","):
+        result[size] = found = {}
         with tempfile.TemporaryDirectory() as folder:
             checkpoint(folder, size, args.device)
-            torch.cuda.empty_cache() if cuda else None
-            model, tokenizer = rl.load(folder, args.device, checkpointing=cuda)
-        text = lambda n: " ".join(rng.choice(WORDS, n))
-        prompts = [text(args.prompt - 1) for _ in range(rows)]                     # and the line's end
-        samples, found = [(p, text(args.answer - 1)) for p in prompts], {}
-
-        def measured(name, tokens, work):
-            if cuda:
-                torch.cuda.synchronize(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            work()
-            torch.cuda.synchronize() if cuda else None
-            found[name] = {"tokens_per_s": tokens / (time.perf_counter() - start)}
-            if cuda:
-                found[name]["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+            model, tokenizer = measured(found, "load", 0, lambda: rl.load(folder, args.device, checkpointing=cuda))
         rl.use(model, "align", trainable=True)
-        tokens = rows * (args.prompt + args.answer)
-        measured("align", 2 * tokens, lambda: rl.supervise(model, tokenizer, samples, rl.trainable(model), steps=2, batch=rows,
-                                                           micro_batch=args.micro_batch))
+        measured(found, "align", 2 * rows * (args.prompt + args.answer), lambda: rl.supervise(
+            model, tokenizer, samples, rl.trainable(model), steps=2, batch=rows, micro_batch=args.micro_batch))
         rl.add_policy(model)
         rl.use(model, "policy")
-        measured("generation", rows * args.answer, lambda: rl.generate(model, tokenizer, prompts, max_new=args.answer, budget=8192 * args.micro_batch))
-        measured("one PPO update", rows * args.answer, lambda: rl.ppo(
+        measured(found, "generation", rows * args.answer, lambda: rl.generate(model, tokenizer, prompts, max_new=args.answer, budget=budget))
+        measured(found, "one PPO update", rows * args.answer, lambda: rl.ppo(
             model, tokenizer, prompts, lambda answers, _: torch.tensor([float(len(a)) for a in answers]), updates=1, batch=rows,
-            minibatch=rows // 2, micro_batch=args.micro_batch, epochs=1, max_new=args.answer, lr=1e-5, budget=8192 * args.micro_batch))
-        result[size] = found
+            minibatch=rows // 2, micro_batch=args.micro_batch, epochs=1, max_new=args.answer, lr=1e-5, budget=budget))
         print(size, json.dumps(found), flush=True)
         del model
     return result
@@ -135,7 +133,7 @@ def main(argv=None) -> dict:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="generation: sizes of the plain loops")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="generation: sizes of the plain loops")
     parser.add_argument("--sizes", default="0.5B,1.5B,7B")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--prompt", type=int, default=512)
