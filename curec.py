@@ -385,7 +385,7 @@ def main(argv=None) -> int:
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(e)):
             raise
-        print(f"curec.py: error: out of memory on {s.device} in or after stage {getattr(stage, "now", "load")} with --micro-batch {s.micro_batch}. What is finished is "
+        print(f"curec.py: error: out of memory on {s.device} in or after stage {getattr(stage, 'now', 'load')} with --micro-batch {s.micro_batch}. What is finished is "
               f"kept: go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items", file=sys.stderr)
         return 2
     except (D.DataError, OSError) as e:
