@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data as D
 import recommender
@@ -51,15 +52,15 @@ class Settings:
     limit_users: int = opt(0, "data", "then keep N users drawn by seed; 0: all")
     llm: str = opt("", "LLM", f"tiny | Hugging Face name or path; default: tiny for demo or CPU, else {DEFAULT_LLM}")
     encoder: str = opt("", "LLM", "Hugging Face text encoder, name or path; default: the LLM's own hidden states")
-    tiny_steps: int = opt(1200, "LLM", "training steps of the tiny LLM, 32 prompts each")
+    tiny_steps: int = opt(1000, "LLM", "training steps of the tiny LLM, 16 prompts each")
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a pass with gradients holds; lower it if memory runs out; 0: 16 for tiny, else 4")
     ppo_updates: int = opt(30, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
-    windows: int = opt(2, "method", "time windows of the correction, equal in train events")
-    proposals: int = opt(6, "method", "corrections proposed for an item and window")
+    windows: int = opt(4, "method", "time windows of the correction, equal in train events")
+    proposals: int = opt(8, "method", "corrections proposed for an item and window")
     margin: float = opt(0.5, "method", "accept a correction if its paired gain exceeds this many standard errors")
     arms: str = opt("all", "evaluation", "comma-separated arms, or all: " + ",".join(ARMS))
     seeds: int = opt(3, "evaluation", "downstream repeats of every arm")
@@ -72,6 +73,8 @@ class Settings:
     resume: bool = opt(False, "run", "go on with the run folder from its last finished stage or PPO update")
     run: str = opt("", "look at a finished run", "the run folder to look at")
     explain: str = opt("", "look at a finished run", "USER: this user's top items, each with its reason and the reason's history")
+    score: str = opt("", "look at a finished run", "TEXT: the reward of a reason written by hand, as 'people choose it for X and Y'")
+    item: str = opt("", "look at a finished run", "ID of the item that --score is about")
 
 
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "seeds": 1, "epochs": 3}
@@ -91,8 +94,8 @@ def parse_args(argv=None):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
         group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
-    if bool(given.get("run")) != bool(given.get("explain")):
-        raise D.DataError("--run DIR and --explain USER go together")
+    if {*given} & {"run", "explain", "score", "item"} not in (set(), {"run", "explain"}, {"run", "score", "item"}):
+        raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**{**(QUICK if "quick" in given else {}), **given})
 
 
@@ -161,7 +164,7 @@ def describe(s: Settings, cuts) -> dict:
     """config.json: what another machine needs to know to repeat the run."""
     git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"settings": {k: v for k, v in asdict(s).items() if k not in ("resume", "run", "explain")}, "windows": cuts, "git_commit": commit or "unknown",
+    return {"settings": {k: v for k, v in asdict(s).items() if k not in ("resume", "run", "explain", "score", "item")}, "windows": cuts, "git_commit": commit or "unknown",
             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
             "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
                          "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
@@ -172,8 +175,8 @@ def tiny_llm(s: Settings, data) -> str:
     """Path of the tiny LLM trained from nothing on this data set's texts and prompts; cached by what it depends on."""
     rng = np.random.default_rng([s.seed, 41])
     easy = D.alignment_samples(data, 6000, rng, reason_share=1.0, people=0)
-    samples = D.alignment_samples(data, 20_000, rng, reason_share=0.8)
-    key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 3]).encode()).hexdigest()[:12]
+    samples = D.alignment_samples(data, 20_000, rng, reason_share=1.0)
+    key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 5]).encode()).hexdigest()[:12]
     path = os.path.join("cache", f"tiny-{data.name}-{key}")
     if not os.path.exists(path):
         rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
@@ -192,10 +195,18 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt."""
     items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
     train, updates = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt")   # more would never be drawn
-    total = lambda texts, rows: judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
-                                              (cuts[0], cuts[-1]), s.seed)[0]
-    save = lambda state: (keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"])),
-                          keep(updates, state))
+    found = {}
+
+    def total(texts, rows):
+        value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
+                                     (cuts[0], cuts[-1]), s.seed)
+        found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
+        return value
+
+    def save(state):
+        state["log"][-1] |= found                                # of the answers judged last: this update's
+        keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"]))
+        keep(updates, state)
 
     def sample(rows, adapter, name):
         rl.use(model, adapter)
@@ -263,12 +274,19 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
 
 
 # --------------------------------------------------------------------------------------------------------- the run
+def open_llm(s: Settings, path: str):
+    """The LLM in 4 bits with a new adapter, its tokenizer, and its text vectors as a function."""
+    torch.manual_seed(s.seed)
+    model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
+    return model, tokenizer, lambda texts: rl.encode(model, tokenizer, texts, budget=sampling(s)["budget"])
+
+
 def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
     def align():
         rl.use(model, "align", trainable=True)
-        rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8),
-                     rl.trainable(model), steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
+        rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8, follow=0.25),
+                     steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
                      lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
         save_adapter(model, s.out, "align")
     stage(s, "align", m["time_s"], align)
@@ -290,20 +308,22 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
 
 def downstream(s, data, encode, kinds, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom."""
-    slices, ranks, seconds = recommender.slices_of(data), {}, {}
-    settings, arms = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}, s.arms.split(",")
-    if LLM_ARMS & {*arms}:
-        settings["length"] = stage(s, "length", seconds, lambda: recommender.first_length(
-            data, reward.features("content", data, encode, {}, s.seed), seed=s.seed, **settings))
-        data.notes.append(f"Features start at length {settings['length']}: best of {recommender.LENGTHS} on the validation of `content`.")
-    for arm in arms:
-        def work():
-            rank, entry, model = recommender.run_arm(arm, data, reward.features(arm, data, encode, kinds, s.seed), slices,
-                                                     seeds=s.seeds, base_seed=s.seed, **settings)
-            return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
-        done = stage(s, f"arm-{arm}", seconds, work)
-        ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
-        print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
+    slices, ranks, seconds, arms = recommender.slices_of(data), {}, {}, s.arms.split(",")
+    settings = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}
+    with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
+        if LLM_ARMS & {*arms}:
+            settings["length"] = stage(s, "length", seconds, lambda: recommender.first_length(
+                data, reward.features("content", data, encode, {}, s.seed), pool, seed=s.seed, **settings))
+            data.notes.append(f"Features start at length {settings['length']}: best of {recommender.LENGTHS} on the validation of `content`.")
+        jobs = {arm: pool.submit(recommender.run_arm, arm, data, reward.features(arm, data, encode, kinds, s.seed), slices, seeds=s.seeds,
+                                 base_seed=s.seed, **settings) for arm in arms if not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
+        for arm in bar:
+            def work():
+                rank, entry, model = jobs[arm].result()
+                return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
+            done = stage(s, f"arm-{arm}", seconds, work)
+            ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
+            print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
     if {"oracle", "content"} <= set(ranks):
         m["headroom"] = recommender.headroom(m["arms"])
@@ -324,10 +344,8 @@ def pipeline(s: Settings):
     if REASON_ARMS & arms or (LLM_ARMS & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
         path = stage(s, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
-        torch.manual_seed(s.seed)
-        model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
-        encode = lambda texts: rl.encode(model, tokenizer, texts, budget=sampling(s)["budget"])
+        model, tokenizer, encode = open_llm(s, path)
     encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
     if REASON_ARMS & arms:
         out, judge = learn(s, data, model, tokenizer, encode, who, cuts, m)
@@ -357,33 +375,38 @@ def finish(s, data, m, reasons, log):
           + f"\nreport: {os.path.join(s.out, 'report.md')}")
 
 
-def explain(run: str, user: str):
-    """Prints a user's history and top items of the arm curec, each with its reason and how the reason came about."""
-    files = [os.path.join(run, name) for name in ("config.json", "reasons.jsonl", "state/arm-curec.pt")]
+def look(run: str, user: str, text: str, item: str):
+    """Prints a user's top items of the arm curec with their reasons, or the reward of a reason written by hand for an item."""
+    files = [os.path.join(run, f) for f in ("config.json", "reasons.jsonl", "state/arm-curec.pt" if user else "state/reward.pt")]
     if missing := [f for f in files if not os.path.exists(f)]:
         raise D.DataError(f"--run {run}: {missing[0]} is missing; it needs a finished run with the arm curec")
-    s = Settings(**json.loads(Path(files[0]).read_text())["settings"])
-    reasons = [json.loads(line) for _, line in D.lines(files[1])]
-    data, weights = load_data(s), torch.load(files[2], weights_only=True)["value"]["model"]
-    if user not in data.users:
-        raise D.DataError(f"--explain {user}: no such user; some there are: {', '.join(data.users[:5])}")
-    known, model = data.seqs[data.users.index(user)][:-1], recommender.SASRec(data.n_items, weights["features"], blocks=s.blocks)
-    model.load_state_dict(weights)
-    scores = recommender.scorer(model)([known])[0]
-    scores[[0, *known]] = -torch.inf
-    print(f"{user} chose: " + "; ".join(D.title(data, i) for i in known[-10:]) + "\n")
-    for value, i in zip(*(x.tolist() for x in scores.topk(5))):
-        print(f"{value:+.2f}  {reward.timeline(reasons[i - 1])}\n")
+    config, reasons = json.loads(Path(files[0]).read_text()), [json.loads(line) for _, line in D.lines(files[1])]
+    s = Settings(**config["settings"])
+    data, kept = load_data(s), torch.load(files[2], weights_only=True)["value"]
+    known = data.users if user else [record["id"] for record in data.items[1:]]
+    if (user or item) not in known:
+        raise D.DataError(f"{'--explain ' + user if user else '--item ' + item}: not in the data; some there are: {', '.join(known[:5])}")
+    at = known.index(user or item)
+    if user:
+        history, model = data.seqs[at][:-1], recommender.SASRec(data.n_items, kept["model"]["features"], blocks=s.blocks)
+        model.load_state_dict(kept["model"])
+        scores = recommender.scorer(model)([history])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf)
+        print(f"{user} chose: " + "; ".join(D.title(data, i) for i in history[-10:]) + "\n")
+        return [print(f"{value:+.2f}  {reward.timeline(reasons[i - 1])}\n") for value, i in zip(*(x.tolist() for x in scores.topk(5)))]
+    judge = reward.Judge(data, reward.load_encoder(s.encoder, s.device) if s.encoder else open_llm(s, config["llm_path"])[2])
+    judge.model.load_state_dict(kept["weights"])
+    judge.remember()
+    print(D.item_text(data.items[at + 1]) + "\n\n" + judge.table(at + 1, [text, reasons[at]["reason"]], D.choosers(data), config["windows"], s.seed))
 
 
 def main(argv=None) -> int:
     sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
     try:
         s = parse_args(argv)
-        explain(s.run, s.explain) if s.run else pipeline(s := resolve(s))
+        look(s.run, s.explain, s.score, s.item) if s.run else pipeline(s := resolve(s))
         return 0
     except (RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(e)):
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):
             raise
         print(f"curec.py: error: out of memory on {s.device} in or after stage {getattr(stage, 'now', 'load')} with --micro-batch {s.micro_batch}. What is finished is "
               f"kept: go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items", file=sys.stderr)

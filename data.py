@@ -118,24 +118,22 @@ def title(data: Dataset, i: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the made-up world
-ASPECTS = ("pockets wheels padding warmth silence colour scent shine storage grip comfort speed balance softness strength "
-           "lightness shade airflow privacy charm safety elegance humour novelty tradition durability simplicity "
-           "precision freshness calm").split()                                 # 30, one word each
+ASPECTS = "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance humour calm".split()
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
 
 
-def demo(seed: int, n_users: int = 2000, n_items: int = 600) -> Dataset:
+def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     """A shop whose every item says five aspects but is chosen for two of them only (the drivers; the rest are decoys).
 
-    40 % of the items swap one driver half-way through time; 30 % of the users swap one of their three needs.
-    A person picks item i at time t with probability ~ exp(3 m + [m = 2] + popularity_i), m = |drivers(i, t) & needs(u, t)|.
+    25 % of the items swap one driver half-way through time; 30 % of the users swap one of their three needs.
+    A person picks item i at time t with probability ~ exp(4 m + 2 [m = 2] + popularity_i), m = |drivers(i, t) & needs(u, t)|.
     """
     rng = np.random.default_rng([seed, 7])
     K, span = len(ASPECTS), 100_000_000                                        # about three years of seconds
     said = np.array([rng.permutation(K)[:5] for _ in range(n_items)])
     early = np.array([rng.permutation(s)[:2] for s in said])
     late = early.copy()
-    for i in np.flatnonzero(rng.random(n_items) < 0.4):
+    for i in np.flatnonzero(rng.random(n_items) < 0.25):
         late[i, rng.integers(2)] = rng.choice([a for a in said[i] if a not in early[i]])
     drives = np.zeros((2, n_items, K))
     for half, drivers in enumerate((early, late)):
@@ -146,11 +144,11 @@ def demo(seed: int, n_users: int = 2000, n_items: int = 600) -> Dataset:
         needs = np.zeros((2, K))
         needs[0, wants[:3]] = 1
         needs[1, wants[1:] if rng.random() < 0.3 else wants[:3]] = 1
-        when = np.sort(rng.integers(0, span, rng.integers(5, 10)))
+        when = np.sort(rng.integers(0, span, rng.integers(9, 14)))
         open_items, chosen = np.ones(n_items, bool), []
         for t in when:
             matches = drives[int(t > span // 2)] @ needs[int(t > span // 2)]
-            utility = 3 * matches + (matches == 2) + popularity + rng.gumbel(size=n_items)
+            utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             chosen.append(int(np.where(open_items, utility, -np.inf).argmax()))
             open_items[chosen[-1]] = False
         seqs.append(np.array(chosen) + 1)
@@ -170,7 +168,7 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None,
     limit_users: 0 = off. Raises DataError with what to do.
     """
     if name == "demo":
-        return demo(seed, *(300, 120) if small else (2000, 600))
+        return demo(seed, *(200, 120) if small else (1000, 500))
     if os.path.isdir(name):
         rows, records, notes = read_folder(name)
         k_core = 5 if k_core is None else k_core
@@ -392,15 +390,16 @@ def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
     return REASON.format(*named) if len(named) == 2 else "people choose it for " + " and ".join(named or ["itself"])
 
 
-def reason_sample(data: Dataset, item: int, events, rng, current: str = "") -> tuple:
-    """(prompt, answer) with a weak target: the item's two words most shared with the histories shown, as thought and as reason.
+def reason_sample(data: Dataset, item: int, events, rng, current: str = "", follow: float = 1.0) -> tuple:
+    """(prompt, answer) with a weak target: the thought names the item's two words most shared with the histories shown.
 
-    Where fewer are shared the reason is filled up at random: which words matter is left to the reward. Item order: none comes twice.
+    The reason names them in a share `follow` of the samples, else two words at random: which matter is left to the reward.
+    Fewer shared ones are filled up at random. Item order: none comes twice.
     """
     said, own = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i))), data.phrases[item]
     shared = sorted(sorted((w for w in own if said[w]), key=lambda w: -said[w])[:2], key=own.index)
-    think, rest = " ".join(["most shared", *shared] if shared else ["nothing shared"]), [w for w in rng.permutation(own) if w not in shared]
-    named = sorted([*shared, *rest][:2], key=own.index)
+    think, kept = "most shared " + " and ".join(shared) if shared else "nothing shared", shared if rng.random() < follow else []
+    named = sorted([*kept, *(w for w in rng.permutation(own) if w not in kept)][:2], key=own.index)
     return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
 
 
@@ -410,7 +409,7 @@ def choosers(data: Dataset) -> list:
     return np.split(order, np.cumsum(np.bincount(data.events["item"], minlength=data.n_items + 1))[:-1])
 
 
-def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE) -> list:
+def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE, follow: float = 1.0) -> list:
     """n (prompt, answer) pairs from the train split alone: reasons, MIM, MLM, BPR, next item, ranking, rating."""
     who, out = choosers(data), []
     nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
@@ -421,7 +420,7 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
             item = int(nameable[rng.integers(len(nameable))])
             shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
             current = random_reason(data, item, rng) if rng.random() < 0.5 else ""
-            out.append(reason_sample(data, item, shown, rng, current))
+            out.append(reason_sample(data, item, shown, rng, current, follow))
             continue
         s = data.train[u := users[rng.integers(len(users))]]
         end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told

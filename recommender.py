@@ -14,7 +14,13 @@ models differently from the full catalogue: Krichene & Rendle 2020).  Try it alo
 Sources: SASRec (Kang & McAuley 2018); cross-entropy for SASRec (Klenitskiy & Vasilev 2023).
 """
 import copy
+import os
+import signal
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -180,7 +186,7 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout, length=length).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     histories, targets = samples(train_seqs)
-    lengths = np.array([min(len(h), MAX_LEN) for h in histories])
+    lengths, padded, targets = np.array([min(len(h), MAX_LEN) for h in histories]), pad(histories), torch.from_numpy(targets)
     batch = min(batch, -(-len(targets) // 8))               # few events: eight steps an epoch all the same
     decay = 1 - batch / len(targets)                        # the average reaches back about an epoch, less at the start
     average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(1 - decay, 9.0 / (10.0 + float(n)))))
@@ -189,8 +195,7 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     for epoch in bar:
         model.train()
         for rows in batches(lengths, batch, order_rng):
-            ids, goal = pad([histories[k] for k in rows]), torch.from_numpy(targets[rows])
-            loss = next_item_loss(model, ids.to(device), goal.to(device))
+            loss = next_item_loss(model, padded[rows, : lengths[rows].max()].to(device), targets[rows].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -209,11 +214,11 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": float(best)}
 
 
-def first_length(data, features, **settings) -> float:
+def first_length(data, features, pool, **settings) -> float:
     """Of LENGTHS the one with the best validation NDCG@10. Chosen once, on `content`, and given to every arm with features."""
-    found = {x: train(data.n_items, data.train, data.valid, features, length=x, name=f"features of first length {x}", **settings)[1]
+    found = {x: pool.submit(train, data.n_items, data.train, data.valid, features, length=x, name=f"first length {x}", **settings)
              for x in LENGTHS}
-    return max(found, key=lambda x: found[x]["valid_ndcg@10"])
+    return max(found, key=lambda x: found[x].result()[1]["valid_ndcg@10"])
 
 
 # --------------------------------------------------------------------------------- scores: sequences -> (B, n + 1)
@@ -339,6 +344,26 @@ def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, devic
              "audit": {m: float(np.mean(v)) for m, v in collect([r["audit"] for r in rows]).items()},
              "train_s": trained, "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
     return np.stack(ranks_), entry, first
+
+
+def alone(parent: int):
+    """A worker process: one thread, no bars, silent on Ctrl-C, gone when its parent is."""
+    global tqdm
+    tqdm = partial(tqdm, disable=True)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def workers(device: str, fits: int):
+    """An executor for arms. On a CPU and for many fits: processes of one thread each, which beat one process of many threads."""
+    count = min(4, os.cpu_count(), fits // 3) if device == "cpu" else 1
+    return ProcessPoolExecutor(count, get_context("spawn"), alone, (os.getpid(),)) if count > 1 else ThreadPoolExecutor(1)
 
 
 def slices_of(data) -> dict:

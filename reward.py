@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as D
-from recommender import Block, markdown, pad
+from recommender import Block, markdown, pad, paired_bootstrap
 
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
 AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
@@ -32,24 +32,14 @@ LEAST_GAIN = 1e-3                                  # nats; two reasons that name
 MAX_HISTORY = 20                                   # items of a history the user tower reads
 
 
-class Whitening:
-    """PCA whitening fitted on item texts: raw text vectors (M, D) -> (M, k), zero mean, length at most about 1."""
-
-    def __init__(self, vectors: torch.Tensor, k: int = 128):
-        self.mean = vectors.mean(0)
-        _, s, v = torch.linalg.svd(vectors - self.mean, full_matrices=False)
-        keep = min(k, int((s > 1e-3 * s[0]).sum()))
-        self.matrix = v[:keep].T / (s[:keep] + 0.2 * s[0]) * len(vectors) ** 0.5     # shrunk: noise is not blown up
-
-    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        z = (vectors - self.mean) @ self.matrix
-        return z / self.matrix.shape[1] ** 0.5
-
-
-def whitened(vectors: torch.Tensor) -> torch.Tensor:
-    """Whitened vectors of mean length 1."""
-    z = Whitening(vectors, 384)(vectors)
-    return z / z.norm(dim=1).mean()
+def whitening(vectors: torch.Tensor, k: int = 384):
+    """PCA whitening fitted on text vectors (M, D): a function (m, D) -> (m, k or fewer) after which they have mean length 1."""
+    mean = vectors.mean(0)
+    _, s, v = torch.linalg.svd(vectors - mean, full_matrices=False)
+    keep = min(k, int((s > 1e-3 * s[0]).sum()))
+    matrix = v[:keep].T / (s[:keep] + 0.2 * s[0])                          # shrunk: noise is not blown up
+    matrix = matrix / ((vectors - mean) @ matrix).norm(dim=1).mean()
+    return lambda x: (x - mean) @ matrix
 
 
 def load_encoder(name, device="cpu", batch: int = 64):
@@ -109,9 +99,9 @@ class Judge:
         self.data = data
         titles = [D.mask_identity(data, D.item_text(item)) for item in data.items[1:]]
         raw = encode(titles)
-        self.whiten = Whitening(raw, whitening_size)
-        self.encode = lambda texts: self.whiten(encode([D.mask_identity(data, t) for t in texts]))
-        self.items = torch.cat([torch.zeros(1, self.whiten.matrix.shape[1]), self.whiten(raw)])       # (n + 1, width)
+        whiten = whitening(raw, whitening_size)
+        self.encode = lambda texts: whiten(encode([D.mask_identity(data, t) for t in texts]))
+        self.items = F.pad(whiten(raw), (0, 0, 1, 0))                                                  # (n + 1, width)
         self.model = RewardModel(self.items.shape[1])
         self.pools = {}
 
@@ -125,10 +115,8 @@ class Judge:
         """
         torch.manual_seed(seed)
         self.model = RewardModel(self.items.shape[1])        # anew: what was drawn before must not matter to a resumed run
-        data, rng = self.data, np.random.default_rng([seed, 23])
+        data, rng, (people, things) = self.data, np.random.default_rng([seed, 23]), held_out(self.data, seed)
         user, item = data.events["user"], data.events["item"]
-        people = rng.random(len(data.users)) < 0.2
-        things = rng.random(data.n_items + 1) < 0.2
         train = np.flatnonzero(~people[user] & ~things[item])
         held = np.random.default_rng([seed, 71]).permutation(np.flatnonzero(people[user] & things[item]))[:HELD_OUT]
         train_items, held_items = (np.flatnonzero(x[1:]) + 1 for x in (~things, things))
@@ -262,6 +250,15 @@ class Judge:
                 "mean_reward": float(total.mean())}
 
 
+    def table(self, i, reasons, who, cuts, seed) -> str:
+        """Markdown: the rewards of these reasons for item i, part by part, before those who chose it."""
+        shown, audience = (x[i] for x in one_shot_people(who, seed))
+        n = len(reasons)
+        total, parts = self.rewards([i] * n, [D.ANSWER.format("by hand", r) for r in reasons], [shown] * n, [audience] * n, (cuts[0], cuts[-1]), seed)
+        return f"{len(shown)} people as shown, {len(audience)} as audience\n\n" + markdown(
+            ["reason", "reward", *parts], [[r, float(x), *(v[k].item() for v in parts.values())] for k, (r, x) in enumerate(zip(reasons, total))])
+
+
 def features(arm, data, encode, kinds, seed):
     """Item features (n_items + 1, F) of an arm: whitened vectors of the item's text, beside those of its reason; None: IDs only.
 
@@ -276,7 +273,13 @@ def features(arm, data, encode, kinds, seed):
         texts.append([D.mask_identity(data, D.parse_answer(a)[0]) for a in kinds["curec" if arm == "placebo" else arm][1:]])
     if arm == "placebo":
         np.random.default_rng([seed, 61]).shuffle(texts[1])
-    return F.pad(torch.cat([whitened(encode(t)) for t in texts], 1), (0, 0, 1, 0))
+    return F.pad(torch.cat([whitening(x)(x) for x in map(encode, texts)], 1), (0, 0, 1, 0))
+
+
+def held_out(data, seed) -> tuple:
+    """A fifth of the people (users,) and a fifth of the items (n_items + 1,), as bool: the reward model never trains on them."""
+    rng = np.random.default_rng([seed, 73])
+    return rng.random(len(data.users)) < 0.2, rng.random(data.n_items + 1) < 0.2
 
 
 def window_cuts(data, windows: int) -> list:
@@ -344,32 +347,43 @@ def convincing(gain: np.ndarray, margin: float) -> bool:
     return len(gain) > 1 and bool(gain.mean() > margin * gain.std(ddof=1) / len(gain) ** 0.5 + LEAST_GAIN)
 
 
+def truth_figures(named: list, truth: dict) -> dict:
+    """Demo only: of the phrases named, the share that are drivers (chance .4); of the drivers, the share named; of the items with
+    a new driver, the share whose reason names it. named: phrases an item, truth: see data.Dataset, without index 0."""
+    hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth["late"]))
+    return {"truth_precision": hits / max(1, sum(len(set(n)) for n in named)), "truth_recall": hits / sum(map(len, truth["late"])),
+            "new_driver": float(np.mean(names_new(named, truth)))}
+
+
+def names_new(named: list, truth: dict) -> list:
+    """Of the items whose driver changed: does the reason name the new one?"""
+    return [bool((set(late) - set(early)) & set(n)) for n, early, late in zip(named, truth["early"], truth["late"]) if set(early) != set(late)]
+
+
 def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> dict:
-    """Demo only, a figure of the report: how often a true driver pair beats a decoy pair with the item's audience; {} if no item has one."""
-    rng, pairs = np.random.default_rng([seed, 31]), []
-    items = [i for i in range(1, len(who)) if len(who[i]) >= 2]
+    """Demo only: how often a true driver pair beats a decoy pair with these people, for items with at least two; {} if none has."""
+    rng, items = np.random.default_rng([seed, 31]), [i for i in range(1, len(who)) if len(who[i]) >= 2]
     if not items:
         return {}
-    for i in items:
-        decoys = [p for p in judge.data.phrases[i] if p not in truth[i]]
-        pairs.append((D.REASON.format(*truth[i]), D.REASON.format(*rng.permutation(decoys)[:2])))
-    people = [who[i][:AUDIENCE] for i in items]
-    a, b = (judge.judge([p[k] for p in pairs], people, period, seed) for k in (0, 1))
+    decoys = [rng.permutation([p for p in judge.data.phrases[i] if p not in truth[i]])[:2] for i in items]
+    a, b = (judge.judge([D.REASON.format(*p) for p in pairs], [who[i][:AUDIENCE] for i in items], period, seed)
+            for pairs in ([truth[i] for i in items], decoys))
     return {"driver_choice": float(np.mean([x.mean() > y.mean() for x, y in zip(a, b)]))}
-
-
-def truth_figures(named: list, truth: list) -> dict:
-    """Demo only: of the phrases named, the share that are drivers (chance .4); of the drivers, the share named."""
-    hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth))
-    return {"truth_precision": hits / max(1, sum(len(set(n)) for n in named)), "truth_recall": hits / sum(map(len, truth))}
 
 
 def tell_truth(data, judge, who, cuts, kinds, m, seed):
     """Demo only: how true the reasons are and how well the judge knows it, into m. Read after everything else; feeds nothing."""
-    for kind, answers in kinds.items():
-        m["reasons"][kind] |= truth_figures([D.parse_answer(a)[1] for a in answers[1:]], data.truth["late"][1:])
-    late = [w[data.events["time"][w] >= (cuts[0] + cuts[-1]) // 2] for w in who]
-    m["reward"] |= driver_choice(judge, data.truth["late"], late, (cuts[0], cuts[-1]), seed)
+    truth, named = {k: v[1:] for k, v in data.truth.items()}, {k: [D.parse_answer(a)[1] for a in v[1:]] for k, v in kinds.items()}
+    for kind in kinds:
+        m["reasons"][kind] |= truth_figures(named[kind], truth)
+    if {"curec", "bestof"} <= set(kinds):
+        delta, ci = paired_bootstrap(*(np.array([names_new(named[k], truth)], float) for k in ("curec", "bestof")))
+        m["comparisons"].append({"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1, "delta": delta, "ci95": ci})
+    # the judge has seen neither these people nor these items; of items whose driver changed, the people of the second half
+    (people, things), late = held_out(data, seed), data.events["time"] >= (cuts[0] + cuts[-1]) // 2
+    stays = [set(a) == set(b) for a, b in zip(data.truth["early"], data.truth["late"])]
+    ears = [w[people[data.events["user"][w]] & (late[w] | stays[i])] if things[i] else w[:0] for i, w in enumerate(who)]
+    m["reward"] |= driver_choice(judge, data.truth["late"], ears, (cuts[0], cuts[-1]), seed)
 
 
 def timeline(r: dict) -> str:

@@ -27,15 +27,15 @@ from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------------- loading
-def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, width=128, layers=2, vocab=4096, seed=0,
+def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, width=128, layers=2, vocab=4096, seed=0,
                device="cpu"):
-    """A Llama-shaped model and BPE tokenizer made from nothing, saved in Hugging Face format at path.
+    """A Qwen2-shaped model and BPE tokenizer made from nothing, saved in Hugging Face format at path.
 
-    texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; a third of the steps goes to the easy
+    texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; a sixth of the steps goes to the easy
     ones, whose short prompts teach copying at a fraction of the cost. tags: markup kept as single tokens.
     """
     from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts + [t for s in samples for t in s], vocab_size=vocab - len(tags), min_frequency=2,
                             special_tokens=["<pad>", "<eos>"], show_progress=False)
@@ -43,14 +43,16 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=32, lr=3e-3, wi
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>", eos_token="<eos>")
     quiet()
     # out_features % 32 == 0 and in_features % 64 == 0, or the 4-bit kernels refuse the layer (TRAPS 1)
-    config = LlamaConfig(vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=width, intermediate_size=2 * width,
+    config = Qwen2Config(vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=width, intermediate_size=2 * width,
                          num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
                          tie_word_embeddings=True, initializer_range=width ** -0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).to(device)
-    for part, share, name in ((easy, steps // 3, "short prompts"), (samples, steps - steps // 3, "all prompts")):
-        supervise(model, tokenizer, part, list(model.parameters()), steps=share, batch=batch, lr=lr, seed=seed,
-                  name=f"tiny LLM from nothing, {name}")
+    model = Qwen2ForCausalLM(config).to(device)
+    for layer in model.model.layers:                            # attention starts by copying what it looks at (after arXiv 2305.09828)
+        nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+        layer.self_attn.o_proj.weight.data = layer.self_attn.v_proj.weight.data.T.contiguous()
+    for part, share, name in ((easy, steps // 6, "short prompts"), (samples, steps - steps // 6, "all prompts")):
+        supervise(model, tokenizer, part, steps=share, batch=batch, lr=lr, seed=seed, name=f"tiny LLM from nothing, {name}")
     part = f"{path}.{os.getpid()}.part"                         # two runs may make the same model at once
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -215,12 +217,12 @@ def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=N
 
 
 # ------------------------------------------------------------------------------------------------ supervised training
-def supervise(model, tokenizer, samples, parameters, *, steps, batch=16, micro_batch=16, lr=1e-3, seed=0, name="align"):
-    """Next-token training on answers only, linear warm-up and decay; returns the mean loss of the last tenth.
+def supervise(model, tokenizer, samples, *, steps, batch=16, micro_batch=16, lr=1e-3, seed=0, name="align"):
+    """Next-token training of the trainable weights on answers only, linear warm-up and decay; returns the mean loss of the last tenth.
 
     samples: (prompt, answer) pairs. Each step's loss is summed over micro-batches and divided by the step's tokens.
     """
-    rng, device, losses = np.random.default_rng([seed, 17]), next(model.parameters()).device, []
+    rng, device, parameters, losses = np.random.default_rng([seed, 17]), next(model.parameters()).device, trainable(model), []
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     prompts = [prompt_ids(tokenizer, p) for p, _ in samples]
     answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]

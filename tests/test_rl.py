@@ -508,7 +508,7 @@ def test_supervise_is_the_token_mean_whatever_the_micro_batch(tiny, monkeypatch)
     for micro_batch in (6, 1, 4):
         model, tokenizer = fresh(tiny, policy=False)
         rl.use(model, "align", trainable=True)
-        losses.append(rl.supervise(model, tokenizer, samples, rl.trainable(model), steps=1, batch=6, micro_batch=micro_batch))
+        losses.append(rl.supervise(model, tokenizer, samples, steps=1, batch=6, micro_batch=micro_batch))
     model, tokenizer = fresh(tiny, policy=False)                          # transformers' own loss, row by row
     rl.use(model, "align", trainable=True)
     total, tokens = 0.0, 0
@@ -529,7 +529,7 @@ def test_supervise_learns_and_leaves_the_base_alone(tiny):
     base = {k: v.clone() for k, v in model.state_dict().items() if "align" not in k}
     rl.use(model, "align", trainable=True)
     copied = [(p, p.split()[0]) for p, _ in pairs(64, seed=8)]
-    losses = [rl.supervise(model, tokenizer, copied, rl.trainable(model), steps=s, batch=16, lr=1e-2) for s in (1, 40)]
+    losses = [rl.supervise(model, tokenizer, copied, steps=s, batch=16, lr=1e-2) for s in (1, 40)]
     assert losses[1] < 0.7 * losses[0] and not model.training
     assert all(torch.equal(v, base[k]) for k, v in model.state_dict().items() if k in base)
 
@@ -1012,7 +1012,7 @@ def test_any_causal_lm_goes_through_align_generate_and_ppo(config, template, pad
     model, tokenizer = rl.load(str(tmp_path), rank=4)
     assert tokenizer.pad_token == (pad or "<eos>") and ("user: red" in tokenizer.decode(rl.prompt_ids(tokenizer, "red"))) == bool(template)
     rl.use(model, "align", trainable=True)
-    losses = [rl.supervise(model, tokenizer, pairs(64), rl.trainable(model), steps=steps, batch=16, lr=1e-2) for steps in (1, 20)]
+    losses = [rl.supervise(model, tokenizer, pairs(64), steps=steps, batch=16, lr=1e-2) for steps in (1, 20)]
     assert losses[1] < losses[0]
     rl.add_policy(model)
     processors, original = [], model.get_base_model()._get_logits_processor

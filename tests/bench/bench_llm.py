@@ -114,7 +114,7 @@ def shapes(args) -> dict:
             model, tokenizer = measured(found, "load", 0, lambda: rl.load(folder, args.device, checkpointing=cuda))
         rl.use(model, "align", trainable=True)
         measured(found, "align", 2 * rows * (args.prompt + args.answer), lambda: rl.supervise(
-            model, tokenizer, samples, rl.trainable(model), steps=2, batch=rows, micro_batch=args.micro_batch))
+            model, tokenizer, samples, steps=2, batch=rows, micro_batch=args.micro_batch))
         rl.add_policy(model)
         rl.use(model, "policy")
         measured(found, "generation", rows * args.answer, lambda: rl.generate(model, tokenizer, prompts, max_new=args.answer, budget=budget))

@@ -1,0 +1,172 @@
+"""Are the reasons true, and do they help? Five demo worlds, three downstream seeds each, pooled with intervals.
+
+    python tests/bench/bench_reasons.py worlds     the whole demo with --seed 0 .. 4: judge, truth, ranking, correction, hacking
+    python tests/bench/bench_reasons.py windows    1, 2, 4 and 8 windows with each world's policy and judge
+    python tests/bench/bench_reasons.py think      alignment, PPO and reasons again without <think>, same seeds and steps
+
+Results go to bench_reasons.json beside this file. Resumable: what lies in runs/bench/reasons is not repeated. Delete that
+folder after a change of code. windows and think need the runs of worlds.
+"""
+import argparse
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve()
+sys.path.insert(0, str(HERE.parents[2]))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import curec  # noqa: E402
+import data as D  # noqa: E402
+import recommender as rec  # noqa: E402
+import reward  # noqa: E402
+import rl  # noqa: E402
+
+WORLDS, RUNS, OUT = range(5), pathlib.Path("runs/bench/reasons"), HERE.with_suffix(".json")
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t by number of worlds
+PAIRS = [*rec.COMPARISONS, ("rl", "placebo")]
+
+
+def run(name: str, seed: int, *flags) -> pathlib.Path:
+    """A finished run of curec.py, made or taken up where it stopped."""
+    out = RUNS / name
+    if not (out / "metrics.json").exists():
+        resume = ["--resume"] * (out / "config.json").exists()
+        subprocess.run([sys.executable, HERE.parents[2] / "curec.py", "--dataset", "demo", "--seed", str(seed), "--out", out, *flags, *resume], check=True)
+    return out
+
+
+def save(part: str, value):
+    known = json.loads(OUT.read_text()) if OUT.exists() else {}
+    commit = subprocess.run(["git", "-C", HERE.parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    known[part] = {"command": f"python tests/bench/bench_reasons.py {part}", "commit": commit, "torch": torch.__version__, "cpus": os.cpu_count(),
+                   "machine": platform.machine(), "results": value}
+    OUT.with_suffix(".part").write_text(json.dumps(known, indent=1) + "\n")
+    os.replace(OUT.with_suffix(".part"), OUT)
+    print(json.dumps(value, indent=1))
+
+
+def over_worlds(values) -> dict:
+    """Mean and 95 % t-interval over worlds."""
+    x = np.array(values, float)
+    half = T_975[len(x)] * x.std(ddof=1) / len(x) ** 0.5 if len(x) in T_975 else float("nan")
+    return {"mean": float(x.mean()), "t95": [float(x.mean() - half), float(x.mean() + half)], "worlds": x.tolist()}
+
+
+def pooled(differences, draws=2000) -> dict:
+    """Mean of per-user (or per-item) differences of all worlds, its 95 % bootstrap interval, and the t-interval over worlds."""
+    delta, ci = rec.paired_bootstrap(np.concatenate(differences)[None], np.zeros((1, sum(map(len, differences)))), draws)
+    return {"delta": delta, "ci95": ci, **{k: v for k, v in over_worlds([d.mean() for d in differences]).items() if k != "mean"}}
+
+
+class World:
+    """A finished run opened again: data, judge and, if asked for, the LLM with the adapter `policy`."""
+
+    def __init__(self, out: pathlib.Path):
+        self.config = json.loads((out / "config.json").read_text())
+        self.s = curec.Settings(**{**self.config["settings"], "llm": "tiny"})
+        self.data, self.cuts = curec.load_data(self.s), self.config["windows"]
+        self.who, self.period = D.choosers(self.data), (self.config["windows"][0], self.config["windows"][-1])
+        self.model, self.tokenizer, encode = curec.open_llm(self.s, self.config["llm_path"])
+        self.judge = reward.Judge(self.data, encode)
+        self.judge.model.load_state_dict(torch.load(out / "state/reward.pt", weights_only=True)["value"]["weights"])
+        self.judge.remember()
+        rl.restore(self.model, out, "align")
+        rl.add_policy(self.model)
+        rl.restore(self.model, out, "policy")
+
+    def truth(self, answers) -> dict:
+        return reward.truth_figures([D.parse_answer(a)[1] for a in answers[1:]], {k: v[1:] for k, v in self.data.truth.items()})
+
+    def hacks(self) -> dict:
+        """Mean reward of true reasons, and of five ways to cheat, for the same items and people; and how often the truth earns more."""
+        shown, audience = reward.one_shot_people(self.who, self.s.seed)
+        items, truth, phrases = [i for i in range(1, self.data.n_items + 1) if len(shown[i]) >= 2], self.data.truth["late"], self.data.phrases
+        say = lambda text: D.ANSWER.format("by hand", text)
+        other = {i: next(j for j in items[k:] + items if not set(truth[j]) & set(phrases[i])) for k, i in enumerate(items)}
+        ways = {"truth": lambda i: say(D.REASON.format(*truth[i])),
+                "echo of a history": lambda i: say(D.REASON.format(*phrases[self.data.history(shown[i][0])[-1]][:2])),
+                "the title alone": lambda i: say(D.title(self.data, i)), "every aspect": lambda i: say("people choose it for " + " and ".join(phrases[i])),
+                "empty": lambda i: say(""), "another item's reason": lambda i: say(D.REASON.format(*truth[other[i]]))}
+        found = {name: self.judge.rewards(items, [way(i) for i in items], [shown[i] for i in items], [audience[i] for i in items], self.period,
+                                          self.s.seed)[0] for name, way in ways.items()}
+        return {name: {"mean_reward": float(x.mean()), "truth_earns_more": float((found["truth"] > x).mean())} for name, x in found.items()}
+
+
+def worlds(args):
+    runs = [run(f"world-{seed}", seed) for seed in args.worlds]
+    metrics = [json.loads((out / "metrics.json").read_text()) for out in runs]
+    load = lambda out, arm: rec.metrics(torch.load(out / f"state/arm-{arm}.pt", weights_only=True)["value"]["ranks"].numpy())["ndcg@10"].mean(0)
+    users = {arm: [load(out, arm) for out in runs] for arm in metrics[0]["arms"]}
+    differences = {f"{a} - {b}": pooled([x - y for x, y in zip(users[a], users[b])]) for a, b in PAIRS}
+    room, rng = np.concatenate([o - c for o, c in zip(users["oracle"], users["content"])]), np.random.default_rng(0)
+    recovered = {}
+    for arm in ("placebo", "aligned", "rl", "bestof", "curec"):
+        gain = np.concatenate([x - y for x, y in zip(users[arm], users["content"])])
+        draws = [gain[k].mean() / room[k].mean() for k in (rng.integers(len(room), size=len(room)) for _ in range(2000))]
+        recovered[arm] = {"share": float(gain.mean() / room.mean()), "ci95": np.percentile(draws, [2.5, 97.5]).tolist(),
+                          "worlds": [m["headroom"]["recovered"][arm] for m in metrics]}
+    named = {}
+    for kind in ("curec", "bestof"):
+        named[kind] = [np.array(reward.names_new([D.parse_answer(a)[1] for a in torch.load(out / "state/correct.pt", weights_only=True)["value"]["kinds"][kind][1:]],
+                                                 {k: v[1:] for k, v in D.demo(seed).truth.items()}), float) for out, seed in zip(runs, args.worlds)]
+    logs = [[json.loads(line) for line in (out / "ppo.jsonl").read_text().splitlines()] for out in runs]
+    save("worlds", {
+        "ndcg@10": {arm: over_worlds([x.mean() for x in v]) for arm, v in users.items()}, "differences": differences,
+        "headroom": pooled([o - c for o, c in zip(users["oracle"], users["content"])]), "recovered": recovered,
+        "reasons": {k: {f: over_worlds([m["reasons"][k][f] for m in metrics]) for f in metrics[0]["reasons"][k]} for k in metrics[0]["reasons"]},
+        "new driver named, curec - bestof": pooled([a - b for a, b in zip(named["curec"], named["bestof"])]),
+        "reward": {k: over_worlds([m["reward"][k] for m in metrics]) for k in metrics[0]["reward"]},
+        "hacking": [World(out).hacks() for out in runs], "correction": [m["correction"] for m in metrics],
+        "ppo": [{"before": m["ppo"]["reward_before"], "after": m["ppo"]["reward_after"], **{k: [float(np.mean([r[k] for r in part])) for part in np.array_split(log, 5)]
+                 for k in ("reward", "kl", "grounded", "format_ok")}} for m, log in zip(metrics, logs)],
+        "time_s": [m["time_s"] for m in metrics]})
+
+
+def windows(args):
+    """The correction alone, with as many windows: truth of the final reasons, proposals, seconds."""
+    found = {}
+    for seed in args.worlds:
+        world = World(run(f"world-{seed}", seed))
+        for count in (1, 2, 4, 8):
+            start = time.perf_counter()
+            answers, timelines, judged, rows = curec.correct(world.s, world.data, world.model, world.tokenizer, world.judge, world.who,
+                                                             reward.window_cuts(world.data, count))
+            found.setdefault(count, []).append(world.truth(answers) | {
+                "proposals": sum(r["proposed"] for r in rows), "seconds": time.perf_counter() - start,
+                "accepted": sum(r["accepted"] for r in rows) / sum(r["items"] for r in rows)})
+    save("windows", {count: {k: over_worlds([x[k] for x in rows]) for k in rows[0]} for count, rows in found.items()})
+
+
+def think(args):
+    """Without <think>: the same stages with answers that are the reason alone; the tiny LLM is trained anew for them."""
+    found = {}
+    for name in ("with", "without"):
+        if name == "without":                                       # REASON's two names are all that is asked for
+            D.ANSWER, D.ANSWER_PATTERN = "<reason> {1} </reason>", re.compile(r"\s*()<reason>([^<>]{0,2000})</reason>\s*")
+        for seed in args.worlds:
+            out = run(f"world-{seed}", seed) if name == "with" else RUNS / f"plain-{seed}"
+            if not (out / "metrics.json").exists():
+                resume = ["--resume"] * (out / "config.json").exists()
+                assert curec.main(["--dataset", "demo", "--seed", str(seed), "--arms", "content,rl,curec,oracle", "--out", str(out), *resume]) == 0
+            m = json.loads((out / "metrics.json").read_text())
+            found.setdefault(name, []).append({f"{kind} {k}": m["reasons"][kind][k] for kind in ("aligned", "rl", "curec")
+                                               for k in ("truth_precision", "mean_reward", "grounded", "format_ok", "mean_tokens")} | {
+                f"recovered {arm}": m["headroom"]["recovered"][arm] for arm in ("rl", "curec")} | {"ppo_s": m["time_s"]["ppo"], "correct_s": m["time_s"]["correct"]})
+    save("think", {name: {k: over_worlds([x[k] for x in rows]) for k in rows[0]} for name, rows in found.items()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("worlds", "windows", "think"))
+    parser.add_argument("--worlds", type=int, nargs="+", default=list(WORLDS), help="seeds of the demo worlds")
+    args = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    globals()[args.part](args)
