@@ -174,9 +174,9 @@ def describe(s: Settings, cuts) -> dict:
 def tiny_llm(s: Settings, data) -> str:
     """Path of the tiny LLM trained from nothing on this data set's texts and prompts; cached by what it depends on."""
     rng = np.random.default_rng([s.seed, 41])
-    easy = D.alignment_samples(data, 6000, rng, reason_share=1.0, people=0)
+    easy = D.alignment_samples(data, 10_000, rng, reason_share=1.0, people=1)
     samples = D.alignment_samples(data, 20_000, rng, reason_share=1.0)
-    key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 5]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 6]).encode()).hexdigest()[:12]
     path = os.path.join("cache", f"tiny-{data.name}-{key}")
     if not os.path.exists(path):
         rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
@@ -240,8 +240,9 @@ def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
         proposals, _ = rl.generate(model, tokenizer, [p for p in prompts for _ in range(s.proposals)], **sampling(s),
                                    seed=s.seed + w, name=f"correction, window {w} of {len(cuts) - 1}")
         chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
-        for i, c, j in zip(items, chosen, judges):
-            timelines[i].append({"window_end": period[1], "proposal": D.parse_answer(proposals[c["best"]])[0],
+        for i, p, c, j in zip(items, shown, chosen, judges):
+            timelines[i].append({"window_end": period[1], "people": [data.users[u] for u in data.events["user"][p]], "judges": len(j),
+                                 "shared": D.shared_words(data, i, p)[:3], "proposal": D.parse_answer(proposals[c["best"]])[0],
                                  "reward_before": c["before"], "reward_after": c["after"], "accepted": c["accepted"]})
             answers[i] = proposals[c["best"]] if c["accepted"] else answers[i]
             judged[i] += j.tolist()
@@ -311,10 +312,6 @@ def downstream(s, data, encode, kinds, m):
     slices, ranks, seconds, arms = recommender.slices_of(data), {}, {}, s.arms.split(",")
     settings = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        if LLM_ARMS & {*arms}:
-            settings["length"] = stage(s, "length", seconds, lambda: recommender.first_length(
-                data, reward.features("content", data, encode, {}, s.seed), pool, seed=s.seed, **settings))
-            data.notes.append(f"Features start at length {settings['length']}: best of {recommender.LENGTHS} on the validation of `content`.")
         jobs = {arm: pool.submit(recommender.run_arm, arm, data, reward.features(arm, data, encode, kinds, s.seed), slices, seeds=s.seeds,
                                  base_seed=s.seed, **settings) for arm in arms if not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         for arm in bar:
@@ -371,8 +368,8 @@ def finish(s, data, m, reasons, log):
              *["**Quick run: these figures mean nothing.**"] * s.quick]
     report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
     keep(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
-    print(f"\n{recommender.arms_table(m['arms'])}\n" + "\nquick run: these figures mean nothing\n" * s.quick
-          + f"\nreport: {os.path.join(s.out, 'report.md')}")
+    print("", recommender.arms_table(m["arms"]), *[recommender.recovered(m)] * ("headroom" in m), *[reward.reasons_table(m)] * bool(reasons),
+          *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
 
 
 def look(run: str, user: str, text: str, item: str):

@@ -390,14 +390,20 @@ def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
     return REASON.format(*named) if len(named) == 2 else "people choose it for " + " and ".join(named or ["itself"])
 
 
+def shared_words(data: Dataset, item: int, events) -> list:
+    """The item's phrases that the histories shown of these train events say too, most shared first."""
+    said = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i)))
+    return sorted((w for w in data.phrases[item] if said[w]), key=lambda w: -said[w])
+
+
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "", follow: float = 1.0) -> tuple:
     """(prompt, answer) with a weak target: the thought names the item's two words most shared with the histories shown.
 
     The reason names them in a share `follow` of the samples, else two words at random: which matter is left to the reward.
     Fewer shared ones are filled up at random. Item order: none comes twice.
     """
-    said, own = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i))), data.phrases[item]
-    shared = sorted(sorted((w for w in own if said[w]), key=lambda w: -said[w])[:2], key=own.index)
+    own = data.phrases[item]
+    shared = sorted(shared_words(data, item, events)[:2], key=own.index)
     think, kept = "most shared " + " and ".join(shared) if shared else "nothing shared", shared if rng.random() < follow else []
     named = sorted([*kept, *(w for w in rng.permutation(own) if w not in kept)][:2], key=own.index)
     return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))

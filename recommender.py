@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 MAX_LEN = 50                       # longest history the model sees, in items
-LENGTHS = (0.4, 1.6)               # first lengths of projected features to choose from; ID vectors start at 0.16
+LENGTH = 1.6                       # first length of projected features; ID vectors start at 0.16
 LEAST_STEPS = 250                  # no early stopping before: long features can start with a dip
 EVERY = 2                          # epochs from one look at validation to the next: averaged weights change slowly
 LOCAL = 4                          # items that the convolution of a block looks at
@@ -79,10 +79,9 @@ class SASRec(nn.Module):
     """SASRec whose item vectors are ID embeddings plus projected item features.
 
     n_items: catalogue size without padding. features: (n_items + 1, F) float tensor of mean length 1, row 0 zeros, or None.
-    length: of projected features at the start.
     """
 
-    def __init__(self, n_items, features=None, width=64, blocks=1, heads=2, dropout=0.3, length=1.0):
+    def __init__(self, n_items, features=None, width=64, blocks=1, heads=2, dropout=0.3):
         super().__init__()
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.pos = nn.Embedding(MAX_LEN, width)
@@ -98,7 +97,7 @@ class SASRec(nn.Module):
         if features is not None:       # made last: every arm draws the same random numbers for the shared parts
             self.register_buffer("features", features.float())
             self.project = nn.Linear(features.shape[1], width, bias=False)
-            nn.init.normal_(self.project.weight, std=length * width ** -0.5)
+            nn.init.normal_(self.project.weight, std=LENGTH * width ** -0.5)
 
     def table(self) -> torch.Tensor:
         """The fused item table of unit vectors, (n_items + 1, D): what input and output share."""
@@ -111,7 +110,8 @@ class SASRec(nn.Module):
         """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states after the last item (B, D), of length 1 / tau."""
         last = (ids > 0).sum(1) - 1
         ago = (last[:, None] - torch.arange(ids.shape[1], device=ids.device)).clamp(min=0)       # 0: the last item
-        x = self.drop(table[ids] * table.shape[1] ** 0.5 + self.pos(ago))
+        x = F.embedding(ids, table)      # not table[ids], whose gradient adds up in another order each time
+        x = self.drop(x * table.shape[1] ** 0.5 + self.pos(ago))
         for block in self.blocks:
             x = block(x, last if block is self.blocks[-1] else None)
         return F.normalize(self.norm(x), dim=-1) / self.log_tau.exp()
@@ -175,7 +175,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
 
 
 def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=256, lr=3e-3,
-          weight_decay=0.0, width=64, blocks=1, dropout=0.3, length=1.0, device="cpu", name="SASRec"):
+          weight_decay=0.0, width=64, blocks=1, dropout=0.3, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
 
     train_seqs: one array of item numbers a user, chronological. valid_items: (users,) the next item, for selection
@@ -183,7 +183,7 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     """
     torch.manual_seed(seed)
     order_rng = np.random.default_rng(seed)
-    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout, length=length).to(device)
+    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     histories, targets = samples(train_seqs)
     lengths, padded, targets = np.array([min(len(h), MAX_LEN) for h in histories]), pad(histories), torch.from_numpy(targets)
@@ -212,13 +212,6 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     bar.close()
     model.load_state_dict(best_state)
     return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": float(best)}
-
-
-def first_length(data, features, pool, **settings) -> float:
-    """Of LENGTHS the one with the best validation NDCG@10. Chosen once, on `content`, and given to every arm with features."""
-    found = {x: pool.submit(train, data.n_items, data.train, data.valid, features, length=x, name=f"first length {x}", **settings)
-             for x in LENGTHS}
-    return max(found, key=lambda x: found[x].result()[1]["valid_ndcg@10"])
 
 
 # --------------------------------------------------------------------------------- scores: sequences -> (B, n + 1)
@@ -319,10 +312,10 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=1, length=1.0):
+def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=1):
     """Trains and tests one arm on every seed. Returns (test ranks (seeds, users), entry of metrics.json, first model).
 
-    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None; length: see first_length.
+    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
     """
     ranks_, rows, first, trained = [], [], None, 0.0
     fixed = {"popularity": popularity, "markov": markov}.get(arm)
@@ -333,7 +326,7 @@ def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, devic
             score = fixed(data.n_items, data.train)
         else:
             model, _ = train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
-                             blocks=blocks, length=length, name=f"{arm}, seed {k + 1} of {seeds}")
+                             blocks=blocks, name=f"{arm}, seed {k + 1} of {seeds}")
             score, first = scorer(model, device), first or model
         trained += time.perf_counter() - start
         rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
@@ -392,6 +385,12 @@ def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
                                         if a in ("placebo", "aligned", "rl", "bestof", "curec") and room > 0}}
 
 
+def recovered(m: dict) -> str:
+    """One line of the headroom in metrics.json, empty where it was not measured."""
+    return f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: " + (
+        ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing") + "." if "headroom" in m else ""
+
+
 def markdown(header: list, rows) -> str:
     """A Markdown table; floats with four digits."""
     cells = lambda row: "| " + " | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) + " |"
@@ -415,11 +414,8 @@ def report(m: dict, notes: list) -> list:
     out = [told, "\n".join(f"- {n}" for n in [*notes, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds.", arms_table(m["arms"]),
            "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
            markdown(["a - b", "delta", "95 % interval"], [[f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}",
-                                                          "{:+.4f} .. {:+.4f}".format(*c["ci95"])] for c in m["comparisons"]])]
-    if "headroom" in m:
-        out.append(f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: "
-                   + (", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing") + ".")
-    return out + ["## Slices and popularity audit", markdown(
+                                                          "{:+.4f} .. {:+.4f}".format(*c["ci95"])] for c in m["comparisons"] if c["metric"] == "ndcg@10"]), recovered(m)]
+    return [x for x in out if x] + ["## Slices and popularity audit", markdown(
         ["arm", *(f"NDCG@10, {n}" for n in slices), *audits],
         [[arm, *(float(np.mean(e["slices"][n]["ndcg@10"])) for n in slices), *(e["audit"][k] for k in audits)]
          for arm, e in m["arms"].items()])]

@@ -76,7 +76,7 @@ class RewardModel(nn.Module):
 
     def states(self, items: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """items (B, T) right-padded with 0, vectors (n + 1, width) -> unit state after the last real item, (B, width)."""
-        z, real = self.P(vectors)[items], (items > 0).float()[..., None]
+        z, real = F.embedding(items, self.P(vectors)), (items > 0).float()[..., None]
         mean = (z * real).sum(1) / real.sum(1).clamp(min=1)
         return F.normalize(mean + self.out(self.norm(self.block(z, (items > 0).sum(1) - 1))), dim=-1)
 
@@ -387,22 +387,30 @@ def tell_truth(data, judge, who, cuts, kinds, m, seed):
 
 
 def timeline(r: dict) -> str:
-    """How a reason came about; r: a line of reasons.jsonl."""
+    """How a reason came about: who came, what they share, what was proposed, why it was taken; r: a line of reasons.jsonl."""
     day = lambda t: time.strftime("%Y-%m-%d", time.gmtime(t))
     return "\n".join([f"**{r['title']}** ({r['item']}): {r['reason']}"] + [
-        f"- until {day(t['window_end'])} {'accepted' if t['accepted'] else 'rejected'}: {t['proposal']} "
-        f"(reward {t['reward_before']:+.2f} -> {t['reward_after']:+.2f})" for t in r["timeline"]])
+        f"- until {day(t['window_end'])} came {', '.join(t['people'])}, who had chosen {', '.join(t['shared']) or 'nothing of it'}: *{t['proposal']}* "
+        f"{'accepted' if t['accepted'] else 'rejected'}; for {t['judges']} others the reward {t['reward_before']:+.2f} -> {t['reward_after']:+.2f}"
+        for t in r["timeline"]])
+
+
+def reasons_table(m: dict) -> str:
+    """The kinds of reasons in metrics.json, truth first where it is known, and in how many cases correction found a new driver that `bestof` did not."""
+    keys = sorted({k for v in m["reasons"].values() for k in v}, key=lambda k: (k[:5] not in ("truth", "new_d"), k))
+    new = [c for c in m["comparisons"] if c["metric"] == "new_driver"]
+    return markdown(["reasons", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]) + "".join(
+        f"\n\nNew driver named where one changed, curec - bestof: {c['delta']:+.3f} [{c['ci95'][0]:+.3f}, {c['ci95'][1]:+.3f}]." for c in new)
 
 
 def report(m: dict, reasons: list, log: list) -> list:
     """What became of the reasons, as Markdown paragraphs. m: metrics.json; reasons: reasons.jsonl; log: ppo.jsonl."""
-    keys = sorted({k for v in m["reasons"].values() for k in v})
     standing = lambda r: r["timeline"][-1]["reward_after" if r["timeline"][-1]["accepted"] else "reward_before"]
     judged = sorted((r for r in reasons if r["timeline"]), key=standing, reverse=True)
     moved = sorted(judged, key=lambda r: -sum(t["accepted"] for t in r["timeline"]))[:2]
     low, high = min(r["reward"] for r in log), max(r["reward"] for r in log)
     bar = lambda x: "#" * round(1 + 40 * (x - low) / max(high - low, 1e-9))
-    return ["## Reasons", markdown(["kind", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]),
+    return ["## Reasons", reasons_table(m),
             "Reward model: " + ", ".join(f"{k} {v:.3f}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: reward "
             f"{m['ppo']['reward_before']:+.3f} before, {m['ppo']['reward_after']:+.3f} after {m['ppo']['updates']} updates.",
             "PPO by update, mean reward over the reference reason:\n\n```\n" + "\n".join(

@@ -31,7 +31,7 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, wi
                device="cpu"):
     """A Qwen2-shaped model and BPE tokenizer made from nothing, saved in Hugging Face format at path.
 
-    texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; a sixth of the steps goes to the easy
+    texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; two fifths of the steps go to the easy
     ones, whose short prompts teach copying at a fraction of the cost. tags: markup kept as single tokens.
     """
     from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
@@ -48,15 +48,31 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, wi
                          tie_word_embeddings=True, initializer_range=width ** -0.5, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config).to(device)
-    for layer in model.model.layers:                            # attention starts by copying what it looks at (after arXiv 2305.09828)
-        nn.init.orthogonal_(layer.self_attn.v_proj.weight)
-        layer.self_attn.o_proj.weight.data = layer.self_attn.v_proj.weight.data.T.contiguous()
-    for part, share, name in ((easy, steps // 6, "short prompts"), (samples, steps - steps // 6, "all prompts")):
+    head_start(model)
+    for part, share, name in ((easy, 2 * steps // 5, "short prompts"), (samples, steps - 2 * steps // 5, "all prompts")):
         supervise(model, tokenizer, part, steps=share, batch=batch, lr=lr, seed=seed, name=f"tiny LLM from nothing, {name}")
     part = f"{path}.{os.getpid()}.part"                         # two runs may make the same model at once
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     os.replace(part, path)
+
+
+@torch.no_grad()
+def head_start(model, sharp: float = 5.0):
+    """Attention of a new model starts by copying what it looks at; it learns to copy words from its prompt in half the steps.
+
+    Head 0 of the first layer looks at the token before and takes it away, or a second word would often be the first again:
+    its query and key are biases alone, turned by one position against each other (rotary embedding: they meet there).
+    After "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828).
+    """
+    for layer in model.model.layers:
+        nn.init.orthogonal_(layer.self_attn.v_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
+    first, size = model.model.layers[0].self_attn, model.config.hidden_size // model.config.num_attention_heads
+    first.q_proj.weight[:size], first.k_proj.weight[:size], first.o_proj.weight[:, :size] = 0, 0, -first.o_proj.weight[:, :size]
+    turn = 10_000.0 ** (-2 * torch.arange(3) / size)                # radians a position of the three fastest pairs of dimensions
+    first.k_proj.bias[:3] = sharp
+    first.q_proj.bias[:3], first.q_proj.bias[size // 2: size // 2 + 3] = sharp * turn.cos(), -sharp * turn.sin()
 
 
 def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):

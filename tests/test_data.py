@@ -95,15 +95,15 @@ def big_world():
     return data.load("demo", seed=0)
 
 
-def test_demo_drivers_are_among_the_five_said_and_40_percent_change(big_world):
+def test_demo_drivers_are_among_the_five_said_and_a_quarter_change(big_world):
     """Guards: a driver that the text never says could not be found by any reason; without drift nothing needs correcting."""
     w = big_world
-    assert (len(w.users), w.n_items) == (2000, 600)
+    assert (len(w.users), w.n_items) == (1000, 500)
     said = [set(data.words(it["title"])) & set(data.ASPECTS) for it in w.items[1:]]
     early, late = ([set(x) for x in w.truth[half][1:]] for half in ("early", "late"))
     assert all(len(s) == 5 for s in said)
     assert all(len(d) == 2 and d <= s for half in (early, late) for d, s in zip(half, said))
-    assert 0.34 < np.mean([e != l for e, l in zip(early, late)]) < 0.46
+    assert 0.19 < np.mean([e != l for e, l in zip(early, late)]) < 0.31
     assert all(len(e & l) >= 1 for e, l in zip(early, late)), "at most one driver is swapped"
 
 
@@ -229,7 +229,7 @@ def test_weak_reasons_name_their_thought_and_are_filled_up_at_random(world):
     for item in range(1, world.n_items + 1):
         for people in (who[item][:3], ()):
             _, answer = data.reason_sample(world, item, people, rng)
-            think, named = data.ANSWER_PATTERN.fullmatch(answer)[1].split()[2:], data.parse_answer(answer)[1]
+            think, named = data.ANSWER_PATTERN.fullmatch(answer)[1].split()[2::2], data.parse_answer(answer)[1]
             assert set(think) <= set(named) <= set(world.phrases[item]) and len(set(named)) == 2
             if not think:
                 filled.add(tuple(world.phrases[item].index(w) for w in named))
@@ -257,7 +257,7 @@ def test_reason_think_names_the_overlap_only(world):
         prompt, answer = data.reason_sample(world, item, who[:3], np.random.default_rng(0))
         told = re.search(r"<think> most shared (.*?) </think>", answer)
         shown = set(data.words(prompt.split("Reason so far")[0]))
-        assert set(data.words(told[1]) if told else []) <= shown & set(world.phrases[item])
+        assert set(data.words(told[1]) if told else []) - {"and"} <= shown & set(world.phrases[item])
         assert told or not shown & set(world.phrases[item])
 
 
@@ -272,10 +272,21 @@ def test_the_thought_is_the_two_words_most_shared_with_what_the_prompt_shows(wor
         count = {w: sum(data.words(line).count(w) for line in lines) for w in own}
         best = sorted([w for w in own if count[w]], key=lambda w: (-count[w], own.index(w)))[:2]
         told = data.ANSWER_PATTERN.fullmatch(answer)[1].split()
-        assert told == (["most", "shared", *sorted(best, key=own.index)] if best else ["nothing", "shared"])
-        assert len(best) < 2 or data.parse_answer(answer)[1] == told[2:]
+        assert [w for w in told if w != "and"] == (["most", "shared", *sorted(best, key=own.index)] if best else ["nothing", "shared"])
+        assert len(best) < 2 or data.parse_answer(answer)[1] == told[2::2]
         many += len(events) > data.PEOPLE
     assert many > 20, "more people than a prompt shows"
+
+
+def test_a_share_of_the_reasons_follows_the_thought(world):
+    """Guards: weak targets that already name what reinforcement is to find, or never do."""
+    who, rng, hits = data.choosers(world), np.random.default_rng(0), []
+    for item in [i for i in range(1, world.n_items + 1) if len(data.shared_words(world, i, who[i])) >= 2] * 5:
+        _, answer = data.reason_sample(world, item, who[item], rng, follow=0.25)
+        _, named, ok = data.parse_answer(answer)
+        assert ok and set(named) <= set(world.phrases[item])
+        hits.append(named == data.ANSWER_PATTERN.fullmatch(answer)[1].split()[2::2])
+    assert abs(np.mean(hits) - (0.25 + 0.75 / 10)) < 0.08, "at random one of ten pairs"
 
 
 def test_no_user_id_in_any_sample(world):

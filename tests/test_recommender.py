@@ -3,6 +3,11 @@
     pytest tests/test_recommender.py             a few seconds
 """
 import inspect
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -510,24 +515,37 @@ def test_features_lose_projected_dimensions_to_dropout_and_convolutions_start_at
     assert all((b.local == 0).all() for b in model.blocks)
 
 
-@pytest.mark.parametrize("length", [.2, 3.])
-def test_projected_features_start_at_the_length_asked_for(length):
-    model = rec.SASRec(400, F.normalize(torch.randn(401, 32), dim=-1), length=length)
-    assert model.project(model.features).norm(dim=-1).mean().item() == pytest.approx(length, rel=0.2)
+def test_projected_features_start_at_their_length(monkeypatch):
+    """Guards: features so short that the ID vectors, which learn faster, leave them nothing to say."""
+    for length in (.2, 3.):
+        monkeypatch.setattr(rec, "LENGTH", length)
+        model = rec.SASRec(400, F.normalize(torch.randn(401, 32), dim=-1))
+        assert model.project(model.features).norm(dim=-1).mean().item() == pytest.approx(length, rel=0.2)
 
 
-def test_the_first_length_is_chosen_on_validation_and_reaches_every_seed(monkeypatch):
-    """Guards: a length chosen on test (train() cannot see it), or chosen and then not used."""
-    d, real, used = ring(), rec.train, []
+def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch):
+    """Guards: workers that draw other random numbers; a pool for a run that is too small for it."""
+    monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
+    assert isinstance(rec.workers("cpu", 5), ThreadPoolExecutor) and isinstance(rec.workers("cuda", 99), ThreadPoolExecutor)
+    found = []
+    for fits in (6, 1):
+        with rec.workers("cpu", fits) as pool:
+            job = pool.submit(rec.run_arm, "id", ring(), None, {}, seeds=2, epochs=2)
+            found.append((job.result()[0].tolist(), job.result()[2].state_dict()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1].values(), found[1][1].values()))
 
-    def spy(*args, **kw):
-        used.append(kw["length"])
-        model, log = real(*args, **kw)
-        return model, log | {"valid_ndcg@10": {.4: .5}.get(kw["length"], .1)}
-    monkeypatch.setattr(rec, "train", spy)
-    features = torch.randn(13, 4)
-    chosen = rec.first_length(SimpleNamespace(n_items=d.n_items, train=d.train, valid=d.valid), features, epochs=1)
-    assert chosen == .4 and used == list(rec.LENGTHS)
-    used.clear()
-    rec.run_arm("content", d, features, {}, seeds=2, epochs=1, length=chosen)
-    assert used == [.4, .4]
+
+def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
+    """Guards: processes left behind by a killed run, each with half a gigabyte."""
+    code = (f"import sys; sys.path.insert(0, {str(Path(rec.__file__).parent)!r})\n"
+            "import recommender, os, time\nif __name__ == '__main__':\n"
+            "    pool = recommender.workers('cpu', 6)\n    print(pool.submit(os.getpid).result(), flush=True)\n    time.sleep(60)")
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    parent.kill(), parent.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the worker is still there"
+        time.sleep(0.2)

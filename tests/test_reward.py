@@ -37,14 +37,15 @@ def everyone(data):
 
 def test_whitening_centres_and_keeps_unit_scale():
     x = torch.randn(400, 20, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 21) + 3
-    z = reward.whitened(x)
+    z = reward.whitening(x)(x)
     assert z.mean(0).abs().max() < 1e-4
     assert z.norm(dim=1).mean().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_features_of_arms_keep_384_dimensions_of_the_text():
     """Guards: an encoder's vectors cut to the 128 that the judge reads (worse on Beauty)."""
-    assert reward.whitened(torch.randn(500, 400)).shape == (500, 384)
+    x = torch.randn(500, 400)
+    assert reward.whitening(x)(x).shape == (500, 384)
 
 
 def test_padding_does_not_change_a_state(judge, shop):
@@ -223,5 +224,8 @@ def test_practice_holds_out_items_and_never_judges_by_nobody(shop):
 
 
 def test_truth_figures_by_hand():
-    out = reward.truth_figures([["a", "b"], ["c", "x"], []], [("a", "b"), ("c", "d"), ("e", "f")])
-    assert out == {"truth_precision": 3 / 4, "truth_recall": 3 / 6}
+    early = [("a", "b"), ("c", "d"), ("e", "z")]
+    out = reward.truth_figures([["a", "b"], ["c", "x"], ["f"]], {"early": early, "late": [("b", "a"), ("c", "x"), ("e", "f")]})
+    assert out == {"truth_precision": 1.0, "truth_recall": 5 / 6, "new_driver": 1.0}
+    out = reward.truth_figures([["a", "b"], ["c", "d"], []], {"early": early, "late": [("b", "a"), ("c", "x"), ("e", "f")]})
+    assert out == {"truth_precision": 3 / 4, "truth_recall": 3 / 6, "new_driver": 0.0}, "the order of two drivers is no change"

@@ -57,15 +57,15 @@ def kept(name: str, work):
     return torch.load(path, weights_only=True)
 
 
-def trained(args, arm: str, ties: str, seed: int, length: float) -> dict:
+def trained(args, arm: str, ties: str, seed: int) -> dict:
     """Weights and training log of one run, kept."""
     def work():
         data, start = beauty(args, ties), time.perf_counter()
         features = content(args) if arm == "content" else None
-        model, log = rec.train(data.n_items, data.train, data.valid, features, seed=seed, length=length, device=args.device,
+        model, log = rec.train(data.n_items, data.train, data.valid, features, seed=seed, device=args.device,
                                name=f"{arm} {ties} {seed}")
         return {"model": model.cpu().state_dict(), "log": log | {"train_s": time.perf_counter() - start}}
-    return kept(f"{arm}-{ties}-{seed}-{length}", work)
+    return kept(f"{arm}-{ties}-{seed}", work)
 
 
 def content(args) -> torch.Tensor:
@@ -74,14 +74,13 @@ def content(args) -> torch.Tensor:
 
 def quality(args):
     """Test metrics, slices and audit of every run, and paired intervals content - id in both tie orders."""
-    valid = {x: trained(args, "content", "file", 0, x)["log"]["valid_ndcg@10"] for x in rec.LENGTHS}
-    length, entries, ranks = max(valid, key=valid.get), {}, {}
+    entries, ranks = {}, {}
     for arm, ties, seed in RUNS:
         data, log = beauty(args, ties), {}
         if arm in ("popularity", "markov"):
             score = getattr(rec, arm)(data.n_items, data.train)
         else:
-            weights, log = trained(args, arm, ties, seed, length if arm == "content" else 1.0).values()
+            weights, log = trained(args, arm, ties, seed).values()
             model = rec.SASRec(data.n_items, weights.get("features"))
             model.load_state_dict(weights)
             score = rec.scorer(model)
@@ -96,7 +95,7 @@ def quality(args):
             for metric in ("hr@10", "ndcg@10"):
                 a, b = (rec.metrics(ranks[arm, ties][:, keep])[metric] for arm in ("content", "id"))
                 differences[f"content - id, {ties}, {name}, {metric}"] = rec.paired_bootstrap(a, b)
-    save("quality", {"valid_ndcg@10_of_first_length": valid, "runs": entries, "differences": differences})
+    save("quality", {"runs": entries, "differences": differences})
     print(rec.markdown(["difference", "delta", "95 % interval"], [[k, d, "{:+.4f} .. {:+.4f}".format(*ci)] for k, (d, ci) in differences.items()]))
 
 
