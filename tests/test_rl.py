@@ -961,7 +961,7 @@ def test_a_keyword_reaches_nine_tenths_of_its_reward(tiny):
 def test_a_length_target_reaches_nine_tenths_of_its_reward(tiny):
     """Guards: credit that does not reach EOS: the token that ends an answer decides here."""
     model, tokenizer = fresh(tiny)
-    log = run(model, tokenizer, lambda texts, rows: torch.tensor([max(0.0, 1 - abs(len(t.split()) - 3) / 3) for t in texts]),
+    log = run(model, tokenizer, lambda texts, rows: torch.tensor([max(0.0, 1 - abs(len(t.split()) - 6) / 6) for t in texts]),
               updates=60, batch=64, minibatch=32, micro_batch=16, max_new=8, beta=0.02, lr=3e-3)
     first, last = (np.mean([row["reward"] for row in part]) for part in (log[:5], log[-10:]))
     assert first < 0.6 and last >= 0.9, [row["reward"] for row in log]
