@@ -312,8 +312,10 @@ def downstream(s, data, encode, kinds, m):
     slices, ranks, seconds, arms = recommender.slices_of(data), {}, {}, s.arms.split(",")
     settings = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
+        start = time.perf_counter()
         jobs = {arm: pool.submit(recommender.run_arm, arm, data, reward.features(arm, data, encode, kinds, s.seed), slices, seeds=s.seeds,
                                  base_seed=s.seed, **settings) for arm in arms if not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
+        seconds["features"] = time.perf_counter() - start
         for arm in bar:
             def work():
                 rank, entry, model = jobs[arm].result()

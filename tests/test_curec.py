@@ -108,7 +108,8 @@ def test_resume_does_no_finished_stage_again_and_changes_no_figure(finished):
     assert done.returncode == 0, done.stderr[-2000:]
     after = metrics_of(cwd)
     assert all(before["time_s"][k] == after["time_s"][k] for k in ("tiny_llm", "align", "reward", "ppo", "correct"))
-    assert after["time_s"]["downstream"] > sum(e["train_s"] for e in after["arms"].values()), "arms of both processes"
+    waited = sum(torch.load(f, weights_only=True)["seconds"] for f in (cwd / "runs/demo/state").glob("arm-*.pt"))
+    assert waited < after["time_s"]["downstream"] < waited + 60, "arms of both processes, and the features"
     for m in (before, after):
         assert m["time_s"].pop("total") == pytest.approx(sum(m["time_s"].values()))
         m.pop("time_s"), m.pop("peak_memory_mb")
@@ -122,6 +123,22 @@ def test_every_ppo_answer_is_used_for_one_pass(finished):
     cwd, _ = finished
     log = [json.loads(line) for line in (cwd / "runs/demo/ppo.jsonl").read_text().splitlines()]
     assert [r["steps"] for r in log] == [3]
+
+
+def test_score_prints_the_reward_of_a_reason_written_by_hand(finished):
+    """The same reason must earn the same as the run's own; a bad one less; an unknown item gets one line."""
+    cwd, _ = finished
+    row = next(r for r in map(json.loads, (cwd / "runs/demo/reasons.jsonl").read_text().splitlines()) if D.REASON_PATTERN.fullmatch(r["reason"]))
+    look = lambda *args: run("--run", "runs/demo", *args, cwd=cwd)
+    done = look("--score", row["reason"], "--item", row["item"])
+    mine, theirs = [line.split("|")[2:] for line in done.stdout.splitlines() if line.startswith("| people")]
+    assert done.returncode == 0 and mine == theirs and row["title"] in done.stdout
+    empty = look("--score", "nothing", "--item", row["item"]).stdout.splitlines()
+    rewards = {line.split("|")[1].strip(): float(line.split("|")[2]) for line in empty if line.startswith(("| people", "| nothing"))}
+    assert rewards["nothing"] < rewards[row["reason"]] - 1, "the format penalty at least"
+    wrong = look("--score", "x", "--item", "D9999")
+    assert wrong.returncode == 2 and "D9999" in wrong.stderr and "D0001" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    assert look("--score", "x").returncode == 2 and look("--item", "D0001").returncode == 2
 
 
 def test_resume_refuses_other_settings(finished):
