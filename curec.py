@@ -13,15 +13,14 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -36,9 +35,6 @@ from recommender import ARMS
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
 LLM_ARMS = REASON_ARMS | {"content", "oracle"}                        # these need text vectors
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
-
-
-# -------------------------------------------------------------------------------------------------------- settings
 opt = lambda default, group, text: field(default=default, metadata={"group": group, "help": text})
 
 
@@ -54,17 +50,17 @@ class Settings:
     encoder: str = opt("", "LLM", "Hugging Face text encoder, name or path; default: the LLM's own hidden states")
     tiny_steps: int = opt(1000, "LLM", "training steps of the tiny LLM, 16 prompts each")
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
+    temperature: float = opt(0.7, "LLM", "of reasons and of PPO's answers; proposals of the correction: 1")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a pass with gradients holds; lower it if memory runs out; 0: 16 for tiny, else 4")
-    ppo_updates: int = opt(30, "method", "PPO updates (sample, score, learn)")
+    ppo_updates: int = opt(26, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
     windows: int = opt(4, "method", "time windows of the correction, equal in train events")
-    proposals: int = opt(8, "method", "corrections proposed for an item and window")
+    proposals: int = opt(12, "method", "corrections proposed for an item and window")
     margin: float = opt(0.5, "method", "accept a correction if its paired gain exceeds this many standard errors")
     arms: str = opt("all", "evaluation", "comma-separated arms, or all: " + ",".join(ARMS))
     seeds: int = opt(3, "evaluation", "downstream repeats of every arm")
-    blocks: int = opt(1, "evaluation", "transformer blocks of the downstream SASRec")
     epochs: int = opt(60, "evaluation", "most downstream epochs; validation stops earlier")
     out: str = opt("", "run", "run folder; default runs/DATASET")
     seed: int = opt(0, "run", "seed of everything, the demo world included")
@@ -77,8 +73,9 @@ class Settings:
     item: str = opt("", "look at a finished run", "ID of the item that --score is about")
 
 
+load_data = lambda s: D.load(s.dataset, s.data_dir, small=s.quick, **{k: getattr(s, k) for k in "seed ties k_core limit_items limit_users".split()})
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "seeds": 1, "epochs": 3}
-sampling = lambda s: {"max_new": s.max_new, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}   # padded tokens a pass holds
+sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}   # padded tokens a pass
 
 
 def parse_args(argv=None):
@@ -103,7 +100,7 @@ def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arms = [a for a in ARMS if a != "oracle" or demo] if s.arms == "all" else s.arms.split(",")
-    least = {"k_core": -1, "ppo_batch": 8} | dict.fromkeys("seeds windows ppo_updates epochs tiny_steps align_steps proposals blocks".split(), 1)
+    least = {"k_core": -1, "ppo_batch": 8} | dict.fromkeys("seeds windows ppo_updates epochs tiny_steps align_steps proposals".split(), 1)
     low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
     for wrong, message in (
             (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
@@ -155,16 +152,12 @@ def open_run(s: Settings):
     os.makedirs(state, exist_ok=True)
 
 
-def load_data(s: Settings):
-    return D.load(s.dataset, s.data_dir, seed=s.seed, ties=s.ties, k_core=None if s.k_core < 0 else s.k_core,
-                  limit_items=s.limit_items, limit_users=s.limit_users, small=s.quick)
-
-
 def describe(s: Settings, cuts) -> dict:
     """config.json: what another machine needs to know to repeat the run."""
     git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"settings": {k: v for k, v in asdict(s).items() if k not in ("resume", "run", "explain", "score", "item")}, "windows": cuts, "git_commit": commit or "unknown",
+    return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in ("resume", "run", "explain", "score", "item")},
+            "windows": cuts, "git_commit": commit or "unknown",
             "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
             "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
                          "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
@@ -174,10 +167,8 @@ def describe(s: Settings, cuts) -> dict:
 def tiny_llm(s: Settings, data) -> str:
     """Path of the tiny LLM trained from nothing on this data set's texts and prompts; cached by what it depends on."""
     rng = np.random.default_rng([s.seed, 41])
-    easy = D.alignment_samples(data, 10_000, rng, reason_share=1.0, people=1)
-    samples = D.alignment_samples(data, 20_000, rng, reason_share=1.0)
-    key = hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 6]).encode()).hexdigest()[:12]
-    path = os.path.join("cache", f"tiny-{data.name}-{key}")
+    easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
+    path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 7]).encode()).hexdigest()[:12]
     if not os.path.exists(path):
         rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
     return path
@@ -185,17 +176,16 @@ def tiny_llm(s: Settings, data) -> str:
 
 def save_adapter(model, out: str, name: str):
     """OUT/NAME, atomic, and without the empty model card that peft puts beside it."""
-    with tempfile.TemporaryDirectory(dir=out) as part:
-        model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)      # "auto" would ask the hub
-        shutil.rmtree(os.path.join(out, name), ignore_errors=True)
-        os.replace(os.path.join(part, name), os.path.join(out, name))
+    part = os.path.join(out, "state", "adapter")
+    model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)          # "auto" would ask the hub
+    shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+    os.replace(os.path.join(part, name), os.path.join(out, name))
 
 
 def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt."""
     items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
-    train, updates = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt")   # more would never be drawn
-    found = {}
+    train, updates, found = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt"), {}   # more is never drawn
 
     def total(texts, rows):
         value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
@@ -211,9 +201,8 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     def sample(rows, adapter, name):
         rl.use(model, adapter)
         return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], **sampling(s), seed=s.seed, name=name)[0], rows)
-    before, reference = stage(s, "reference", {}, lambda: [torch.from_numpy(x) for x in (
-        sample(held, "align", "held-out prompts before PPO"),
-        sample(np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1))])
+    before, reference = stage(s, "reference", {}, lambda: [torch.from_numpy(x) for x in (sample(held, "align", "held-out prompts before PPO"), sample(
+        np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1))])
     stage.now = "ppo"
     log = rl.ppo(model, tokenizer, [prompts[k] for k in train],
                  lambda texts, rows: torch.from_numpy(total(texts, train[rows])) - reference[rows],
@@ -226,19 +215,26 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
 
 
 # ----------------------------------------------------------------------------- stage 5: chronological correction
-def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
-    """Corrects every item's reason at the end of each window; nothing after the window is in a prompt or a judgement.
+def propose(s: Settings, model, tokenizer, prompts, seed, name):
+    """An answer a prompt for the judge to choose from: at temperature 1, every third by `align`, whose guesses PPO has not narrowed down."""
+    out = {}
+    for adapter, rows in (("align", range(0, len(prompts), 3)), ("policy", [k for k in range(len(prompts)) if k % 3])):
+        rl.use(model, adapter)
+        how = sampling(s) | {"temperature": 1.0, "seed": seed, "name": f"{name}, by {adapter}"}
+        out |= zip(rows, rl.generate(model, tokenizer, [prompts[k] for k in rows], **how)[0])
+    return [out[k] for k in range(len(prompts))]
 
-    Half of a window's choosers are shown, the other half judge. Returns (answers, timelines, judges an item, rows a window).
-    """
+
+def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
+    """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of a window's
+    choosers are shown, the others judge. Returns (answers, timelines, judges an item, rows a window)."""
     rl.use(model, "policy")
-    first = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
-    answers = [""] + rl.generate(model, tokenizer, first, **sampling(s), seed=s.seed, name="first reasons, from the text alone")[0]
+    answers = [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)], **sampling(s),
+                                 seed=s.seed, name="first reasons, from the text alone")[0]
     timelines, judged, rows = [[] for _ in answers], [[] for _ in answers], []
     for w, period, items, shown, judges in reward.windows(data, who, cuts, s.seed):
         prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
-        proposals, _ = rl.generate(model, tokenizer, [p for p in prompts for _ in range(s.proposals)], **sampling(s),
-                                   seed=s.seed + w, name=f"correction, window {w} of {len(cuts) - 1}")
+        proposals = propose(s, model, tokenizer, [p for p in prompts for _ in range(s.proposals)], s.seed + w, f"correction, window {w} of {len(cuts) - 1}")
         chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
         for i, p, c, j in zip(items, shown, chosen, judges):
             timelines[i].append({"window_end": period[1], "people": [data.users[u] for u in data.events["user"][p]], "judges": len(j),
@@ -246,10 +242,9 @@ def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
                                  "reward_before": c["before"], "reward_after": c["after"], "accepted": c["accepted"]})
             answers[i] = proposals[c["best"]] if c["accepted"] else answers[i]
             judged[i] += j.tolist()
-        rows.append({"window": w, "proposed": len(proposals), "accepted": sum(c["accepted"] for c in chosen),
-                     "reward_before": float(np.mean([c["before"] for c in chosen])),
-                     "reward_after": float(np.mean([c["after" if c["accepted"] else "before"] for c in chosen])),
-                     "items": len(items), "false_accept_rate": false})
+        rows.append({"window": w, "items": len(items), "proposed": len(proposals), "accepted": sum(c["accepted"] for c in chosen),
+                     "false_accept_rate": false, "reward_before": float(np.mean([c["before"] for c in chosen])),
+                     "reward_after": float(np.mean([c["after" if c["accepted"] else "before"] for c in chosen]))})
     return answers, timelines, judged, rows
 
 
@@ -257,17 +252,16 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     """All kinds of reasons: {KIND: decoded answers, index 0 empty}, the timelines and the correction's rows."""
     shown, items = reward.one_shot_people(who, s.seed)[0], list(range(1, data.n_items + 1))
 
-    def answer(adapter, items, seed, name, shown=shown):
+    def one_shot(adapter, name):
         rl.use(model, adapter)
-        prompts = [D.reason_prompt(data, i, "", shown[i]) for i in items]
-        return rl.generate(model, tokenizer, prompts, **sampling(s), seed=seed, name=name)[0]
-    kinds = {"aligned": [""] + answer("align", items, s.seed, "reasons: aligned"), "rl": [""] + answer("policy", items, s.seed, "reasons: rl")}
+        return [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", shown[i]) for i in items], **sampling(s), seed=s.seed, name=name)[0]
+    kinds = {"aligned": one_shot("align", "reasons: aligned"), "rl": one_shot("policy", "reasons: rl")}
     kinds["curec"], timelines, judged, rows = correct(s, data, model, tokenizer, judge, who, cuts)
     # the control for correction: as many one-shot proposals as curec made, the same judges (in no prompt), no time order
     rng, judged = np.random.default_rng([s.seed, 67]), [np.array(j, int) for j in judged]
     apart = [rng.permutation(np.setdiff1d(w, j))[: D.PEOPLE] for w, j in zip(who, judged)]
     many = [i for i in items for _ in range(1 + s.proposals * len(timelines[i]))]
-    texts = answer("policy", many, s.seed + 91, "best of one-shot proposals", apart)
+    texts = propose(s, model, tokenizer, [D.reason_prompt(data, i, "", apart[i]) for i in many], s.seed + 91, "best of one-shot proposals")
     total, _ = judge.rewards(many, texts, [apart[i] for i in many], [judged[i] for i in many], (cuts[0], cuts[-1]), s.seed)
     parts = np.split(np.arange(len(many)), np.flatnonzero(np.diff(many)) + 1)
     kinds["bestof"] = [""] + [texts[max(part, key=lambda k: total[k])] for part in parts]
@@ -286,21 +280,18 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
     def align():
         rl.use(model, "align", trainable=True)
-        rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8, follow=0.25),
-                     steps=s.align_steps, batch=32, micro_batch=s.micro_batch,
-                     lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
+        rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8, follow=0.0),
+                     steps=s.align_steps, batch=32, micro_batch=s.micro_batch, lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
         save_adapter(model, s.out, "align")
     stage(s, "align", m["time_s"], align)
     rl.restore(model, s.out, "align")
     judge = reward.Judge(data, encode)
     fit = stage(s, "reward", m["time_s"], lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()}, "[2/5] reward model")
-    judge.model.load_state_dict(fit["weights"])
-    judge.remember()
+    judge.remember(fit["weights"])
     rl.add_policy(model)
     m["ppo"] = stage(s, "ppo", m["time_s"], lambda: reinforce(s, data, model, tokenizer, judge, who, cuts), "[3/5] PPO")
     rl.restore(model, s.out, "policy")
-    out = stage(s, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts),
-                "[4/5] reasons and chronological correction")
+    out = stage(s, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts), "[4/5] reasons and chronological correction")
     m["reward"], m["correction"] = {k: v for k, v in fit["report"].items() if k == "auc_heldout"}, out["correction"]
     m["reasons"] = {k: {**judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed),
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
@@ -309,18 +300,14 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
 
 def downstream(s, data, encode, kinds, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom."""
-    slices, ranks, seconds, arms = recommender.slices_of(data), {}, {}, s.arms.split(",")
-    settings = {"epochs": s.epochs, "blocks": s.blocks, "device": s.device}
+    slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        start = time.perf_counter()
         jobs = {arm: pool.submit(recommender.run_arm, arm, data, reward.features(arm, data, encode, kinds, s.seed), slices, seeds=s.seeds,
-                                 base_seed=s.seed, **settings) for arm in arms if not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
+                                 base_seed=s.seed, epochs=s.epochs, device=s.device)
+                for arm in arms if not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
-            def work():
-                rank, entry, model = jobs[arm].result()
-                return {"ranks": torch.from_numpy(rank), "entry": entry, "model": model.cpu().state_dict() if model else {}}
-            done = stage(s, f"arm-{arm}", seconds, work)
+            done = stage(s, f"arm-{arm}", seconds, lambda: jobs[arm].result())
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
@@ -335,8 +322,7 @@ def pipeline(s: Settings):
     open_run(s)
     m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
-    print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]),
-          *(f"  note: {note}" for note in data.notes), sep="\n")
+    print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
     config, encode, out, reasons, log = describe(s, cuts), None, {"kinds": {}}, [], []
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
@@ -358,19 +344,13 @@ def pipeline(s: Settings):
     if reasons and data.truth:
         reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
     m["time_s"]["total"] = sum(m["time_s"].values())
-    finish(s, data, m, reasons, log)
-
-
-def finish(s, data, m, reasons, log):
-    """Writes metrics.json and report.md and prints the arms."""
-    gpu = {"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if s.device.startswith("cuda") else {}
-    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024} | gpu
+    m["peak_memory_mb"] = {"ram": getrusage(RUSAGE_SELF).ru_maxrss / 1024} | ({"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if "cuda" in s.device else {})
     keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
     notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
              *["**Quick run: these figures mean nothing.**"] * s.quick]
     report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
     keep(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
-    print("", recommender.arms_table(m["arms"]), *[recommender.recovered(m)] * ("headroom" in m), *[reward.reasons_table(m)] * bool(reasons),
+    print("", recommender.arms_table(m["arms"]), *([recommender.recovered(m)] if "headroom" in m else []), *([reward.reasons_table(m)] if reasons else []),
           *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
 
 
@@ -387,14 +367,13 @@ def look(run: str, user: str, text: str, item: str):
         raise D.DataError(f"{'--explain ' + user if user else '--item ' + item}: not in the data; some there are: {', '.join(known[:5])}")
     at = known.index(user or item)
     if user:
-        history, model = data.seqs[at][:-1], recommender.SASRec(data.n_items, kept["model"]["features"], blocks=s.blocks)
+        history, model = data.seqs[at][:-1], recommender.SASRec(data.n_items, kept["model"]["features"])
         model.load_state_dict(kept["model"])
         scores = recommender.scorer(model)([history])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf)
         print(f"{user} chose: " + "; ".join(D.title(data, i) for i in history[-10:]) + "\n")
         return [print(f"{value:+.2f}  {reward.timeline(reasons[i - 1])}\n") for value, i in zip(*(x.tolist() for x in scores.topk(5)))]
     judge = reward.Judge(data, reward.load_encoder(s.encoder, s.device) if s.encoder else open_llm(s, config["llm_path"])[2])
-    judge.model.load_state_dict(kept["weights"])
-    judge.remember()
+    judge.remember(kept["weights"])
     print(D.item_text(data.items[at + 1]) + "\n\n" + judge.table(at + 1, [text, reasons[at]["reason"]], D.choosers(data), config["windows"], s.seed))
 
 
@@ -404,13 +383,12 @@ def main(argv=None) -> int:
         s = parse_args(argv)
         look(s.run, s.explain, s.score, s.item) if s.run else pipeline(s := resolve(s))
         return 0
-    except (RuntimeError, MemoryError) as e:
+    except (D.DataError, OSError, RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):
             raise
-        print(f"curec.py: error: out of memory on {s.device} in or after stage {getattr(stage, 'now', 'load')} with --micro-batch {s.micro_batch}. What is finished is "
-              f"kept: go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items", file=sys.stderr)
-        return 2
-    except (D.DataError, OSError) as e:
+        if isinstance(e, (RuntimeError, MemoryError)):
+            e = (f"out of memory on {s.device} in or after stage {getattr(stage, 'now', 'load')} with --micro-batch {s.micro_batch}. What is finished is kept: "
+                 f"go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items")
         print(f"curec.py: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

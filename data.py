@@ -135,32 +135,28 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     late = early.copy()
     for i in np.flatnonzero(rng.random(n_items) < 0.25):
         late[i, rng.integers(2)] = rng.choice([a for a in said[i] if a not in early[i]])
-    drives = np.zeros((2, n_items, K))
-    for half, drivers in enumerate((early, late)):
-        np.put_along_axis(drives[half], drivers, 1.0, axis=1)
+    drives = [(drivers[..., None] == np.arange(K)).any(1) for drivers in (early, late)]                # (items, K) before and after
     popularity, seqs, times = rng.normal(0, 0.3, n_items), [], []
     for _ in range(n_users):
         wants = rng.permutation(K)[:4]
-        needs = np.zeros((2, K))
-        needs[0, wants[:3]] = 1
-        needs[1, wants[1:] if rng.random() < 0.3 else wants[:3]] = 1
+        needs = [wants[:3], wants[1:] if rng.random() < 0.3 else wants[:3]]
         when = np.sort(rng.integers(0, span, rng.integers(9, 14)))
         open_items, chosen = np.ones(n_items, bool), []
         for t in when:
-            matches = drives[int(t > span // 2)] @ needs[int(t > span // 2)]
+            matches = drives[half := int(t > span // 2)][:, needs[half]].sum(1)
             utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             chosen.append(int(np.where(open_items, utility, -np.inf).argmax()))
             open_items[chosen[-1]] = False
         seqs.append(np.array(chosen) + 1)
         times.append(when + 1_400_000_000)
-    items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s) + " bag", "categories": [],
+    items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s), "categories": [],
                      "brand": BRANDS[rng.integers(len(BRANDS))], "description": ""} for i, s in enumerate(said)]
     names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
     return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, truth={"early": names[0], "late": names[1]})
 
 
 # --------------------------------------------------------------------------------------------------- real data sets
-def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None, limit_items=0, limit_users=0,
+def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, limit_items=0, limit_users=0,
          small=False) -> Dataset:
     """`demo`, an Amazon category (2014 or 2018 files, found in data_dir or downloaded there), or a folder's path.
 
@@ -171,7 +167,7 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None,
         return demo(seed, *(200, 120) if small else (1000, 500))
     if os.path.isdir(name):
         rows, records, notes = read_folder(name)
-        k_core = 5 if k_core is None else k_core
+        k_core = 5 if k_core < 0 else k_core
     elif os.sep in name:
         raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
     else:
@@ -183,7 +179,7 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=None,
     for r in rows:
         unique.setdefault(r[:2], r)
     notes += [f"{n} repeated user-item pairs: the first is kept" for n in [len(rows) - len(unique)] if n]
-    rows = core(list(unique.values()), k_core or 0)
+    rows = core(list(unique.values()), k_core)
     if limit_items:
         left, train = Counter(r[0] for r in rows), Counter()
         for r in rows:                             # rows are chronological: a user's last two are valid and test
@@ -378,9 +374,9 @@ def grounded(data: Dataset, item: int, reason: str) -> float:
 
 
 def mask_identity(data: Dataset, text: str) -> str:
-    """The text without brands, numbers, common words and those only a few items have: what the reward's encoder reads."""
+    """The words of a text, sorted, without brands, numbers, common ones and those only a few items have: what the reward's encoder reads."""
     kept = [w for w in words(text) if w not in data.masked_words and w not in data.common_words and not w[0].isdigit()]
-    return " ".join(kept) or "item"
+    return " ".join(sorted(kept)) or "item"
 
 
 def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
@@ -399,8 +395,7 @@ def shared_words(data: Dataset, item: int, events) -> list:
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "", follow: float = 1.0) -> tuple:
     """(prompt, answer) with a weak target: the thought names the item's two words most shared with the histories shown.
 
-    The reason names them in a share `follow` of the samples, else two words at random: which matter is left to the reward.
-    Fewer shared ones are filled up at random. Item order: none comes twice.
+    The reason names them in a share `follow` of the samples, else two at random: what matters is left to the reward. In item order.
     """
     own = data.phrases[item]
     shared = sorted(shared_words(data, item, events)[:2], key=own.index)

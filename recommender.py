@@ -92,8 +92,7 @@ class SASRec(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        with torch.no_grad():
-            self.item.weight[0] = 0
+        nn.init.zeros_(self.item.weight[0])
         if features is not None:       # made last: every arm draws the same random numbers for the shared parts
             self.register_buffer("features", features.float())
             self.project = nn.Linear(features.shape[1], width, bias=False)
@@ -101,10 +100,8 @@ class SASRec(nn.Module):
 
     def table(self) -> torch.Tensor:
         """The fused item table of unit vectors, (n_items + 1, D): what input and output share."""
-        vectors = self.item.weight
-        if self.project is not None:
-            vectors = vectors + self.drop(self.project(self.features))
-        return F.normalize(vectors, dim=-1)
+        told = self.drop(self.project(self.features)) if self.project is not None else 0.0
+        return F.normalize(self.item.weight + told, dim=-1)
 
     def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states after the last item (B, D), of length 1 / tau."""
@@ -178,23 +175,21 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
           weight_decay=0.0, width=64, blocks=1, dropout=0.3, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
 
-    train_seqs: one array of item numbers a user, chronological. valid_items: (users,) the next item, for selection
-    only. Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
+    train_seqs: item numbers of each user, chronological. valid_items: (users,) the next. Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
     """
     torch.manual_seed(seed)
-    order_rng = np.random.default_rng(seed)
     model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     histories, targets = samples(train_seqs)
     lengths, padded, targets = np.array([min(len(h), MAX_LEN) for h in histories]), pad(histories), torch.from_numpy(targets)
     batch = min(batch, -(-len(targets) // 8))               # few events: eight steps an epoch all the same
-    decay = 1 - batch / len(targets)                        # the average reaches back about an epoch, less at the start
-    average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(1 - decay, 9.0 / (10.0 + float(n)))))
-    best, best_epoch, best_state = -1.0, 0, None
+    # the average reaches back about an epoch, less at the start
+    average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(batch / len(targets), 9.0 / (10.0 + float(n)))))
+    best, best_epoch, best_state, rng = -1.0, 0, None, np.random.default_rng(seed)
     bar = tqdm(range(1, epochs + 1), desc=name, unit="epoch", leave=False, mininterval=1, disable=None)
     for epoch in bar:
         model.train()
-        for rows in batches(lengths, batch, order_rng):
+        for rows in batches(lengths, batch, rng):
             loss = next_item_loss(model, padded[rows, : lengths[rows].max()].to(device), targets[rows].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -268,12 +263,8 @@ def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
 
 def metrics(rank: np.ndarray) -> dict:
     """Per-user HR@k, NDCG@k (one target: DCG = 1 / log2(rank + 1)) and reciprocal rank, each (users,)."""
-    out = {}
-    for k in CUTOFFS:
-        out[f"hr@{k}"] = (rank <= k).astype(np.float64)
-        out[f"ndcg@{k}"] = np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
-    out["mrr"] = 1.0 / rank
-    return out
+    hits = {k: (rank <= k).astype(np.float64) for k in CUTOFFS}
+    return {f"hr@{k}": hit for k, hit in hits.items()} | {f"ndcg@{k}": hit / np.log2(rank + 1.0) for k, hit in hits.items()} | {"mrr": 1.0 / rank}
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0):
@@ -285,12 +276,11 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int 
 
 def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
     """Do the lists push popular items? top (users, 10) -> coverage@10, Gini of exposure, mean popularity rank."""
-    counts = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)[1:]
-    popularity_rank, top = np.argsort(np.argsort(-counts, kind="stable")) + 1, top[top > 0]
+    counts, top = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)[1:], top[top > 0]
+    place = np.argsort(np.argsort(-counts, kind="stable")) + 1
     shown = np.sort(np.bincount(top, minlength=n_items + 1)[1:])
     gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
-    return {"coverage@10": float((shown > 0).mean()), "gini@10": float(gini),
-            "mean_popularity_rank@10": float(popularity_rank[top - 1].mean())}
+    return {"coverage@10": float((shown > 0).mean()), "gini@10": float(gini), "mean_popularity_rank@10": float(place[top - 1].mean())}
 
 
 def test(score, n_items, train_seqs, valid_items, test_items, slices):
@@ -301,19 +291,16 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
     known, tops, start = [np.append(s, v) for s, v in zip(train_seqs, valid_items)], [], time.perf_counter()
     rank = ranks(score, known, test_items, lists=tops)
     seconds = time.perf_counter() - start
-    per_user = metrics(rank)
-    valid = metrics(ranks(score, train_seqs, valid_items))
-    return rank, {"valid": {m: float(v.mean()) for m, v in valid.items()},
-                  "test": {m: float(v.mean()) for m, v in per_user.items()},
-                  "slices": {name: {m: float(v[keep].mean()) for m, v in per_user.items()}
-                             for name, keep in slices.items() if keep.any()},
+    mean = lambda rank: {m: float(v.mean()) for m, v in metrics(rank).items()}
+    return rank, {"valid": mean(ranks(score, train_seqs, valid_items)), "test": mean(rank),
+                  "slices": {name: mean(rank[keep]) for name, keep in slices.items() if keep.any()},
                   "audit": audit(np.concatenate(tops), n_items, train_seqs),
                   "rank_ms_per_user": 1000 * seconds / len(known)}
 
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu", blocks=1):
-    """Trains and tests one arm on every seed. Returns (test ranks (seeds, users), entry of metrics.json, first model).
+def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu"):
+    """Trains and tests one arm on every seed: {"ranks" (seeds, users) on test, "entry" of metrics.json, "model": the first one's state dict}.
 
     data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
     """
@@ -322,12 +309,11 @@ def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, devic
     numbers = [base_seed + k for k in range(1 if fixed else seeds)]
     for k, seed in enumerate(numbers):
         start = time.perf_counter()
-        if fixed:
-            score = fixed(data.n_items, data.train)
-        else:
+        if not fixed:
             model, _ = train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
-                             blocks=blocks, name=f"{arm}, seed {k + 1} of {seeds}")
-            score, first = scorer(model, device), first or model
+                             name=f"{arm}, seed {k + 1} of {seeds}")
+            first = first or model
+        score = fixed(data.n_items, data.train) if fixed else scorer(model, device)
         trained += time.perf_counter() - start
         rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
         ranks_.append(rank), rows.append(row)
@@ -336,7 +322,7 @@ def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, devic
              "slices": {name: collect([r["slices"][name] for r in rows]) for name in rows[0]["slices"]},
              "audit": {m: float(np.mean(v)) for m, v in collect([r["audit"] for r in rows]).items()},
              "train_s": trained, "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
-    return np.stack(ranks_), entry, first
+    return {"ranks": torch.from_numpy(np.stack(ranks_)), "entry": entry, "model": first.cpu().state_dict() if first else {}}
 
 
 def alone(parent: int):
@@ -369,26 +355,21 @@ def slices_of(data) -> dict:
 
 def compare(ranks_: dict, pairs=COMPARISONS, metric: str = "ndcg@10") -> list:
     """Paired differences a - b with 95 % bootstrap intervals over users, each user's metric averaged over seeds."""
-    out = []
-    for a, b in pairs:
-        if a in ranks_ and b in ranks_:
-            delta, ci = paired_bootstrap(*(metrics(ranks_[x])[metric] for x in (a, b)))
-            out.append({"a": a, "b": b, "metric": metric, "seeds": len(ranks_[a]), "delta": delta, "ci95": ci})
-    return out
+    both = [(a, b, *paired_bootstrap(*(metrics(ranks_[x])[metric] for x in (a, b)))) for a, b in pairs if {a, b} <= set(ranks_)]
+    return [{"a": a, "b": b, "metric": metric, "seeds": len(ranks_[a]), "delta": delta, "ci95": ci} for a, b, delta, ci in both]
 
 
 def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
     """How much of oracle - content each arm that adds reasons recovers."""
     value = {a: float(np.mean(e["test"][metric])) for a, e in arms.items()}
-    room = value["oracle"] - value["content"]
-    return {metric: room, "recovered": {a: (v - value["content"]) / room for a, v in value.items()
-                                        if a in ("placebo", "aligned", "rl", "bestof", "curec") and room > 0}}
+    room, told = value["oracle"] - value["content"], set(arms) & {"placebo", "aligned", "rl", "bestof", "curec"}
+    return {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in told and room > 0}}
 
 
 def recovered(m: dict) -> str:
-    """One line of the headroom in metrics.json, empty where it was not measured."""
-    return f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: " + (
-        ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing") + "." if "headroom" in m else ""
+    """One line of the headroom in metrics.json."""
+    shares = ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing"
+    return f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: {shares}."
 
 
 def markdown(header: list, rows) -> str:
@@ -398,10 +379,10 @@ def markdown(header: list, rows) -> str:
 
 
 def arms_table(arms: dict) -> str:
-    columns = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
-    return markdown(["arm", "seeds", *(c.upper() for c in columns), "valid NDCG@10", "ms/user"],
-                    [[arm, len(e["seeds"]), *(float(np.mean(e["test"][c])) for c in columns),
-                      float(np.mean(e["valid"]["ndcg@10"])), e["rank_ms_per_user"]] for arm, e in arms.items()])
+    columns = "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr"
+    return markdown(["arm", "seeds", *map(str.upper, columns), "valid NDCG@10", "ms/user"],
+                    [[arm, len(e["seeds"]), *(float(np.mean(e["test"][c])) for c in columns), float(np.mean(e["valid"]["ndcg@10"])),
+                      e["rank_ms_per_user"]] for arm, e in arms.items()])
 
 
 def report(m: dict, notes: list) -> list:
@@ -409,13 +390,11 @@ def report(m: dict, notes: list) -> list:
     told = "# CURec on {name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}".format(**m["dataset"])
     cost = "Time: " + ", ".join(f"{k} {v:.0f} s" for k, v in m["time_s"].items()) + ". Peak memory: " + ", ".join(
         f"{k} {v:,.0f} MB" for k, v in m["peak_memory_mb"].items()) + "."
-    slices = list(dict.fromkeys(n for e in m["arms"].values() for n in e["slices"]))
-    audits = list(next(iter(m["arms"].values()))["audit"])
-    out = [told, "\n".join(f"- {n}" for n in [*notes, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds.", arms_table(m["arms"]),
-           "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
-           markdown(["a - b", "delta", "95 % interval"], [[f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}",
-                                                          "{:+.4f} .. {:+.4f}".format(*c["ci95"])] for c in m["comparisons"] if c["metric"] == "ndcg@10"]), recovered(m)]
-    return [x for x in out if x] + ["## Slices and popularity audit", markdown(
-        ["arm", *(f"NDCG@10, {n}" for n in slices), *audits],
-        [[arm, *(float(np.mean(e["slices"][n]["ndcg@10"])) for n in slices), *(e["audit"][k] for k in audits)]
-         for arm, e in m["arms"].items()])]
+    slices, audits = (list(dict.fromkeys(n for e in m["arms"].values() for n in e[k])) for k in ("slices", "audit"))
+    difference = lambda c: [f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}", "{:+.4f} .. {:+.4f}".format(*c["ci95"])]
+    return [told, "\n".join(f"- {n}" for n in [*notes, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds.",
+            arms_table(m["arms"]), "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
+            markdown(["a - b", "delta", "95 % interval"], [difference(c) for c in m["comparisons"] if c["metric"] == "ndcg@10"]),
+            *([recovered(m)] if "headroom" in m else []), "## Slices and popularity audit", markdown(
+                ["arm", *(f"NDCG@10, {n}" for n in slices), *audits],
+                [[arm, *(float(np.mean(e["slices"][n]["ndcg@10"])) for n in slices), *(e["audit"][k] for k in audits)] for arm, e in m["arms"].items()])]

@@ -53,8 +53,7 @@ def load_encoder(name, device="cpu", batch: int = 64):
     @torch.no_grad()
     def encode(texts):
         out, order = torch.zeros(len(texts), model.config.hidden_size), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for k in range(0, len(texts), batch):                 # by length: little padding
-            some = order[k: k + batch]
+        for some in (order[k: k + batch] for k in range(0, len(texts), batch)):                     # by length: little padding
             x = tokenizer([texts[i] for i in some], padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
             mask = x["attention_mask"][..., None].float()
             out[some] = ((model(**x).last_hidden_state * mask).sum(1) / mask.sum(1)).float().cpu()
@@ -96,22 +95,18 @@ class Judge:
     """
 
     def __init__(self, data, encode, whitening_size: int = 128):
-        self.data = data
-        titles = [D.mask_identity(data, D.item_text(item)) for item in data.items[1:]]
-        raw = encode(titles)
+        self.data, raw = data, encode([D.mask_identity(data, D.item_text(item)) for item in data.items[1:]])
         whiten = whitening(raw, whitening_size)
         self.encode = lambda texts: whiten(encode([D.mask_identity(data, t) for t in texts]))
         self.items = F.pad(whiten(raw), (0, 0, 1, 0))                                                  # (n + 1, width)
         self.model = RewardModel(self.items.shape[1])
-        self.pools = {}
 
     # ------------------------------------------------------------------------------------------------- training
     def fit(self, *, epochs: int = 30, patience: int = 6, batch: int = 256, lr: float = 2e-4, per_epoch: int = 20_000,
             seed: int = 0) -> dict:
-        """Trains on train events of the kept people and items; the best epoch on held-out people x held-out items stays.
+        """Trains on train events of the kept people and items (see held_out); the epoch that is best on held-out people x items stays.
 
-        A fifth of the people and a fifth of the items are held out. Returns {"auc_heldout", "epochs", "best_epoch"}, without
-        the first where nothing could be held out.
+        Returns {"auc_heldout", "epochs", "best_epoch"}, without the first where nothing could be held out.
         """
         torch.manual_seed(seed)
         self.model = RewardModel(self.items.shape[1])        # anew: what was drawn before must not matter to a resumed run
@@ -120,35 +115,30 @@ class Judge:
         train = np.flatnonzero(~people[user] & ~things[item])
         held = np.random.default_rng([seed, 71]).permutation(np.flatnonzero(people[user] & things[item]))[:HELD_OUT]
         train_items, held_items = (np.flatnonzero(x[1:]) + 1 for x in (~things, things))
-        column = np.zeros(data.n_items + 1, dtype=np.int64)
-        column[train_items], column[held_items] = np.arange(len(train_items)), np.arange(len(held_items))
         checks = [self.encode([D.random_reason(data, i, rng) for i in held_items]) for _ in range(4)]
-        model = self.model
-        small = [model.P.weight]                             # the shared space may turn slowly only
-        rest = [p for n, p in model.named_parameters() if n != "P.weight"]
-        optimizer = torch.optim.AdamW([{"params": small, "lr": lr * 0.1}, {"params": rest, "lr": lr}], weight_decay=0.01)
-        best, best_epoch, best_state = self.auc(held, column[item[held]], checks), 0, copy.deepcopy(model.state_dict())
+        goals, model = np.searchsorted(held_items, item[held]), self.model
+        rest = [p for n, p in model.named_parameters() if n != "P.weight"]               # P: the shared space may turn slowly only
+        optimizer = torch.optim.AdamW([{"params": [model.P.weight], "lr": lr * 0.1}, {"params": rest, "lr": lr}], weight_decay=0.01)
+        best, best_epoch, best_state = self.auc(held, goals, checks), 0, copy.deepcopy(model.state_dict())
         bar = tqdm(range(1, epochs + 1), desc="reward model", unit="epoch", mininterval=1, disable=None)
         for epoch in bar:
             vectors = self.encode([D.random_reason(data, i, rng, size=int(rng.integers(2, 4))) for i in train_items])
             model.train()
             order = rng.permutation(train)[:per_epoch]
-            for k in range(0, len(order), batch):
-                events = order[k: k + batch]
+            for events in (order[k: k + batch] for k in range(0, len(order), batch)):
                 s = model.scores(model.states(self.histories(events), self.items), model.reasons(vectors))
-                loss = F.cross_entropy(s, torch.from_numpy(column[item[events]]))
+                loss = F.cross_entropy(s, torch.from_numpy(np.searchsorted(train_items, item[events])))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            value = self.auc(held, column[item[held]], checks)
+            value = self.auc(held, goals, checks)
             bar.set_postfix_str(f"loss {loss.item():.3f}, held-out AUC {value:.3f}")
             if value > best:
                 best, best_epoch, best_state = value, epoch, copy.deepcopy(model.state_dict())
             if epoch - best_epoch >= patience:
                 break
         bar.close()
-        model.load_state_dict(best_state)
-        self.remember()
+        self.remember(best_state)
         return {"epochs": epoch, "best_epoch": best_epoch} | ({"auc_heldout": best} if len(held) and len(held_items) > 1 else {})
 
     def histories(self, events) -> torch.Tensor:
@@ -161,16 +151,16 @@ class Judge:
             return 0.5
         self.model.eval()
         states, values = self.model.states(self.histories(events), self.items), []
-        for vectors in checks:
-            s = self.model.scores(states, self.model.reasons(vectors))
+        for s in (self.model.scores(states, self.model.reasons(vectors)) for vectors in checks):
             goal = s.gather(1, torch.from_numpy(columns)[:, None])
             below = (s < goal).float() + 0.5 * (s == goal).float()
             values.append((below.sum(1) - 0.5).mean().item() / (s.shape[1] - 1))
         return float(np.mean(values))
 
     @torch.no_grad()
-    def remember(self, batch: int = 1024):
-        """Computes the state of every train event once: what rewards are made of."""
+    def remember(self, weights: dict, batch: int = 1024):
+        """Takes the reward model's weights and computes the state of every train event once: what rewards are made of."""
+        self.model.load_state_dict(weights)
         self.model.eval()
         E = len(self.data.events["user"])
         self.states = torch.cat([self.model.states(self.histories(range(k, min(k + batch, E))), self.items)
@@ -179,12 +169,8 @@ class Judge:
     # -------------------------------------------------------------------------------------------------- rewards
     def pool(self, period: tuple, seed: int) -> torch.Tensor:
         """STATES event numbers of the period [start, end), drawn once by seed: the N of A(S, r)."""
-        key = (*period, seed)
-        if key not in self.pools:
-            inside = np.flatnonzero((self.data.events["time"] >= period[0]) & (self.data.events["time"] < period[1]))
-            rng = np.random.default_rng([seed, 29, len(inside)])
-            self.pools[key] = torch.from_numpy(rng.permutation(inside)[:STATES].copy())
-        return self.pools[key]
+        inside = np.flatnonzero((self.data.events["time"] >= period[0]) & (self.data.events["time"] < period[1]))
+        return torch.from_numpy(np.random.default_rng([seed, 29, len(inside)]).permutation(inside)[:STATES])
 
     @torch.no_grad()
     def judge(self, reasons, people, period, seed):
@@ -206,13 +192,12 @@ class Judge:
         items: item numbers; answers: decoded LLM answers; shown, audience: lists of arrays of event numbers.
         """
         parsed = [D.parse_answer(a) for a in answers]
-        reasons = [p[0] for p in parsed]
+        reasons, ok = [p[0] for p in parsed], np.array([p[2] for p in parsed], bool)
         mean = lambda values: np.array([v.mean() if len(v) else 0.0 for v in values])
         a_shown = mean(self.judge(reasons, shown, period, seed))
         a_audience = mean(self.judge(reasons, audience, period, seed))
         weight = np.array([AUDIENCE_WEIGHT if len(a) and len(s) else float(len(a) > 0) for s, a in zip(shown, audience)])
         ground = np.array([D.grounded(self.data, i, r) for i, r in zip(items, reasons)])
-        ok = np.array([p[2] for p in parsed])
         total = (1 - weight) * a_shown + weight * a_audience - FORMAT_PENALTY * ~ok - UNGROUNDED_PENALTY * (1 - ground)
         return total, {"shown": a_shown, "audience": a_audience, "grounded": ground, "format_ok": ok}
 
@@ -244,16 +229,12 @@ class Judge:
     def figures(self, answers, shown, audience, period, seed) -> dict:
         """Share grounded and well-formed and mean reward of one kind of reasons (index 0 unused), items with choosers."""
         items = [i for i in range(1, len(answers)) if len(shown[i])]
-        total, parts = self.rewards(items, [answers[i] for i in items], [shown[i] for i in items],
-                                    [audience[i] for i in items], period, seed)
-        return {"grounded": float(parts["grounded"].mean()), "format_ok": float(parts["format_ok"].mean()),
-                "mean_reward": float(total.mean())}
-
+        total, parts = self.rewards(items, *([x[i] for i in items] for x in (answers, shown, audience)), period, seed)
+        return {k: float(parts[k].mean()) for k in ("grounded", "format_ok")} | {"mean_reward": float(total.mean())}
 
     def table(self, i, reasons, who, cuts, seed) -> str:
         """Markdown: the rewards of these reasons for item i, part by part, before those who chose it."""
-        shown, audience = (x[i] for x in one_shot_people(who, seed))
-        n = len(reasons)
+        (shown, audience), n = (x[i] for x in one_shot_people(who, seed)), len(reasons)
         total, parts = self.rewards([i] * n, [D.ANSWER.format("by hand", r) for r in reasons], [shown] * n, [audience] * n, (cuts[0], cuts[-1]), seed)
         return f"{len(shown)} people as shown, {len(audience)} as audience\n\n" + markdown(
             ["reason", "reward", *parts], [[r, float(x), *(v[k].item() for v in parts.values())] for k, (r, x) in enumerate(zip(reasons, total))])
@@ -268,7 +249,7 @@ def features(arm, data, encode, kinds, seed):
         return None
     texts = [[D.item_text(item) for item in data.items[1:]]]
     if arm == "oracle":
-        texts.append([" ".join(t) for t in data.truth["late"][1:]])
+        texts.append([D.mask_identity(data, " ".join(t)) for t in data.truth["late"][1:]])
     elif arm != "content":
         texts.append([D.mask_identity(data, D.parse_answer(a)[0]) for a in kinds["curec" if arm == "placebo" else arm][1:]])
     if arm == "placebo":
@@ -285,26 +266,23 @@ def held_out(data, seed) -> tuple:
 def window_cuts(data, windows: int) -> list:
     """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events; equal times stay together."""
     times = data.events["time"]
-    inner = np.quantile(times, np.arange(1, windows) / windows, method="lower")
-    return sorted({int(times.min()), *(int(c) for c in inner), int(times.max()) + 1})
+    return sorted({*map(int, np.quantile(times, np.arange(windows) / windows, method="lower")), int(times.max()) + 1})
 
 
 def one_shot_people(who, seed):
     """For every item a seeded sample of its train choosers: shown (at most PEOPLE) and audience (others, at most AUDIENCE)."""
-    rng = np.random.default_rng([seed, 43])
-    mixed = [rng.permutation(w) for w in who]
+    mixed = list(map(np.random.default_rng([seed, 43]).permutation, who))
     return [w[: D.PEOPLE] for w in mixed], [w[D.PEOPLE:][:AUDIENCE] for w in mixed]
 
 
-def halves(events, rng):
-    """Half of the people for the prompt (at most PEOPLE), the other half (at most AUDIENCE) to judge."""
-    mixed = rng.permutation(events)
-    half = (len(mixed) + 1) // 2
-    return mixed[:half][: D.PEOPLE], mixed[half:][:AUDIENCE]
+def divide(events, rng):
+    """A third of the people for the prompt (at most PEOPLE), the others (at most AUDIENCE) to judge."""
+    mixed, third = rng.permutation(events), max(1, round(len(events) / 3))
+    return mixed[:third][: D.PEOPLE], mixed[third:][:AUDIENCE]
 
 
 def windows(data, who, cuts, seed):
-    """Yields (number, (start, end), items, shown, judges) a window: half of an item's new choosers each (see halves).
+    """Yields (number, (start, end), items, shown, judges) a window: an item's new choosers, divided.
 
     An item with fewer than 4 new choosers waits: they join its next window. Nobody who came after `end` is in a window.
     """
@@ -315,8 +293,8 @@ def windows(data, who, cuts, seed):
             times = data.events["time"][events]
             waiting[i] = np.append(waiting[i], events[(times >= start) & (times < end)])
             if len(waiting[i]) >= 4:
-                items.append(i), split.append(halves(waiting[i], rng))
-                waiting[i] = np.zeros(0, int)
+                items.append(i), split.append(divide(waiting[i], rng))
+                waiting[i] = waiting[i][:0]
         if items:
             yield number + 1, (start, end), items, *zip(*split)
 
@@ -333,8 +311,8 @@ def practice(data, who, cuts, seed):
     for i in range(1, data.n_items + 1):
         w = int(rng.integers(len(cuts) - 1))
         times = data.events["time"][who[i]]
-        half, others = halves(who[i][(times >= cuts[w]) & (times < cuts[w + 1])], rng)
-        for reason, some, rest in (("", shown[i], audience[i]), (D.random_reason(data, i, rng), half, others)):
+        few, others = divide(who[i][(times >= cuts[w]) & (times < cuts[w + 1])], rng)
+        for reason, some, rest in (("", shown[i], audience[i]), (D.random_reason(data, i, rng), few, others)):
             items.append(i), people.append(some), ears.append(rest)
             prompts.append(D.reason_prompt(data, i, reason, some))
     kept_out = np.isin(items, rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1)
@@ -350,9 +328,8 @@ def convincing(gain: np.ndarray, margin: float) -> bool:
 def truth_figures(named: list, truth: dict) -> dict:
     """Demo only: of the phrases named, the share that are drivers (chance .4); of the drivers, the share named; of the items with
     a new driver, the share whose reason names it. named: phrases an item, truth: see data.Dataset, without index 0."""
-    hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth["late"]))
-    return {"truth_precision": hits / max(1, sum(len(set(n)) for n in named)), "truth_recall": hits / sum(map(len, truth["late"])),
-            "new_driver": float(np.mean(names_new(named, truth)))}
+    hits, said = sum(len({*n} & {*t}) for n, t in zip(named, truth["late"])), sum(len({*n}) for n in named)
+    return {"truth_precision": hits / max(1, said), "truth_recall": hits / sum(map(len, truth["late"])), "new_driver": float(np.mean(names_new(named, truth)))}
 
 
 def names_new(named: list, truth: dict) -> list:

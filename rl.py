@@ -15,9 +15,11 @@ pytest tests/test_rl.py     Source of the details: "The N Implementation Details
 """
 import logging as logging_
 import os
+import shutil
 import time
 import warnings
 from collections import namedtuple
+from itertools import chain, count, islice
 
 import numpy as np
 import torch
@@ -27,8 +29,7 @@ from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------------- loading
-def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, width=128, layers=2, vocab=4096, seed=0,
-               device="cpu"):
+def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, width=128, layers=2, vocab=4096, seed=0, device="cpu"):
     """A Qwen2-shaped model and BPE tokenizer made from nothing, saved in Hugging Face format at path.
 
     texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; two fifths of the steps go to the easy
@@ -54,16 +55,15 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, wi
     part = f"{path}.{os.getpid()}.part"                         # two runs may make the same model at once
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    os.replace(part, path)
+    shutil.rmtree(part) if os.path.exists(path) else os.replace(part, path)
 
 
 @torch.no_grad()
 def head_start(model, sharp: float = 5.0):
     """Attention of a new model starts by copying what it looks at; it learns to copy words from its prompt in half the steps.
 
-    Head 0 of the first layer looks at the token before and takes it away, or a second word would often be the first again:
-    its query and key are biases alone, turned by one position against each other (rotary embedding: they meet there).
-    After "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828).
+    Head 0 of the first layer looks at the token before and takes it away, or a second word would often be the first again: its query
+    and key are biases, a position apart (rotary embedding). After "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828).
     """
     for layer in model.model.layers:
         nn.init.orthogonal_(layer.self_attn.v_proj.weight)
@@ -93,23 +93,18 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
         while root.__context__:                      # transformers' last word often hides what happened
             root = root.__context__
         said = "; ".join(dict.fromkeys(str(x).strip().split("\n")[0] for x in (e, root)))
-        raise OSError(f"the LLM '{name}' could not be loaded ({said}). Check the name and the network: the same command takes an interrupted "
-                      "download up again, a gated model needs `hf auth login`, a damaged file must be deleted first. Or give a local "
-                      "folder with --llm PATH, or use --llm tiny, which needs no download.") from e
+        raise OSError(f"the LLM '{name}' could not be loaded ({said}). Check name and network: the same command takes an interrupted download "
+                      "up again, a gated model needs `hf auth login`, a damaged file must be deleted. Or give --llm PATH, or --llm tiny.") from e
     later = "logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"       # Granite, Cohere, Gemma 2, Falcon-H1
     if changed := [k for k in later if getattr(base.config, k, None) not in (None, 1)]:
         raise OSError(f"the LLM '{name}' changes its logits after the head ({changed[0]}); that is not supported, choose another --llm")
     # not prepare_model_for_kbit_training: it upcasts embeddings and head (TRAPS 5); peft freezes the base by itself
     for module in base.modules():    # every dropout 0: sampling, reference and update must be the same function (TRAPS 14)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for rate in [n for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]:
+        for rate in [n for n, v in vars(module).items() if ("drop" in n or n == "p") and isinstance(v, float)]:
             setattr(module, rate, 0.0)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
-                                            task_type="CAUSAL_LM"), adapter_name="align", autocast_adapter_dtype=True)
-    # autocast: LoRA weights in float32, bfloat16 ones lose small steps (TRAPS 4)
-    if checkpointing:
-        # reentrant checkpointing drops every gradient where its input needs none, as here (TRAPS 5)
+                                            task_type="CAUSAL_LM"), adapter_name="align", autocast_adapter_dtype=True)    # float32 LoRA (TRAPS 4)
+    if checkpointing:   # reentrant, it drops every gradient where its input needs none, as here (TRAPS 5)
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # masks are carried, so pad may equal eos (TRAPS 10)
     set_mode(model, training=False)
@@ -128,8 +123,8 @@ def quiet():
 def set_mode(model, training: bool):
     """Training or evaluation mode, with the 4-bit layers always in training mode.
 
-    A Linear4bit that once runs with training == False repacks its weight on some CPUs for a kernel without autograd
-    and stays so: LoRA gradients are then silently wrong by 90 % (TRAPS 1). Its forward has no other use for the flag.
+    A Linear4bit that once runs with training == False repacks its weight on some CPUs for a kernel without autograd and stays
+    so: LoRA gradients are then silently wrong by 90 % (TRAPS 1). Its forward has no other use for the flag.
     """
     from bitsandbytes.nn import Linear4bit
     model.train(training)
@@ -174,12 +169,9 @@ def prompt_ids(tokenizer, prompt: str) -> list:
 
 def draw(n: int, batch: int, rng):
     """Endless batches of row numbers below n: each comes once before any comes again."""
-    order = []
+    rows = chain.from_iterable(rng.permutation(n).tolist() for _ in count())
     while True:
-        while len(order) < batch:
-            order += rng.permutation(n).tolist()
-        yield order[:batch]
-        order = order[batch:]
+        yield [*islice(rows, batch)]
 
 
 def by_length(lengths, budget: int):
@@ -196,10 +188,8 @@ def by_length(lengths, budget: int):
 
 def padded(rows: list, pad: int, left: bool = False):
     """Lists of token ids -> ids (B, T) padded at the end, or on the left; mask (B, T), True = real token."""
-    T = max(map(len, rows))
-    real = torch.tensor([[False] * (T - len(r)) + [True] * len(r) for r in rows])
-    ids = [[pad] * (T - len(r)) * left + r + [pad] * (T - len(r)) * (not left) for r in rows]
-    return torch.tensor(ids), real if left else real.flip(1)
+    fill = lambda rows, value: nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, value, "left" if left else "right")
+    return fill(rows, pad), fill([[True] * len(r) for r in rows], False)
 
 
 MicroBatch = namedtuple("MicroBatch", "rows ids starts mask")     # (b,), (b, T) and (b,) as drawn above, (b, R) answer tokens
@@ -288,8 +278,7 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
     causal_lm(model).generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
                                                           eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(seed)
-    rows, start = [prompt_ids(tokenizer, p) for p in prompts], time.perf_counter()
-    out = [None] * len(rows)
+    rows, out, start = [prompt_ids(tokenizer, p) for p in prompts], [None] * len(prompts), time.perf_counter()
     with tqdm(total=len(rows), desc=name, unit="answer", leave=False, mininterval=1, disable=None if name else True) as bar:
         for group in by_length([len(r) + max_new for r in rows], budget):
             ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id, left=True))
@@ -314,7 +303,6 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
     rows = [tokenizer(" " + t, add_special_tokens=False)["input_ids"][:256] or [tokenizer.eos_token_id] for t in texts]
     out, device = [None] * len(rows), next(model.parameters()).device
     groups = tqdm(list(by_length([len(r) for r in rows], budget)), desc="text vectors", unit="batch", leave=False, delay=2, disable=None)
-    learning = trainable(model)              # peft makes the active adapter trainable when disable_adapter ends: undone below
     with model.disable_adapter():
         for group in groups:
             ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id))
@@ -322,7 +310,7 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
             both = torch.cat([first, last], -1).float() * mask[..., None]
             for i, vector in zip(group, (both.sum(1) / mask.sum(1, keepdim=True)).cpu()):
                 out[i] = vector
-    use(model, model.active_adapter, trainable=bool(learning))
+    use(model, model.active_adapter)              # disable_adapter has left it trainable; PPO makes it so where it learns
     first, last = torch.stack(out).chunk(2, -1)
     return F.normalize(first, dim=-1) + 0.3 * F.normalize(last, dim=-1)
 
@@ -352,10 +340,8 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     value = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
     loss = ((policy + value_coef * value) * mask).sum() / tokens
-    with torch.no_grad():
-        stats = {"ratio": (ratio * mask).sum() / tokens, "approx_kl": ((ratio - 1 - logratio) * mask).sum() / tokens,
-                 "clipfrac": (((ratio - 1).abs() > clip) * mask).sum() / tokens}
-    return loss, {k: v.item() for k, v in stats.items()}
+    stats = {"ratio": ratio, "approx_kl": ratio - 1 - logratio, "clipfrac": (ratio - 1).abs() > clip}
+    return loss, {k: ((v * mask).sum() / tokens).item() for k, v in stats.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- PPO
@@ -365,9 +351,8 @@ def look_back(model, forward, parts, mask):
     out = torch.zeros(3, *mask.shape, device=mask.device)
     for k, adapter in enumerate(("align", "policy")):                    # the values that stay are the policy's
         use(model, adapter, trainable=adapter == "policy")
-        for part in parts:
-            R = part.mask.shape[1]
-            out[k, part.rows, :R], out[2, part.rows, :R] = forward(part)
+        for rows, R, part in ((p.rows, p.mask.shape[1], p) for p in parts):
+            out[k, rows, :R], out[2, rows, :R] = forward(part)
     return out * mask
 
 
@@ -397,9 +382,8 @@ def learn(forward, parameters, optimizer, rollout, minibatches, rng, *, epochs, 
 
 def summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps) -> dict:
     """A line of ppo.jsonl: means over an update's answers (kl: nats a sequence, entropy: -log p of a sampled token) and steps."""
-    explained = 1 - (returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)
     return {"reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
-            "kl": kl.sum(1).mean().item(), "entropy": -old_logp[mask].mean().item(), "explained_variance": explained.item(),
+            "kl": kl.sum(1).mean().item(), "entropy": -old_logp[mask].mean().item(), "explained_variance": 1 - ((returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item(),
             **{k: float(np.mean([s[k] for s in steps])) for k in steps[0]}, "first_ratio": steps[0]["ratio"],
             "steps": len(steps), "skipped": sum(s["skipped"] for s in steps),
             "eos_rate": finished.float().mean().item(), "length": mask.sum(1).float().mean().item()}
@@ -411,9 +395,8 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (B,) tensor; rows index prompts.
 
     beta: weight of the per-token KL to `align`, adapted towards kl_target nats a sequence, fixed if that is 0. kl_stop: per-token KL to the
-    rollout policy at which the epochs of an update end. no_eos_penalty: taken from an unfinished answer's scaled score.
-    budget: see generate. save: called after every update with all that it takes to go on, live: store it at once; it comes back as `state` (TRAPS 19).
-    Returns the log, one dict an update.
+    rollout policy at which an update ends. no_eos_penalty: taken from an unfinished answer's scaled score. budget: see generate. save: called
+    after every update with all that it takes to go on, live: store it at once; it comes back as `state` (TRAPS 19). Returns the log, a dict an update.
     """
     device = next(model.parameters()).device
     encoded = [prompt_ids(tokenizer, p) for p in prompts]
@@ -432,10 +415,9 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
     for update, rows in (bar := tqdm(todo, desc="PPO", unit="update", mininterval=1, disable=None)):
         # a generator for each update: no random state needs saving (TRAPS 19)
         rng, start = np.random.default_rng([seed, 19, update]), time.perf_counter()
-        # 1. sample answers
-        set_mode(model, training=False)
-        texts, answers = generate(model, tokenizer, [prompts[i] for i in rows], max_new=max_new, temperature=temperature,
-                                  budget=budget, seed=int(rng.integers(2 ** 31)))
+        set_mode(model, training=False)                          # 1. sample answers
+        texts, answers = generate(model, tokenizer, [prompts[i] for i in rows], max_new=max_new, temperature=temperature, budget=budget,
+                                  seed=int(rng.integers(2 ** 31)))
         # 2. score them
         raw = reward_fn(texts, rows).float().to(device)
         if scale is None and 1e-6 < raw.std().item() < float("inf"):

@@ -49,6 +49,20 @@ def test_quick_run_prints_every_arm_and_the_report(finished):
     assert "mean nothing" in report and "Two reasons and how they came about" in report
 
 
+def test_the_same_command_makes_the_same_bytes(finished, tmp_path):
+    """Guards: gradients that add up in another order on two threads, sets that are walked in another order."""
+    assert run("--dataset", "demo", "--quick", *SMALL, cwd=tmp_path).returncode == 0
+    a, b = (cwd / "runs/demo" for cwd in (finished[0], tmp_path))
+    assert (a / "reasons.jsonl").read_bytes() == (b / "reasons.jsonl").read_bytes()
+    for adapter in ("align", "policy"):
+        assert (a / adapter / "adapter_model.safetensors").read_bytes() == (b / adapter / "adapter_model.safetensors").read_bytes()
+    timeless = lambda x: {k: timeless(v) if isinstance(v, dict) else v for k, v in x.items()
+                          if k not in ("time_s", "peak_memory_mb", "train_s", "rank_ms_per_user", "tokens_per_s")}
+    assert timeless(metrics_of(finished[0])) == timeless(metrics_of(tmp_path))
+    log = lambda folder: [timeless(json.loads(line)) for line in (folder / "ppo.jsonl").read_text().splitlines()]
+    assert log(a) == log(b)
+
+
 def test_run_folder_keeps_the_contract(finished):
     """DESIGN section 9: other tools read these names."""
     cwd, _ = finished
@@ -238,7 +252,8 @@ def fake_llm(monkeypatch):
         for p in prompts:
             count[p] = count.get(p, 0) + 1
             seed = int.from_bytes(hashlib.sha256(f"{p}{count[p]}".encode()).digest()[:4], "big")
-            own = [w for w in p.rsplit("Item: ", 1)[1].split() if w in D.ASPECTS]
+            said = set(D.words(p.rsplit("Item: ", 1)[1].split("\n")[0])) - D.STOPWORDS
+            own = sorted(said & set(D.ASPECTS) if len(said & set(D.ASPECTS)) > 1 else said | {"this", "that"})
             a, b = np.random.default_rng(seed).permutation(own)[:2]
             out.append(f"<think> x </think> <reason> {D.REASON.format(a, b)} </reason>")
         return out, None
@@ -250,20 +265,27 @@ def bag_of_words(texts):
     return torch.tensor([[float(a in t.split()) for a in D.ASPECTS] for t in texts])
 
 
-def corrected(shop, cuts, judge_weights=None, settings=None):
-    judge = reward.Judge(shop, bag_of_words)
-    if judge_weights:
-        judge.model.load_state_dict(judge_weights)
-    judge.remember()
+def hashed_words(texts, width=96):
+    place = lambda w: int.from_bytes(hashlib.sha256(w.encode()).digest()[:4], "big") % width
+    return torch.from_numpy(np.stack([np.bincount([place(w) for w in t.split()], minlength=width) for t in texts])).float()
+
+
+def corrected(shop, cuts, judge_weights=None, settings=None, encode=bag_of_words):
+    judge = reward.Judge(shop, encode)
+    judge.remember(judge_weights or judge.model.state_dict())
     s = curec.resolve(settings or curec.Settings(margin=0.0, windows=3))
     return curec.correct(s, shop, None, None, judge, D.choosers(shop), cuts), judge
 
 
-def test_correction_is_causal(fake_llm):
-    """With weights and boundaries fixed, replacing the item of every later event leaves earlier timeline entries identical."""
-    shop = D.demo(0, n_users=600, n_items=80)
-    cuts = reward.window_cuts(shop, 3)
-    (_, before, *_), judge = corrected(shop, cuts)
+@pytest.mark.parametrize("source", ["demo", "beauty"])
+def test_correction_is_causal(fake_llm, source):
+    """With weights and boundaries fixed, replacing the item of every later event leaves earlier timeline entries identical.
+    Beauty: real timestamps, in days, many of them equal."""
+    if source == "beauty" and not (files := ROOT.parent / "shared/data/amazon2014").exists():
+        pytest.skip("../shared/data is not here")
+    shop = D.demo(0, n_users=600, n_items=80) if source == "demo" else D.load("beauty", str(files), limit_items=300)
+    cuts, encode = reward.window_cuts(shop, 3), bag_of_words if source == "demo" else hashed_words
+    (_, before, *_), judge = corrected(shop, cuts, encode=encode)
     rng = np.random.default_rng(0)
     seqs = []
     for s, t in zip(shop.seqs, shop.times):
@@ -271,10 +293,21 @@ def test_correction_is_causal(fake_llm):
         later = np.flatnonzero(t >= cuts[1])
         fresh[later] = rng.choice(np.setdiff1d(np.arange(1, shop.n_items + 1), s), len(later), replace=False)
         seqs.append(fresh)
-    (_, after, *_), _ = corrected(dataclasses.replace(shop, seqs=seqs), cuts, judge.model.state_dict())
+    (_, after, *_), _ = corrected(dataclasses.replace(shop, seqs=seqs), cuts, judge.model.state_dict(), encode=encode)
     first = lambda timelines: [[e for e in t if e["window_end"] <= cuts[1]] for t in timelines]
     assert first(before) == first(after) and sum(map(len, first(before))) > 20
     assert before != after, "later windows must differ, or the test replaced nothing"
+
+
+def test_every_third_proposal_is_by_align_and_all_are_hot(monkeypatch):
+    """Guards: answers in another order than their prompts; proposals that PPO has narrowed down to one."""
+    calls, active = [], []
+    monkeypatch.setattr(rl, "use", lambda model, adapter: active.append(adapter))
+    monkeypatch.setattr(rl, "generate", lambda model, tokenizer, p, **kw: (calls.append((active[-1], kw["temperature"])), ([f"{active[-1]} {x}" for x in p], None))[1])
+    for n in (1, 2, 7):
+        made = curec.propose(curec.resolve(curec.Settings()), None, None, [f"p{k}" for k in range(n)], 0, "x")
+        assert made == [f"{'policy' if k % 3 else 'align'} p{k}" for k in range(n)]
+    assert set(calls) == {("align", 1.0), ("policy", 1.0)}
 
 
 def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
@@ -282,7 +315,7 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
     shop, seen, prompts, fake = D.demo(0, n_users=600, n_items=80), [], [], rl.generate
     monkeypatch.setattr(rl, "generate", lambda model, tokenizer, p, **kw: (prompts.append(p), fake(model, tokenizer, p, **kw))[1])
     judge, cuts = reward.Judge(shop, bag_of_words), reward.window_cuts(shop, 2)
-    judge.remember()
+    judge.remember(judge.model.state_dict())
     real = reward.Judge.rewards
     monkeypatch.setattr(reward.Judge, "rewards", lambda self, items, answers, shown, audience, *rest: (
         seen.append((items, shown, audience)), real(self, items, answers, shown, audience, *rest))[1])
@@ -290,7 +323,8 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
     timelines = curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts)["timelines"]
     items, shown, judges = seen[-1]
     assert np.bincount(items)[1:].tolist() == [1 + s.proposals * len(t) for t in timelines[1:]], "as many as curec made"
-    assert prompts[-1] == [D.reason_prompt(shop, i, "", a) for i, a in zip(items, shown)], "and what is shown is what it is judged by"
+    asked = [D.reason_prompt(shop, i, "", a) for i, a in zip(items, shown)]
+    assert prompts[-2] == asked[::3] and prompts[-1] == [p for k, p in enumerate(asked) if k % 3], "and what is shown is what it is judged by"
     assert len(items) > 5 * shop.n_items and not any(set(a) & set(b) for a, b in zip(shown, judges))
     assert sum(len(a) > 0 and len(b) > 0 for a, b in zip(shown, judges)) > 0.9 * len(items)
 

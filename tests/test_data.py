@@ -372,7 +372,7 @@ def test_mask_identity_hides_brands_numbers_and_rare_words(world):
     """Guards: a reason that earns reward by naming which item it is instead of why it is chosen."""
     d = replace(world, items=[{}, {**world.items[1], "title": world.items[1]["title"] + " zyxwoq 500"}, *world.items[2:]])
     brand, (a, b) = d.items[1]["brand"], d.phrases[1][:2]
-    assert data.mask_identity(d, f"{brand} {a} zyxwoq 500 12ml the {b} bag") == f"{a} {b}"
+    assert data.mask_identity(d, f"{brand} {a} zyxwoq 500 12ml the {b}") == " ".join(sorted([a, b]))
     assert data.mask_identity(d, f"{brand} 500") == data.mask_identity(d, "zyxwoq"), "nothing left: the same neutral text"
     assert data.mask_identity(d, brand).strip(), "an encoder needs at least one token"
 
@@ -381,7 +381,7 @@ def test_phrases_are_what_an_item_says_and_others_say_too(world):
     """Guards: brands, common words or another item's words offered as a reason."""
     assert world.phrases[0] == []
     for item, phrases in zip(world.items[1:], world.phrases[1:]):
-        assert set(phrases) == set(item["title"].split()[:5]), "the five aspects, not the brand, not 'bag'"
+        assert set(phrases) == set(item["title"].split()[:5]), "the five aspects, not the brand"
 
 
 # --------------------------------------------------------------------------------------------------- Amazon files

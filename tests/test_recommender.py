@@ -309,8 +309,9 @@ def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
         return rec.run_arm("id", sealed, None, {}, seeds=1, epochs=2)
     train, d = rec.train, ring()
     others = np.array([next(i for i in range(1, 13) if i not in (*s, v, t)) for s, v, t in zip(d.train, d.valid, d.test)])
-    (ranks_a, a, model_a), (ranks_b, b, model_b) = run(d.test), run(others)
-    assert same(model_a, model_b) and a["valid"] == b["valid"] and (ranks_a != ranks_b).any()
+    a, b = run(d.test), run(others)
+    assert a["entry"]["valid"] == b["entry"]["valid"] and (a["ranks"] != b["ranks"]).any()
+    assert a["model"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
 
 
 # --------------------------------------------------------------------------------------------------- the baselines
@@ -395,15 +396,15 @@ def test_run_arm_reports_each_seed_and_slice():
     """Guards: seeds overwritten by one another, slices averaged over all users, fixed arms repeated for nothing."""
     d = ring()
     keep = np.arange(len(d.train)) < 5
-    ranks_, entry, model = rec.run_arm("id", d, None, {"first": keep, "nobody": keep & False}, seeds=2, base_seed=7, epochs=2)
-    assert ranks_.shape == (2, len(d.train)) and entry["seeds"] == [7, 8] and not model.training
-    per_user = [rec.metrics(r) for r in ranks_]
+    ranks_, entry, model = rec.run_arm("id", d, None, {"first": keep, "nobody": keep & False}, seeds=2, base_seed=7, epochs=2).values()
+    assert ranks_.shape == (2, len(d.train)) and entry["seeds"] == [7, 8] and "item.weight" in model
+    per_user = [rec.metrics(r) for r in ranks_.numpy()]
     for m in per_user[0]:
         assert entry["test"][m] == pytest.approx([p[m].mean() for p in per_user])
         assert entry["slices"]["first"][m] == pytest.approx([p[m][keep].mean() for p in per_user])
     assert list(entry["slices"]) == ["first"], "a slice without users is absent, not zero"
     once = rec.run_arm("markov", d, None, {}, seeds=3)
-    assert once[0].shape[0] == 1 == len(once[1]["seeds"]) and once[1]["test"]["ndcg@10"][0] > .99
+    assert once["ranks"].shape[0] == 1 == len(once["entry"]["seeds"]) and once["entry"]["test"]["ndcg@10"][0] > .99 and not once["model"]
     assert entry["train_s"] > 0 and entry["rank_ms_per_user"] > 0 and 0 <= entry["audit"]["gini@10"] <= 1
 
 
@@ -531,7 +532,7 @@ def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch):
     for fits in (6, 1):
         with rec.workers("cpu", fits) as pool:
             job = pool.submit(rec.run_arm, "id", ring(), None, {}, seeds=2, epochs=2)
-            found.append((job.result()[0].tolist(), job.result()[2].state_dict()))
+            found.append((job.result()["ranks"].tolist(), job.result()["model"]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1].values(), found[1][1].values()))
 

@@ -27,7 +27,7 @@ def shop():
 @pytest.fixture(scope="module")
 def judge(shop):
     j = reward.Judge(shop, bag_of_words)
-    j.remember()
+    j.remember(j.model.state_dict())
     return j
 
 
@@ -161,7 +161,7 @@ def test_choose_accepts_only_sound_proposals_that_judges_prefer(judge, shop):
     who = D.choosers(shop)
     i = max(range(1, shop.n_items + 1), key=lambda k: len(who[k]))
     people = who[i]
-    shown, judges = reward.halves(people, np.random.default_rng(0))
+    shown, judges = reward.divide(people, np.random.default_rng(0))
     pairs = [(a, b) for a in shop.phrases[i] for b in shop.phrases[i] if a < b]
     values = [x.mean() for x in judge.judge([D.REASON.format(*p) for p in pairs], [judges] * len(pairs), everyone(shop), 0)]
     worst, best = pairs[int(np.argmin(values))], pairs[int(np.argmax(values))]
@@ -177,7 +177,7 @@ def test_false_accepts_are_what_the_same_test_lets_through_by_luck(judge, shop):
     """Guards: a rate of another test than the one in use: other conditions, or luck drawn anew for every proposal."""
     who, period, rng = D.choosers(shop), everyone(shop), np.random.default_rng(0)
     items = [i for i in range(1, shop.n_items + 1) if len(who[i]) >= 8]
-    shown, judges = zip(*(reward.halves(who[i], rng) for i in items))
+    shown, judges = zip(*(reward.divide(who[i], rng) for i in items))
     old = [say(*shop.phrases[i][:2]) for i in items]
     other = [say(*shop.phrases[i][2:4]) for i in items]
     rate = lambda proposals, margin=0.0: judge.choose(items, old, proposals, shown, judges, period, 0, margin)[1]

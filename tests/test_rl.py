@@ -339,6 +339,21 @@ def test_add_policy_asks_nothing_of_disk_or_hub(tiny, tmp_path):
         rl.add_policy(model)
 
 
+def test_a_new_tiny_llm_copies_and_looks_one_token_back():
+    """Guards: a head start that rotary positions or another order of the heads has turned into noise."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                         num_key_value_heads=4, attn_implementation="eager")).eval()
+    rl.head_start(model)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert torch.allclose(second.o_proj.weight @ second.v_proj.weight, torch.eye(64), atol=1e-5), "what is looked at is written as it is"
+    kept = torch.linalg.eigvals(first.o_proj.weight @ first.v_proj.weight).real.sort().values
+    assert torch.allclose(kept, torch.cat([-torch.ones(16), torch.ones(48)]), atol=1e-4), "but head 0 takes it away"
+    with torch.no_grad():
+        looks = model(torch.randint(64, (2, 40)), output_attentions=True).attentions[0][:, 0]                  # head 0: (2, 40, 40)
+    assert (looks.diagonal(-1, 1, 2) > .5).all() and (looks.argmax(-1)[:, 1:] == torch.arange(39)).all()
+
+
 # ----------------------------------------------------------------------------------------------- gradients, TRAPS 1
 def lora_gradients(model, batch):
     rl.use(model, "policy", trainable=True)
