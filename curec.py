@@ -4,8 +4,8 @@
 
     data -> LLM (align) -> reward model -> PPO (policy) -> chronological correction -> SASRec with reasons -> report
 
-Each stage leaves its result in the run folder, from where --resume goes on. The hidden truth of the demo world is read in two
-places only: the truth figures and the `oracle` arm, after everything else. Read on: reward.py, rl.py, recommender.py, data.py.
+Each stage leaves its result in the run folder, from where --resume goes on. The hidden truth of the demo world is read in two places
+of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else. Read on: reward.py, rl.py, recommender.py, data.py.
 """
 import argparse
 import hashlib
@@ -50,7 +50,7 @@ class Settings:
     encoder: str = opt("", "LLM", "Hugging Face text encoder, name or path; default: the LLM's own hidden states")
     tiny_steps: int = opt(1000, "LLM", "training steps of the tiny LLM, 16 prompts each")
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
-    temperature: float = opt(0.7, "LLM", "of reasons and of PPO's answers; proposals of the correction: 1")
+    temperature: float = opt(0.7, "LLM", "of reasons and PPO's answers; proposals to choose from are sampled at 1")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a pass with gradients holds; lower it if memory runs out; 0: 16 for tiny, else 4")
     ppo_updates: int = opt(26, "method", "PPO updates (sample, score, learn)")
@@ -100,7 +100,7 @@ def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arms = [a for a in ARMS if a != "oracle" or demo] if s.arms == "all" else s.arms.split(",")
-    least = {"k_core": -1, "ppo_batch": 8} | dict.fromkeys("seeds windows ppo_updates epochs tiny_steps align_steps proposals".split(), 1)
+    least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs tiny_steps align_steps proposals".split(), 1)
     low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
     for wrong, message in (
             (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
@@ -120,6 +120,7 @@ def resolve(s: Settings) -> Settings:
 # ------------------------------------------------------------------------------------------------------ run folder
 def keep(path: str, value):
     """Writes a text or what torch.save takes; atomic: a reader, or a killed run, sees the old file or the new one."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     Path(path + ".part").write_text(value, encoding="utf-8") if isinstance(value, str) else torch.save(value, path + ".part")
     os.replace(path + ".part", path)
 
@@ -149,7 +150,6 @@ def open_run(s: Settings):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     elif os.path.exists(state):
         raise D.DataError(f"--out {s.out}: holds a folder 'state' but no config.json, so it is no run of ours; choose another folder")
-    os.makedirs(state, exist_ok=True)
 
 
 def describe(s: Settings, cuts) -> dict:
@@ -201,8 +201,8 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     def sample(rows, adapter, name):
         rl.use(model, adapter)
         return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], **sampling(s), seed=s.seed, name=name)[0], rows)
-    before, reference = stage(s, "reference", {}, lambda: [torch.from_numpy(x) for x in (sample(held, "align", "held-out prompts before PPO"), sample(
-        np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1))])
+    before = stage(s, "before", {}, lambda: torch.from_numpy(sample(held, "align", "held-out prompts before PPO")))
+    reference = stage(s, "reference", {}, lambda: torch.from_numpy(sample(np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1)))
     stage.now = "ppo"
     log = rl.ppo(model, tokenizer, [prompts[k] for k in train],
                  lambda texts, rows: torch.from_numpy(total(texts, train[rows])) - reference[rows],
@@ -226,12 +226,12 @@ def propose(s: Settings, model, tokenizer, prompts, seed, name):
 
 
 def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
-    """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of a window's
-    choosers are shown, the others judge. Returns (answers, timelines, judges an item, rows a window)."""
+    """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of a window's choosers
+    are shown, the others judge. Returns (first answers, last answers, timelines, people shown in each prompt and judges by item, rows a window)."""
     rl.use(model, "policy")
-    answers = [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)], **sampling(s),
-                                 seed=s.seed, name="first reasons, from the text alone")[0]
-    timelines, judged, rows = [[] for _ in answers], [[] for _ in answers], []
+    first = [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)], **sampling(s),
+                               seed=s.seed, name="first reasons, from the text alone")[0]
+    answers, rows, (timelines, groups, ears) = [*first], [], ([[] for _ in first] for _ in range(3))
     for w, period, items, shown, judges in reward.windows(data, who, cuts, s.seed):
         prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
         proposals = propose(s, model, tokenizer, [p for p in prompts for _ in range(s.proposals)], s.seed + w, f"correction, window {w} of {len(cuts) - 1}")
@@ -241,11 +241,12 @@ def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
                                  "shared": D.shared_words(data, i, p)[:3], "proposal": D.parse_answer(proposals[c["best"]])[0],
                                  "reward_before": c["before"], "reward_after": c["after"], "accepted": c["accepted"]})
             answers[i] = proposals[c["best"]] if c["accepted"] else answers[i]
-            judged[i] += j.tolist()
-        rows.append({"window": w, "items": len(items), "proposed": len(proposals), "accepted": sum(c["accepted"] for c in chosen),
-                     "false_accept_rate": false, "reward_before": float(np.mean([c["before"] for c in chosen])),
-                     "reward_after": float(np.mean([c["after" if c["accepted"] else "before"] for c in chosen]))})
-    return answers, timelines, judged, rows
+            groups[i].append(p), ears[i].extend(j.tolist())
+        gains, mean = [c["after"] - c["before"] for c in chosen if c["accepted"]], lambda x: float(np.mean(x)) if len(x) else 0.0
+        rows.append({"window": w, "items": len(items), "proposed": len(proposals), "accepted": len(gains), "rejected": len(items) - len(gains),
+                     "mean_gain": mean(gains), "false_accept_rate": false, "reward_before": mean([c["before"] for c in chosen]),
+                     "reward_after": mean([c["after" if c["accepted"] else "before"] for c in chosen])})
+    return first, answers, timelines, groups, ears, rows
 
 
 def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
@@ -256,15 +257,14 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
         rl.use(model, adapter)
         return [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", shown[i]) for i in items], **sampling(s), seed=s.seed, name=name)[0]
     kinds = {"aligned": one_shot("align", "reasons: aligned"), "rl": one_shot("policy", "reasons: rl")}
-    kinds["curec"], timelines, judged, rows = correct(s, data, model, tokenizer, judge, who, cuts)
-    # the control for correction: as many one-shot proposals as curec made, the same judges (in no prompt), no time order
-    rng, judged = np.random.default_rng([s.seed, 67]), [np.array(j, int) for j in judged]
-    apart = [rng.permutation(np.setdiff1d(w, j))[: D.PEOPLE] for w, j in zip(who, judged)]
-    many = [i for i in items for _ in range(1 + s.proposals * len(timelines[i]))]
-    texts = propose(s, model, tokenizer, [D.reason_prompt(data, i, "", apart[i]) for i in many], s.seed + 91, "best of one-shot proposals")
-    total, _ = judge.rewards(many, texts, [apart[i] for i in many], [judged[i] for i in many], (cuts[0], cuts[-1]), s.seed)
-    parts = np.split(np.arange(len(many)), np.flatnonzero(np.diff(many)) + 1)
-    kinds["bestof"] = [""] + [texts[max(part, key=lambda k: total[k])] for part in parts]
+    first, kinds["curec"], timelines, groups, ears, rows = correct(s, data, model, tokenizer, judge, who, cuts)
+    # the control for correction: curec's first reason and as many proposals, to the same groups of people without a reason so far; all of curec's judges at once
+    asked = [(i, p) for i in items for p in groups[i] for _ in range(s.proposals)]
+    texts = propose(s, model, tokenizer, [D.reason_prompt(data, i, "", p) for i, p in asked], s.seed + 91, "best of one-shot proposals")
+    many, texts = np.array([*items, *(i for i, _ in asked)]), [*first[1:], *texts]
+    people = [np.concatenate([*x, []]).astype(int) for x in groups], [np.array(x, int) for x in ears]
+    total, _ = judge.rewards(many, texts, *([x[i] for i in many] for x in people), (cuts[0], cuts[-1]), s.seed)
+    kinds["bestof"] = [""] + [texts[max(np.flatnonzero(many == i), key=lambda k: total[k])] for i in items]
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
 
 

@@ -4,7 +4,7 @@
     event e = (user, position >= 1) of a train choice: who chose which item when, and what that person had chosen before
 
 Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, whose hidden truth (why each item is chosen)
-sits in Dataset.truth and is read by curec.py's truth figures and oracle arm alone; Amazon 2014 and 2018 files; a folder
+sits in Dataset.truth and is read by reward.py's truth figures and oracle arm alone; Amazon 2014 and 2018 files; a folder
 of your own. Everything that trains a model reads `train`, `events` and `items` only: never valid, test or truth.
 
 Left out: images, prices.  Try it alone:
@@ -53,7 +53,7 @@ class Dataset:
     seqs: list                     # per user: item numbers in time order, (L,) int64
     times: list                    # per user: seconds, (L,) int64
     ratings: list | None = None    # per user: (L,) float, or None where the source has none
-    truth: dict | None = None      # demo only: {"early", "late": the drivers of every item}, index 0 unused
+    truth: dict | None = None      # demo only: {"early", "late": drivers of every item, "since": time of change}, index 0 unused
     notes: list = field(default_factory=list)    # what was skipped and why, for the summary
 
     def __post_init__(self):
@@ -152,7 +152,8 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s), "categories": [],
                      "brand": BRANDS[rng.integers(len(BRANDS))], "description": ""} for i, s in enumerate(said)]
     names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
-    return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, truth={"early": names[0], "late": names[1]})
+    return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, 
+                   truth={"early": names[0], "late": names[1], "since": [span // 2 + 1_400_000_000] * (n_items + 1)})
 
 
 # --------------------------------------------------------------------------------------------------- real data sets
@@ -160,9 +161,8 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, l
          small=False) -> Dataset:
     """`demo`, an Amazon category (2014 or 2018 files, found in data_dir or downloaded there), or a folder's path.
 
-    ties: "file" keeps the source's order within a timestamp, "shuffle" draws it by seed. k_core, limit_items,
-    limit_users: 0 = off. Raises DataError with what to do.
-    """
+    ties: "file" keeps the source's order within a timestamp, "shuffle" draws it by seed. k_core: -1 = 5 for a folder, else
+    0; limit_items, limit_users: 0 = off. Raises DataError with what to do."""
     if name == "demo":
         return demo(seed, *(200, 120) if small else (1000, 500))
     if os.path.isdir(name):

@@ -61,6 +61,12 @@ def load_encoder(name, device="cpu", batch: int = 64):
     return encode
 
 
+def at_once(encode, texts) -> torch.Tensor:
+    """encode(texts), equal texts only once: proposals are often equal, and then their vectors are, to the last bit."""
+    once, place = np.unique(texts, return_inverse=True)
+    return encode(once.tolist())[torch.from_numpy(place)]
+
+
 class RewardModel(nn.Module):
     """User tower over text vectors and the shared projection P. width: of the whitened text vectors."""
 
@@ -91,13 +97,13 @@ class RewardModel(nn.Module):
 class Judge:
     """A trained reward model with the states of all train events: turns reasons into rewards.
 
-    encode: list of texts -> raw vectors (M, D), frozen. Build with `fit`, or from a saved state_dict.
+    encode: list of texts -> raw vectors (M, D), frozen. Ready after `fit`, or after `remember` of saved weights.
     """
 
     def __init__(self, data, encode, whitening_size: int = 128):
         self.data, raw = data, encode([D.mask_identity(data, D.item_text(item)) for item in data.items[1:]])
         whiten = whitening(raw, whitening_size)
-        self.encode = lambda texts: whiten(encode([D.mask_identity(data, t) for t in texts]))
+        self.encode = lambda texts: whiten(at_once(encode, [D.mask_identity(data, t) for t in texts]))
         self.items = F.pad(whiten(raw), (0, 0, 1, 0))                                                  # (n + 1, width)
         self.model = RewardModel(self.items.shape[1])
 
@@ -174,11 +180,8 @@ class Judge:
 
     @torch.no_grad()
     def judge(self, reasons, people, period, seed):
-        """How much more than others each set of people goes with its reason.
-
-        reasons: list of str; people: list of arrays of event numbers. Returns a list of (|people|,) arrays, in nats:
-        s(e, r) - logmeanexp over the period's pool. The mean of each is A(people, r).
-        """
+        """How much more than others each set of people goes with its reason: a list of (|people|,) arrays, in nats,
+        s(e, r) - logmeanexp over the period's pool. The mean of each is A(people, r). people: arrays of event numbers."""
         z = self.model.reasons(self.encode(reasons))                                              # (M, width)
         others = self.model.scores(self.states[self.pool(period, seed)], z)                       # (N, M)
         level = others.logsumexp(0) - np.log(len(others))
@@ -187,10 +190,8 @@ class Judge:
                 for p, v, b in zip(people, z, level)]
 
     def rewards(self, items, answers, shown, audience, period, seed):
-        """R of decoded answers: (M,) array, and the parts {"shown", "audience", "grounded", "format_ok"} as arrays.
-
-        items: item numbers; answers: decoded LLM answers; shown, audience: lists of arrays of event numbers.
-        """
+        """R of decoded LLM answers, (M,), and its parts {"shown", "audience", "grounded", "format_ok"} as arrays.
+        items: (M,) numbers; shown, audience: M arrays of event numbers."""
         parsed = [D.parse_answer(a) for a in answers]
         reasons, ok = [p[0] for p in parsed], np.array([p[2] for p in parsed], bool)
         mean = lambda values: np.array([v.mean() if len(v) else 0.0 for v in values])
@@ -204,15 +205,15 @@ class Judge:
     def choose(self, items, current, proposals, shown, judges, period, seed, margin):
         """For each item the proposal of highest reward, and whether it may replace the current answer.
 
-        proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old one, and its mean
-        paired gain over the judges exceeds margin standard errors. Returns a list of {"best", "before", "after", "accepted"}
+        proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old one, and its mean paired gain over
+        the judges exceeds margin standard errors; a malformed old one pays the penalty. Returns a list of {"best", "before", "after", "accepted"}
         and the false-accept rate: the same with a sign drawn for each judge, who may as well have liked the old one better by as much.
         """
         K, rng = len(proposals) // len(items), np.random.default_rng([seed, 37, len(items)])
         spread = lambda xs: [x for x in xs for _ in range(K)]
         reasons, old_reasons = ([D.parse_answer(a)[0] for a in answers] for answers in (proposals, current))
         total, parts = self.rewards(spread(items), proposals, spread(shown), spread(judges), period, seed)
-        old = self.judge(old_reasons, judges, period, seed)
+        old = [x - FORMAT_PENALTY * (not D.parse_answer(a)[2]) for a, x in zip(current, self.judge(old_reasons, judges, period, seed))]
         new = self.judge(reasons, spread(judges), period, seed)
         rows, false = [], 0
         for k, before in enumerate(old):
@@ -242,9 +243,7 @@ class Judge:
 
 def features(arm, data, encode, kinds, seed):
     """Item features (n_items + 1, F) of an arm: whitened vectors of the item's text, beside those of its reason; None: IDs only.
-
-    kinds: decoded answers by kind, index 0 unused. placebo: the final reasons, shuffled among items.
-    """
+    kinds: decoded answers by kind, index 0 unused. placebo: the final reasons, shuffled among items."""
     if arm in ("popularity", "markov", "id"):
         return None
     texts = [[D.item_text(item) for item in data.items[1:]]]
@@ -266,6 +265,8 @@ def held_out(data, seed) -> tuple:
 def window_cuts(data, windows: int) -> list:
     """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events; equal times stay together."""
     times = data.events["time"]
+    if not len(times):
+        raise D.DataError(f"{data.name}: no user has 4 interactions (2 to train on, 1 to validate, 1 to test); lower --k-core or the limits")
     return sorted({*map(int, np.quantile(times, np.arange(windows) / windows, method="lower")), int(times.max()) + 1})
 
 
@@ -357,7 +358,7 @@ def tell_truth(data, judge, who, cuts, kinds, m, seed):
         delta, ci = paired_bootstrap(*(np.array([names_new(named[k], truth)], float) for k in ("curec", "bestof")))
         m["comparisons"].append({"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1, "delta": delta, "ci95": ci})
     # the judge has seen neither these people nor these items; of items whose driver changed, the people of the second half
-    (people, things), late = held_out(data, seed), data.events["time"] >= (cuts[0] + cuts[-1]) // 2
+    (people, things), late = held_out(data, seed), data.events["time"] > truth["since"][0]
     stays = [set(a) == set(b) for a, b in zip(data.truth["early"], data.truth["late"])]
     ears = [w[people[data.events["user"][w]] & (late[w] | stays[i])] if things[i] else w[:0] for i, w in enumerate(who)]
     m["reward"] |= driver_choice(judge, data.truth["late"], ears, (cuts[0], cuts[-1]), seed)
@@ -373,7 +374,7 @@ def timeline(r: dict) -> str:
 
 
 def reasons_table(m: dict) -> str:
-    """The kinds of reasons in metrics.json, truth first where it is known, and in how many cases correction found a new driver that `bestof` did not."""
+    """The kinds of reasons in metrics.json, truth first where it is known, and how much more often correction found a new driver than `bestof` did."""
     keys = sorted({k for v in m["reasons"].values() for k in v}, key=lambda k: (k[:5] not in ("truth", "new_d"), k))
     new = [c for c in m["comparisons"] if c["metric"] == "new_driver"]
     return markdown(["reasons", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]) + "".join(
@@ -394,5 +395,5 @@ def report(m: dict, reasons: list, log: list) -> list:
                 f"{r['update']:4d} {r['reward']:+.3f} {bar(r['reward'])}" for r in log[:: max(1, len(log) // 20)]) + "\n```",
             "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
             "False-accept rate: the same choice and test with the sign of each judge's gains drawn at random.",
-            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by their last window's reward",
+            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by what the judges of their last window gave (without penalties)",
             "\n".join(f"- {standing(r):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]

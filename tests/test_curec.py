@@ -216,7 +216,7 @@ def test_explain_shows_items_reasons_and_their_history(finished):
     (["--no-such-flag"], "--no-such-flag"), (["--seeds", "many"], "--seeds"), (["--arms", "id,magic"], "magic"),
     (["--dataset", "demo", "--ties", "shuffle"], "--ties"), (["--dataset", "beauty", "--arms", "oracle"], "oracle"),
     (["--run", "runs/x"], "--explain"), (["--run", "nowhere", "--explain", "u"], "config.json"), (["--seeds", "0"], "--seeds"),
-    (["--resume", "--out", "nowhere"], "--resume"), (["--ties", "random"], "--ties"), (["--windows", "-1"], "--windows")])
+    (["--resume", "--out", "nowhere"], "--resume"), (["--ties", "random"], "--ties"), (["--windows", "-1"], "--windows"), (["--temperature", "0"], "--temperature")])
 def test_bad_flags_end_with_one_line_and_status_2(args, hint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
@@ -277,24 +277,25 @@ def corrected(shop, cuts, judge_weights=None, settings=None, encode=bag_of_words
     return curec.correct(s, shop, None, None, judge, D.choosers(shop), cuts), judge
 
 
+@pytest.mark.parametrize("windows", [1, 2])
 @pytest.mark.parametrize("source", ["demo", "beauty"])
-def test_correction_is_causal(fake_llm, source):
-    """With weights and boundaries fixed, replacing the item of every later event leaves earlier timeline entries identical.
-    Beauty: real timestamps, in days, many of them equal."""
+def test_correction_is_causal(fake_llm, source, windows):
+    """With weights and boundaries fixed, replacing the item of every event after so many windows leaves earlier timeline entries
+    identical: also of people who waited, and of reasons that were corrected before. Beauty: real timestamps, many of them equal."""
     if source == "beauty" and not (files := ROOT.parent / "shared/data/amazon2014").exists():
         pytest.skip("../shared/data is not here")
     shop = D.demo(0, n_users=600, n_items=80) if source == "demo" else D.load("beauty", str(files), limit_items=300)
     cuts, encode = reward.window_cuts(shop, 3), bag_of_words if source == "demo" else hashed_words
-    (_, before, *_), judge = corrected(shop, cuts, encode=encode)
+    (_, _, before, *_), judge = corrected(shop, cuts, encode=encode)
     rng = np.random.default_rng(0)
     seqs = []
     for s, t in zip(shop.seqs, shop.times):
         fresh = s.copy()
-        later = np.flatnonzero(t >= cuts[1])
+        later = np.flatnonzero(t >= cuts[windows])
         fresh[later] = rng.choice(np.setdiff1d(np.arange(1, shop.n_items + 1), s), len(later), replace=False)
         seqs.append(fresh)
-    (_, after, *_), _ = corrected(dataclasses.replace(shop, seqs=seqs), cuts, judge.model.state_dict(), encode=encode)
-    first = lambda timelines: [[e for e in t if e["window_end"] <= cuts[1]] for t in timelines]
+    (_, _, after, *_), _ = corrected(dataclasses.replace(shop, seqs=seqs), cuts, judge.model.state_dict(), encode=encode)
+    first = lambda timelines: [[e for e in t if e["window_end"] <= cuts[windows]] for t in timelines]
     assert first(before) == first(after) and sum(map(len, first(before))) > 20
     assert before != after, "later windows must differ, or the test replaced nothing"
 
@@ -322,9 +323,14 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
     s = curec.resolve(curec.Settings())
     timelines = curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts)["timelines"]
     items, shown, judges = seen[-1]
+    groups = [[] for _ in range(shop.n_items + 1)]
+    for _, _, some, people, _ in reward.windows(shop, D.choosers(shop), cuts, s.seed):
+        for i, p in zip(some, people):
+            groups[i].append(p)
     assert np.bincount(items)[1:].tolist() == [1 + s.proposals * len(t) for t in timelines[1:]], "as many as curec made"
-    asked = [D.reason_prompt(shop, i, "", a) for i, a in zip(items, shown)]
-    assert prompts[-2] == asked[::3] and prompts[-1] == [p for k, p in enumerate(asked) if k % 3], "and what is shown is what it is judged by"
+    asked = [D.reason_prompt(shop, i, "", p) for i, mine in enumerate(groups) for p in mine for _ in range(s.proposals)]
+    assert prompts[-2] == asked[::3] and prompts[-1] == [p for k, p in enumerate(asked) if k % 3], "to the people that curec was shown"
+    assert all(sorted(a) == sorted(e for p in groups[i] for e in p) for i, a in zip(items, shown)), "and what is shown is what it is judged by"
     assert len(items) > 5 * shop.n_items and not any(set(a) & set(b) for a, b in zip(shown, judges))
     assert sum(len(a) > 0 and len(b) > 0 for a, b in zip(shown, judges)) > 0.9 * len(items)
 
@@ -332,7 +338,7 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
 def test_correction_moves_reasons_towards_the_truth(fake_llm):
     """With random proposals and an ideal encoder, accepted corrections must name drivers more often than first reasons."""
     shop = D.demo(0, n_users=900, n_items=80)
-    (answers, timelines, judged, rows), _ = corrected(shop, reward.window_cuts(shop, 2), settings=curec.Settings(windows=2, margin=0.5))
+    (_, answers, timelines, _, judged, rows), _ = corrected(shop, reward.window_cuts(shop, 2), settings=curec.Settings(windows=2, margin=0.5))
     named = lambda texts: reward.truth_figures([D.parse_answer(a)[1] for a in texts], {k: v[1:] for k, v in shop.truth.items()})["truth_precision"]
     first = rl.generate(None, None, [D.reason_prompt(shop, i, "", ()) for i in range(1, shop.n_items + 1)])[0]
     assert named(answers[1:]) > named(first) + 0.1

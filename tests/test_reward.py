@@ -101,7 +101,8 @@ def test_gaming_the_reward_does_not_pay(judge, shop):
     who, period = D.choosers(shop), everyone(shop)
     shown, audience = reward.one_shot_people(who, 0)
     items = [i for i in range(1, shop.n_items + 1) if len(shown[i]) >= 3]
-    other = lambda i: next(j for j in items if not set(shop.truth["late"][j]) & set(shop.phrases[i]))
+    rng = np.random.default_rng(0)
+    other = lambda i: next(int(j) for j in rng.permutation(items) if set(shop.truth["late"][j]) != set(shop.truth["late"][i]))
 
     def mean(answer):
         total, _ = judge.rewards(items, [answer(i) for i in items], [shown[i] for i in items], [audience[i] for i in items], period, 0)
@@ -140,11 +141,17 @@ def test_a_figure_that_was_not_measured_is_absent(judge, shop, monkeypatch):
     assert "auc_heldout" not in reward.Judge(shop, bag_of_words).fit(epochs=1)
 
 
-def test_fit_keeps_the_best_epoch_on_held_out_people_and_items(shop):
+def test_fit_keeps_the_best_epoch_on_held_out_people_and_items(shop, monkeypatch):
+    looks, auc = [], reward.Judge.auc
+    monkeypatch.setattr(reward.Judge, "auc", lambda self, *on: (looks.append((auc(self, *on), on)), looks[-1][0])[1])
+
     def fitted():
         j = reward.Judge(shop, bag_of_words)
+        looks.clear()
         return j, j.fit(epochs=3, seed=2)
     (a, first), (b, again) = fitted(), fitted()
+    values = [value for value, _ in looks]
+    assert first["auc_heldout"] == max(values) == auc(b, *looks[0][1]) and values[first["best_epoch"]] == max(values) > min(values)
     assert first == again and first["auc_heldout"] > 0.5
     assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
 
@@ -197,16 +204,20 @@ def test_false_accepts_are_what_the_same_test_lets_through_by_luck(judge, shop):
     assert rate(other, margin=9.0) == rate(old) == rate(["broken"] * len(items)) == rate([say("quantum", "unicorn")] * len(items)) == 0
 
 
-def test_windows_split_people_and_lose_nobody_early(shop):
-    who, cuts = D.choosers(shop), reward.window_cuts(shop, 3)
-    seen = set()
+def test_windows_show_a_third_let_the_others_judge_and_lose_nobody():
+    """Guards: people from after the window, people asked twice, people who waited and never came back."""
+    shop = D.demo(1, n_users=300, n_items=60)
+    who, cuts, times = D.choosers(shop), reward.window_cuts(shop, 8), shop.events["time"]
+    left, waited = [set(w) for w in who], 0
     for _, (start, end), items, shown, judges in reward.windows(shop, who, cuts, 0):
         for i, a, b in zip(items, shown, judges):
-            assert len(a) and len(b) and not set(a) & set(b)
-            assert len(a) <= D.PEOPLE and len(b) <= reward.AUDIENCE
-            assert (shop.events["time"][[*a, *b]] < end).all(), "nobody from after the window"
-            assert (shop.events["item"][[*a, *b]] == i).all() and not seen & {*a, *b}
-            seen |= {*a, *b}
+            came = {e for e in left[i] if times[e] < end}
+            third = max(1, round(len(came) / 3))
+            assert len(came) >= 4 and {*a, *b} <= came and not {*a} & {*b}
+            assert len(a) == min(third, D.PEOPLE) and len(b) == min(len(came) - third, reward.AUDIENCE)
+            waited += any(times[e] < start for e in {*a, *b})
+            left[i] -= came
+    assert waited > 10 and max(map(len, left)) < 4, "who is left over are too few for a window"
 
 
 def test_window_cuts_never_split_equal_times(shop):
@@ -214,6 +225,12 @@ def test_window_cuts_never_split_equal_times(shop):
     coarse = dataclasses.replace(shop, times=times)
     cuts = reward.window_cuts(coarse, 4)
     assert cuts == sorted(set(cuts)) and cuts[0] == coarse.events["time"].min() and cuts[-1] == coarse.events["time"].max() + 1
+
+
+def test_data_that_nobody_can_be_trained_on_is_refused(shop):
+    three = dataclasses.replace(shop, seqs=[s[:3] for s in shop.seqs], times=[t[:3] for t in shop.times])
+    with pytest.raises(D.DataError, match="no user has 4 interactions"):
+        reward.window_cuts(three, 2)
 
 
 def test_practice_holds_out_items_and_never_judges_by_nobody(shop):

@@ -89,7 +89,8 @@ class World:
         shown, audience = reward.one_shot_people(self.who, self.s.seed)
         items, truth, phrases = [i for i in range(1, self.data.n_items + 1) if len(shown[i]) >= 2], self.data.truth["late"], self.data.phrases
         say = lambda text: D.ANSWER.format("by hand", text)
-        other = {i: next(j for j in items[k:] + items if not set(truth[j]) & set(phrases[i])) for k, i in enumerate(items)}
+        rng = np.random.default_rng(0)
+        other = {i: next(int(j) for j in rng.permutation(items) if set(truth[j]) != set(truth[i])) for i in items}
         ways = {"truth": lambda i: say(D.REASON.format(*truth[i])),
                 "echo of a history": lambda i: say(D.REASON.format(*phrases[self.data.history(shown[i][0])[-1]][:2])),
                 "the title alone": lambda i: say(D.title(self.data, i)), "every aspect": lambda i: say("people choose it for " + " and ".join(phrases[i])),
@@ -136,7 +137,7 @@ def windows(args):
         world = World(run(f"world-{seed}", seed))
         for count in (1, 2, 4, 8):
             start = time.perf_counter()
-            answers, timelines, judged, rows = curec.correct(world.s, world.data, world.model, world.tokenizer, world.judge, world.who,
+            _, answers, *_, rows = curec.correct(world.s, world.data, world.model, world.tokenizer, world.judge, world.who,
                                                              reward.window_cuts(world.data, count))
             found.setdefault(count, []).append(world.truth(answers) | {
                 "proposals": sum(r["proposed"] for r in rows), "seconds": time.perf_counter() - start,
