@@ -58,7 +58,7 @@ class Settings:
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
     windows: int = opt(4, "method", "time windows of the correction, equal in train events")
     proposals: int = opt(12, "method", "corrections proposed for an item and window")
-    margin: float = opt(0.5, "method", "accept a correction if its paired gain exceeds this many standard errors")
+    margin: float = opt(0.25, "method", "accept a correction if its paired gain exceeds this many standard errors")
     arms: str = opt("all", "evaluation", "comma-separated arms, or all: " + ",".join(ARMS))
     seeds: int = opt(3, "evaluation", "downstream repeats of every arm")
     epochs: int = opt(60, "evaluation", "most downstream epochs; validation stops earlier")

@@ -4,8 +4,8 @@
     python tests/bench/bench_reasons.py windows    1, 2, 4 and 8 windows with each world's policy and judge
     python tests/bench/bench_reasons.py think      alignment, PPO and reasons again without <think>, same seeds and steps
 
-Results go to bench_reasons.json beside this file. Resumable: what lies in runs/bench/reasons is not repeated. Delete that
-folder after a change of code. windows and think need the runs of worlds.
+Results go to bench_reasons.json beside this file; those of worlds also without world 0, on which choices were made. Resumable:
+what lies in runs/bench/reasons is not repeated. Delete that folder after a change of code. windows and think need the runs of worlds.
 """
 import argparse
 import json
@@ -31,6 +31,7 @@ import rl  # noqa: E402
 
 WORLDS, RUNS, OUT = range(5), pathlib.Path("runs/bench/reasons"), HERE.with_suffix(".json")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t by number of worlds
+WAYS = "truth", "echo of a history", "the title alone", "every aspect", "empty", "another item's reason"
 PAIRS = [*rec.COMPARISONS, ("rl", "placebo")]
 
 
@@ -43,10 +44,11 @@ def run(name: str, seed: int, *flags) -> pathlib.Path:
     return out
 
 
-def save(part: str, value):
+def save(part: str, value, runs):
+    """Into the JSON, with the commits that the runs were made at."""
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
-    commit = subprocess.run(["git", "-C", HERE.parent, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    known[part] = {"command": f"python tests/bench/bench_reasons.py {part}", "commit": commit, "torch": torch.__version__, "cpus": os.cpu_count(),
+    commits = sorted({json.loads((out / "config.json").read_text())["git_commit"] for out in runs})
+    known[part] = {"command": f"python tests/bench/bench_reasons.py {part}", "commits": commits, "torch": torch.__version__, "cpus": os.cpu_count(),
                    "machine": platform.machine(), "results": value}
     OUT.with_suffix(".part").write_text(json.dumps(known, indent=1) + "\n")
     os.replace(OUT.with_suffix(".part"), OUT)
@@ -54,10 +56,10 @@ def save(part: str, value):
 
 
 def over_worlds(values) -> dict:
-    """Mean and 95 % t-interval over worlds."""
+    """Mean and 95 % t-interval over worlds, without the interval for one."""
     x = np.array(values, float)
-    half = T_975[len(x)] * x.std(ddof=1) / len(x) ** 0.5 if len(x) in T_975 else float("nan")
-    return {"mean": float(x.mean()), "t95": [float(x.mean() - half), float(x.mean() + half)], "worlds": x.tolist()}
+    half = T_975[len(x)] * x.std(ddof=1) / len(x) ** 0.5 if len(x) in T_975 else None
+    return {"mean": float(x.mean()), **({"t95": [float(x.mean() - half), float(x.mean() + half)]} if half is not None else {}), "worlds": x.tolist()}
 
 
 def pooled(differences, draws=2000) -> dict:
@@ -85,82 +87,97 @@ class World:
         return reward.truth_figures([D.parse_answer(a)[1] for a in answers[1:]], {k: v[1:] for k, v in self.data.truth.items()})
 
     def hacks(self) -> dict:
-        """Mean reward of true reasons, and of five ways to cheat, for the same items and people; and how often the truth earns more."""
+        """Mean reward of true reasons, and of five ways to cheat, for the same items and people; how often the truth earns more; and
+        both again without the penalties for format and words that the item does not say."""
         shown, audience = reward.one_shot_people(self.who, self.s.seed)
         items, truth, phrases = [i for i in range(1, self.data.n_items + 1) if len(shown[i]) >= 2], self.data.truth["late"], self.data.phrases
-        say = lambda text: D.ANSWER.format("by hand", text)
-        rng = np.random.default_rng(0)
+        say, rng = lambda text: D.ANSWER.format("by hand", text), np.random.default_rng(0)
         other = {i: next(int(j) for j in rng.permutation(items) if set(truth[j]) != set(truth[i])) for i in items}
-        ways = {"truth": lambda i: say(D.REASON.format(*truth[i])),
-                "echo of a history": lambda i: say(D.REASON.format(*phrases[self.data.history(shown[i][0])[-1]][:2])),
-                "the title alone": lambda i: say(D.title(self.data, i)), "every aspect": lambda i: say("people choose it for " + " and ".join(phrases[i])),
-                "empty": lambda i: say(""), "another item's reason": lambda i: say(D.REASON.format(*truth[other[i]]))}
-        found = {name: self.judge.rewards(items, [way(i) for i in items], [shown[i] for i in items], [audience[i] for i in items], self.period,
-                                          self.s.seed)[0] for name, way in ways.items()}
-        return {name: {"mean_reward": float(x.mean()), "truth_earns_more": float((found["truth"] > x).mean())} for name, x in found.items()}
+        said = (lambda i: D.REASON.format(*truth[i]), lambda i: D.REASON.format(*phrases[self.data.history(shown[i][0])[-1]][:2]),
+                lambda i: D.title(self.data, i), lambda i: "people choose it for " + " and ".join(phrases[i]), lambda i: "", lambda i: D.REASON.format(*truth[other[i]]))
+        people, found = ([shown[i] for i in items], [audience[i] for i in items]), {}
+        for name, way in zip(WAYS, said):
+            total, parts = self.judge.rewards(items, [say(way(i)) for i in items], *people, self.period, self.s.seed)
+            found[name] = {"reward": total, "bare": (parts["shown"] + parts["audience"]) / 2}
+        return {name: {f"{k} {what}": float((v if what == "mean" else found["truth"][k] > v).mean()) for k, v in x.items()
+                       for what in ("mean", "truth earns more")[: 1 if name == "truth" else 2]} for name, x in found.items()}
 
 
-def worlds(args):
-    runs = [run(f"world-{seed}", seed) for seed in args.worlds]
-    metrics = [json.loads((out / "metrics.json").read_text()) for out in runs]
+def pool(runs, metrics, hacks) -> dict:
+    """Everything of worlds for these runs."""
     load = lambda out, arm: rec.metrics(torch.load(out / f"state/arm-{arm}.pt", weights_only=True)["value"]["ranks"].numpy())["ndcg@10"].mean(0)
     users = {arm: [load(out, arm) for out in runs] for arm in metrics[0]["arms"]}
-    differences = {f"{a} - {b}": pooled([x - y for x, y in zip(users[a], users[b])]) for a, b in PAIRS}
-    room, rng = np.concatenate([o - c for o, c in zip(users["oracle"], users["content"])]), np.random.default_rng(0)
-    recovered = {}
+    room, rng, recovered = np.concatenate([o - c for o, c in zip(users["oracle"], users["content"])]), np.random.default_rng(0), {}
     for arm in ("placebo", "aligned", "rl", "bestof", "curec"):
         gain = np.concatenate([x - y for x, y in zip(users[arm], users["content"])])
         draws = [gain[k].mean() / room[k].mean() for k in (rng.integers(len(room), size=len(room)) for _ in range(2000))]
         recovered[arm] = {"share": float(gain.mean() / room.mean()), "ci95": np.percentile(draws, [2.5, 97.5]).tolist(),
-                          "worlds": [m["headroom"]["recovered"][arm] for m in metrics]}
-    named = {}
-    for kind in ("curec", "bestof"):
-        named[kind] = [np.array(reward.names_new([D.parse_answer(a)[1] for a in torch.load(out / "state/correct.pt", weights_only=True)["value"]["kinds"][kind][1:]],
-                                                 {k: v[1:] for k, v in D.demo(seed).truth.items()}), float) for out, seed in zip(runs, args.worlds)]
+                          "over worlds": over_worlds([m["headroom"]["recovered"][arm] for m in metrics if m["headroom"]["ndcg@10"] > 0])}
+    named = {kind: [named_new(out, kind) for out in runs] for kind in ("curec", "bestof")}
     logs = [[json.loads(line) for line in (out / "ppo.jsonl").read_text().splitlines()] for out in runs]
-    save("worlds", {
-        "ndcg@10": {arm: over_worlds([x.mean() for x in v]) for arm, v in users.items()}, "differences": differences,
-        "headroom": pooled([o - c for o, c in zip(users["oracle"], users["content"])]), "recovered": recovered,
-        "reasons": {k: {f: over_worlds([m["reasons"][k][f] for m in metrics]) for f in metrics[0]["reasons"][k]} for k in metrics[0]["reasons"]},
-        "new driver named, curec - bestof": pooled([a - b for a, b in zip(named["curec"], named["bestof"])]),
-        "reward": {k: over_worlds([m["reward"][k] for m in metrics]) for k in metrics[0]["reward"]},
-        "hacking": [World(out).hacks() for out in runs], "correction": [m["correction"] for m in metrics],
-        "ppo": [{"before": m["ppo"]["reward_before"], "after": m["ppo"]["reward_after"], **{k: [float(np.mean([r[k] for r in part])) for part in np.array_split(log, 5)]
-                 for k in ("reward", "kl", "grounded", "format_ok")}} for m, log in zip(metrics, logs)],
-        "time_s": [m["time_s"] for m in metrics]})
+    fifths = lambda log: {k: [float(np.mean([r[k] for r in part])) for part in np.array_split(log, 5)] for k in ("reward", "kl", "grounded", "format_ok")}
+    return {"ndcg@10": {arm: over_worlds([x.mean() for x in v]) for arm, v in users.items()},
+            "differences": {f"{a} - {b}": pooled([x - y for x, y in zip(users[a], users[b])]) for a, b in PAIRS},
+            "headroom": pooled([o - c for o, c in zip(users["oracle"], users["content"])]), "recovered": recovered,
+            "reasons": {k: {f: over_worlds([m["reasons"][k][f] for m in metrics]) for f in metrics[0]["reasons"][k]} for k in metrics[0]["reasons"]},
+            "new driver named, curec - bestof": pooled([a - b for a, b in zip(named["curec"], named["bestof"])]),
+            "reward": {k: over_worlds([m["reward"][k] for m in metrics]) for k in metrics[0]["reward"]},
+            "hacking": {name: {k: over_worlds([h[name][k] for h in hacks]) for k in hacks[0][name]} for name in WAYS},
+            "correction": [m["correction"] for m in metrics],
+            "ppo": [{"before": m["ppo"]["reward_before"], "after": m["ppo"]["reward_after"], **fifths(log),
+                     "first": {k: log[0][k] for k in ("grounded", "format_ok")}, "least": {k: min(r[k] for r in log) for k in ("grounded", "format_ok")}}
+                    for m, log in zip(metrics, logs)],
+            "time_s": [m["time_s"] for m in metrics]}
+
+
+def named_new(out: pathlib.Path, kind: str) -> np.ndarray:
+    """For every item of a run whose driver changed: does its reason name the new one?"""
+    answers = torch.load(out / "state/correct.pt", weights_only=True)["value"]["kinds"][kind]
+    truth = D.demo(json.loads((out / "config.json").read_text())["settings"]["seed"]).truth
+    return np.array(reward.names_new([D.parse_answer(a)[1] for a in answers[1:]], {k: v[1:] for k, v in truth.items()}), float)
+
+
+def worlds(args):
+    runs = [run(f"world-{seed}", seed) for seed in args.worlds]
+    metrics, hacks = [json.loads((out / "metrics.json").read_text()) for out in runs], [World(out).hacks() for out in runs]
+    fresh = [k for k, seed in enumerate(args.worlds) if seed]
+    save("worlds", {"all": pool(runs, metrics, hacks)} | ({"without world 0": pool(*([x[k] for k in fresh] for x in (runs, metrics, hacks)))} if fresh else {}), runs)
 
 
 def windows(args):
-    """The correction alone, with as many windows: truth of the final reasons, proposals, seconds."""
-    found = {}
-    for seed in args.worlds:
-        world = World(run(f"world-{seed}", seed))
+    """The correction alone, with as many windows: truth of the final reasons, proposals, seconds. (PPO has practised prompts of 4 windows.)"""
+    found, runs = {}, [run(f"world-{seed}", seed) for seed in args.worlds]
+    for out in runs:
         for count in (1, 2, 4, 8):
-            start = time.perf_counter()
-            _, answers, *_, rows = curec.correct(world.s, world.data, world.model, world.tokenizer, world.judge, world.who,
-                                                             reward.window_cuts(world.data, count))
-            found.setdefault(count, []).append(world.truth(answers) | {
-                "proposals": sum(r["proposed"] for r in rows), "seconds": time.perf_counter() - start,
-                "accepted": sum(r["accepted"] for r in rows) / sum(r["items"] for r in rows)})
-    save("windows", {count: {k: over_worlds([x[k] for x in rows]) for k in rows[0]} for count, rows in found.items()})
+            kept = out / f"windows-{count}.json"
+            if not kept.exists():
+                world, start = World(out), time.perf_counter()
+                _, answers, *_, rows = curec.correct(world.s, world.data, world.model, world.tokenizer, world.judge, world.who,
+                                                     reward.window_cuts(world.data, count))
+                share = lambda k: sum(r[k] for r in rows) / sum(r["items"] for r in rows)
+                kept.write_text(json.dumps(world.truth(answers) | {
+                    "proposals": sum(r["proposed"] for r in rows), "seconds": time.perf_counter() - start, "accepted": share("accepted"),
+                    "false_accept_rate": sum(r["false_accept_rate"] * r["items"] for r in rows) / sum(r["items"] for r in rows)}))
+            found.setdefault(count, []).append(json.loads(kept.read_text()))
+    save("windows", {count: {k: over_worlds([x[k] for x in rows]) for k in rows[0]} for count, rows in found.items()}, runs)
 
 
 def think(args):
     """Without <think>: the same stages with answers that are the reason alone; the tiny LLM is trained anew for them."""
-    found = {}
-    for name in ("with", "without"):
-        if name == "without":                                       # REASON's two names are all that is asked for
-            D.ANSWER, D.ANSWER_PATTERN = "<reason> {1} </reason>", re.compile(r"\s*()<reason>([^<>]{0,2000})</reason>\s*")
-        for seed in args.worlds:
-            out = run(f"world-{seed}", seed) if name == "with" else RUNS / f"plain-{seed}"
-            if not (out / "metrics.json").exists():
-                resume = ["--resume"] * (out / "config.json").exists()
-                assert curec.main(["--dataset", "demo", "--seed", str(seed), "--arms", "content,rl,curec,oracle", "--out", str(out), *resume]) == 0
-            m = json.loads((out / "metrics.json").read_text())
-            found.setdefault(name, []).append({f"{kind} {k}": m["reasons"][kind][k] for kind in ("aligned", "rl", "curec")
-                                               for k in ("truth_precision", "mean_reward", "grounded", "format_ok", "mean_tokens")} | {
+    found, runs = {"with": [], "without": []}, [run(f"world-{seed}", seed) for seed in args.worlds]
+    D.ANSWER, D.ANSWER_PATTERN = "<reason> {1} </reason>", re.compile(r"\s*()<reason>([^<>]{0,2000})</reason>\s*")
+    for seed, out in zip(args.worlds, runs):
+        plain = RUNS / f"plain-{seed}"
+        if not (plain / "metrics.json").exists():
+            resume = ["--resume"] * (plain / "config.json").exists()
+            assert curec.main(["--dataset", "demo", "--seed", str(seed), "--arms", "content,rl,curec,oracle", "--out", str(plain), *resume]) == 0
+        for name, folder in (("with", out), ("without", plain)):
+            m = json.loads((folder / "metrics.json").read_text())
+            found[name].append({f"{kind} {k}": m["reasons"][kind][k] for kind in ("aligned", "rl", "curec")
+                                for k in ("truth_precision", "mean_reward", "grounded", "format_ok", "mean_tokens")} | {
                 f"recovered {arm}": m["headroom"]["recovered"][arm] for arm in ("rl", "curec")} | {"ppo_s": m["time_s"]["ppo"], "correct_s": m["time_s"]["correct"]})
-    save("think", {name: {k: over_worlds([x[k] for x in rows]) for k in rows[0]} for name, rows in found.items()})
+    differences = {k: over_worlds([a[k] - b[k] for a, b in zip(found["with"], found["without"])]) for k in found["with"][0]}
+    save("think", {name: {k: over_worlds([x[k] for x in rows]) for k in rows[0]} for name, rows in found.items()} | {"with - without": differences}, runs)
 
 
 if __name__ == "__main__":
