@@ -227,6 +227,16 @@ def test_bad_flags_end_with_one_line_and_status_2(args, hint, capsys, tmp_path, 
     assert status == 2 and hint in err and len(err.strip().splitlines()) == 1, err
 
 
+def test_a_run_without_reasons_or_headroom_reports_its_arms(tmp_path, monkeypatch, capsys):
+    """Guards: tables of reasons and a headroom that were never measured; a killed start that blocks its own folder."""
+    monkeypatch.chdir(tmp_path)
+    curec.open_run(curec.resolve(curec.Settings()))                                # killed before config.json was written
+    assert curec.main(["--dataset", "demo", "--quick", "--arms", "popularity,id", "--device", "cpu"]) == 0
+    report, m = Path("runs/demo/report.md").read_text(), metrics_of(tmp_path)
+    assert "| id |" in capsys.readouterr().out and "## Reasons" not in report and "Headroom" not in report
+    assert set(m["arms"]) == {"popularity", "id"} and not {"reasons", "headroom", "ppo", "reward"} & set(m)
+
+
 def test_missing_files_say_what_to_put_where(capsys, tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
@@ -306,6 +316,7 @@ def test_every_third_proposal_is_by_align_and_all_are_hot(monkeypatch):
     monkeypatch.setattr(rl, "use", lambda model, adapter: active.append(adapter))
     monkeypatch.setattr(rl, "generate", lambda model, tokenizer, p, **kw: (calls.append((active[-1], kw["temperature"])), ([f"{active[-1]} {x}" for x in p], None))[1])
     for n in (1, 2, 7):
+        assert curec.sampling(curec.resolve(curec.Settings(temperature=0.3)))["temperature"] == 0.3, "reasons and PPO stay as asked for"
         made = curec.propose(curec.resolve(curec.Settings()), None, None, [f"p{k}" for k in range(n)], 0, "x")
         assert made == [f"{'policy' if k % 3 else 'align'} p{k}" for k in range(n)]
     assert set(calls) == {("align", 1.0), ("policy", 1.0)}

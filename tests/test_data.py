@@ -372,7 +372,8 @@ def test_mask_identity_hides_brands_numbers_and_rare_words(world):
     """Guards: a reason that earns reward by naming which item it is instead of why it is chosen."""
     d = replace(world, items=[{}, {**world.items[1], "title": world.items[1]["title"] + " zyxwoq 500"}, *world.items[2:]])
     brand, (a, b) = d.items[1]["brand"], d.phrases[1][:2]
-    assert data.mask_identity(d, f"{brand} {a} zyxwoq 500 12ml the {b}") == " ".join(sorted([a, b]))
+    low, high = sorted([a, b])
+    assert data.mask_identity(d, f"{brand} {high} zyxwoq 500 12ml the {low}") == f"{low} {high}", "in an order that no reason can choose"
     assert data.mask_identity(d, f"{brand} 500") == data.mask_identity(d, "zyxwoq"), "nothing left: the same neutral text"
     assert data.mask_identity(d, brand).strip(), "an encoder needs at least one token"
 

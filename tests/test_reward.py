@@ -177,6 +177,8 @@ def test_choose_accepts_only_sound_proposals_that_judges_prefer(judge, shop):
     assert run(worst, [best, worst])["accepted"] and run(worst, [best, worst])["best"] == 0
     assert not run(best, [best, best])["accepted"]
     assert not run(worst, [None])["accepted"], "a malformed proposal"
+    broken = judge.choose([i], ["broken"], [say(*worst)], [shown], [judges], everyone(shop), 0, 0.0)[0][0]
+    assert broken["accepted"] and broken["before"] < -1, "a malformed answer must not outlive a sound one that the judges like less"
     assert not run(worst, [("quantum", "unicorn")])["accepted"], "an ungrounded proposal"
 
 
