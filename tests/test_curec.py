@@ -94,8 +94,8 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone_and_a_new_one_clears_i
     assert curec.main(["--dataset", "no_such_folder/here", "--data-dir", "nowhere", "--out", "runs/x"]) == 2
     assert all(p.exists() for p in old), capsys.readouterr().err
     curec.open_run(s)
-    assert [p.name for p in old if p.exists()] == ["config.json", "own.txt"] and (tmp_path / "runs/x/state").is_dir()
-    (tmp_path / "runs/x/config.json").unlink()
+    assert [p.name for p in old if p.exists()] == ["config.json", "own.txt"] and not (tmp_path / "runs/x/state").exists()
+    (tmp_path / "runs/x/config.json").unlink(), (tmp_path / "runs/x/state").mkdir()
     with pytest.raises(D.DataError, match="another folder"):
         curec.open_run(s)
 
