@@ -351,8 +351,8 @@ def look_back(model, forward, parts, mask):
     out = torch.zeros(3, *mask.shape, device=mask.device)
     for k, adapter in enumerate(("align", "policy")):                    # the values that stay are the policy's
         use(model, adapter, trainable=adapter == "policy")
-        for rows, R, part in ((p.rows, p.mask.shape[1], p) for p in parts):
-            out[k, rows, :R], out[2, rows, :R] = forward(part)
+        for part in parts:
+            out[k, part.rows, : part.mask.shape[1]], out[2, part.rows, : part.mask.shape[1]] = forward(part)
     return out * mask
 
 
@@ -382,8 +382,8 @@ def learn(forward, parameters, optimizer, rollout, minibatches, rng, *, epochs, 
 
 def summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps) -> dict:
     """A line of ppo.jsonl: means over an update's answers (kl: nats a sequence, entropy: -log p of a sampled token) and steps."""
-    return {"reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(),
-            "kl": kl.sum(1).mean().item(), "entropy": -old_logp[mask].mean().item(), "explained_variance": 1 - ((returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item(),
+    return {"reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(), "kl": kl.sum(1).mean().item(),
+            "entropy": -old_logp[mask].mean().item(), "explained_variance": 1 - ((returns - old_values)[mask].var() / returns[mask].var().clamp(min=1e-8)).item(),
             **{k: float(np.mean([s[k] for s in steps])) for k in steps[0]}, "first_ratio": steps[0]["ratio"],
             "steps": len(steps), "skipped": sum(s["skipped"] for s in steps),
             "eos_rate": finished.float().mean().item(), "length": mask.sum(1).float().mean().item()}
