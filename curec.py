@@ -302,12 +302,12 @@ def downstream(s, data, encode, kinds, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        jobs = {arm: pool.submit(recommender.run_arm, arm, data, reward.features(arm, data, encode, kinds, s.seed), slices, seeds=s.seeds,
-                                 base_seed=s.seed, epochs=s.epochs, device=s.device)
+        jobs = {arm: [pool.submit(recommender.run_arm, arm, data, told, slices, seed=s.seed + k, epochs=s.epochs, device=s.device)
+                      for told in [reward.features(arm, data, encode, kinds, s.seed)] for k in range(1 if arm in recommender.COUNTING else s.seeds)]
                 for arm in arms if not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
-            done = stage(s, f"arm-{arm}", seconds, lambda: jobs[arm].result())
+            done = stage(s, f"arm-{arm}", seconds, lambda: recommender.together([job.result() for job in jobs[arm]]))
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)

@@ -37,9 +37,8 @@ LOCAL = 4                          # items that the convolution of a block looks
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
 ARMS = ("popularity", "markov", "id", "content", "placebo", "aligned", "rl", "bestof", "curec", "oracle")
-COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"),
-               ("curec", "content"), ("curec", "placebo"), ("curec", "rl"), ("curec", "bestof"), ("placebo", "content"),
-               ("oracle", "content"))
+COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"), ("curec", "content"),
+               ("curec", "placebo"), ("curec", "rl"), ("curec", "bestof"), ("placebo", "content"), ("oracle", "content"))
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -238,6 +237,9 @@ def markov(n_items, train_seqs):
     return lambda sequences: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
 
 
+COUNTING = {"popularity": popularity, "markov": markov}            # these arms draw nothing: one seed is enough
+
+
 # ------------------------------------------------------------------------------------------------------ evaluation
 def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
     """Rank (1 = best) of each user's target among all items that the user has not seen; ties count against us.
@@ -299,30 +301,28 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, features, slices, *, seeds, base_seed=0, epochs=60, device="cpu"):
-    """Trains and tests one arm on every seed: {"ranks" (seeds, users) on test, "entry" of metrics.json, "model": the first one's state dict}.
+def run_arm(arm, data, features, slices, *, seed=0, epochs=60, device="cpu"):
+    """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
 
     data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
     """
-    ranks_, rows, first, trained = [], [], None, 0.0
-    fixed = {"popularity": popularity, "markov": markov}.get(arm)
-    numbers = [base_seed + k for k in range(1 if fixed else seeds)]
-    for k, seed in enumerate(numbers):
-        start = time.perf_counter()
-        if not fixed:
-            model, _ = train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
-                             name=f"{arm}, seed {k + 1} of {seeds}")
-            first = first or model
-        score = fixed(data.n_items, data.train) if fixed else scorer(model, device)
-        trained += time.perf_counter() - start
-        rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
-        ranks_.append(rank), rows.append(row)
-    collect = lambda dicts: {m: [d[m] for d in dicts] for m in dicts[0]}
-    entry = {"seeds": numbers, "valid": collect([r["valid"] for r in rows]), "test": collect([r["test"] for r in rows]),
+    start = time.perf_counter()
+    model = None if arm in COUNTING else train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
+                                               name=f"{arm}, seed {seed}")[0]
+    score = scorer(model, device) if model else COUNTING[arm](data.n_items, data.train)
+    seconds = time.perf_counter() - start
+    rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
+    return {"ranks": torch.from_numpy(rank), "row": row | {"seed": seed, "train_s": seconds}, "model": model.cpu().state_dict() if model else {}}
+
+
+def together(fits) -> dict:
+    """One arm's fits: {"ranks" (seeds, users), "entry": the arm's of metrics.json, "model": the first one's state dict}."""
+    rows, collect = [f["row"] for f in fits], lambda dicts: {m: [d[m] for d in dicts] for m in dicts[0]}
+    entry = {"seeds": [r["seed"] for r in rows], "valid": collect([r["valid"] for r in rows]), "test": collect([r["test"] for r in rows]),
              "slices": {name: collect([r["slices"][name] for r in rows]) for name in rows[0]["slices"]},
              "audit": {m: float(np.mean(v)) for m, v in collect([r["audit"] for r in rows]).items()},
-             "train_s": trained, "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
-    return {"ranks": torch.from_numpy(np.stack(ranks_)), "entry": entry, "model": first.cpu().state_dict() if first else {}}
+             "train_s": sum(r["train_s"] for r in rows), "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
+    return {"ranks": torch.stack([f["ranks"] for f in fits]), "entry": entry, "model": fits[0]["model"]}
 
 
 def alone(parent: int):
@@ -386,7 +386,7 @@ def arms_table(arms: dict) -> str:
 
 
 def report(m: dict, notes: list) -> list:
-    """The evaluation in metrics.json as Markdown paragraphs: cost, arms, paired differences, headroom, slices and audit."""
+    """The evaluation in metrics.json as Markdown paragraphs."""
     told = "# CURec on {name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}".format(**m["dataset"])
     cost = "Time: " + ", ".join(f"{k} {v:.0f} s" for k, v in m["time_s"].items()) + ". Peak memory: " + ", ".join(
         f"{k} {v:,.0f} MB" for k, v in m["peak_memory_mb"].items()) + "."

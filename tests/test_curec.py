@@ -228,13 +228,13 @@ def test_bad_flags_end_with_one_line_and_status_2(args, hint, capsys, tmp_path, 
 
 
 def test_a_run_without_reasons_or_headroom_reports_its_arms(tmp_path, monkeypatch, capsys):
-    """Guards: tables of reasons and a headroom that were never measured; a killed start that blocks its own folder."""
+    """Guards: tables of reasons and a headroom that were never measured; a killed start that blocks its own folder; seeds for nothing."""
     monkeypatch.chdir(tmp_path)
     curec.open_run(curec.resolve(curec.Settings()))                                # killed before config.json was written
-    assert curec.main(["--dataset", "demo", "--quick", "--arms", "popularity,id", "--device", "cpu"]) == 0
+    assert curec.main(["--dataset", "demo", "--quick", "--arms", "popularity,id", "--seeds", "2", "--seed", "3", "--device", "cpu"]) == 0
     report, m = Path("runs/demo/report.md").read_text(), metrics_of(tmp_path)
     assert "| id |" in capsys.readouterr().out and "## Reasons" not in report and "Headroom" not in report
-    assert set(m["arms"]) == {"popularity", "id"} and not {"reasons", "headroom", "ppo", "reward"} & set(m)
+    assert {arm: e["seeds"] for arm, e in m["arms"].items()} == {"popularity": [3], "id": [3, 4]} and not {"reasons", "headroom", "ppo", "reward"} & set(m)
 
 
 def test_missing_files_say_what_to_put_where(capsys, tmp_path, monkeypatch):

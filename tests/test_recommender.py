@@ -306,7 +306,7 @@ def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
         d = ring()
         sealed = Sealed(n_items=d.n_items, train=d.train, valid=d.valid, answers=answers)
         monkeypatch.setattr(rec, "train", lambda *a, **k: (train(*a, **k), setattr(sealed, "trained", True))[0])
-        return rec.run_arm("id", sealed, None, {}, seeds=1, epochs=2)
+        return rec.together([rec.run_arm("id", sealed, None, {}, epochs=2)])
     train, d = rec.train, ring()
     others = np.array([next(i for i in range(1, 13) if i not in (*s, v, t)) for s, v, t in zip(d.train, d.valid, d.test)])
     a, b = run(d.test), run(others)
@@ -393,17 +393,19 @@ def test_slices_by_hand():
 
 
 def test_run_arm_reports_each_seed_and_slice():
-    """Guards: seeds overwritten by one another, slices averaged over all users, fixed arms repeated for nothing."""
+    """Guards: seeds overwritten by one another, slices averaged over all users."""
     d = ring()
     keep = np.arange(len(d.train)) < 5
-    ranks_, entry, model = rec.run_arm("id", d, None, {"first": keep, "nobody": keep & False}, seeds=2, base_seed=7, epochs=2).values()
+    fits = [rec.run_arm("id", d, None, {"first": keep, "nobody": keep & False}, seed=k, epochs=2) for k in (7, 8)]
+    ranks_, entry, model = rec.together(fits).values()
+    assert all(torch.equal(v, fits[0]["model"][k]) for k, v in model.items()) and not torch.equal(model["pos.weight"], fits[1]["model"]["pos.weight"])
     assert ranks_.shape == (2, len(d.train)) and entry["seeds"] == [7, 8] and "item.weight" in model
     per_user = [rec.metrics(r) for r in ranks_.numpy()]
     for m in per_user[0]:
         assert entry["test"][m] == pytest.approx([p[m].mean() for p in per_user])
         assert entry["slices"]["first"][m] == pytest.approx([p[m][keep].mean() for p in per_user])
     assert list(entry["slices"]) == ["first"], "a slice without users is absent, not zero"
-    once = rec.run_arm("markov", d, None, {}, seeds=3)
+    once = rec.together([rec.run_arm("markov", d, None, {})])
     assert once["ranks"].shape[0] == 1 == len(once["entry"]["seeds"]) and once["entry"]["test"]["ndcg@10"][0] > .99 and not once["model"]
     assert entry["train_s"] > 0 and entry["rank_ms_per_user"] > 0 and 0 <= entry["audit"]["gini@10"] <= 1
 
@@ -531,7 +533,7 @@ def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch):
     found = []
     for fits in (6, 1):
         with rec.workers("cpu", fits) as pool:
-            job = pool.submit(rec.run_arm, "id", ring(), None, {}, seeds=2, epochs=2)
+            job = pool.submit(rec.run_arm, "id", ring(), None, {}, seed=1, epochs=2)
             found.append((job.result()["ranks"].tolist(), job.result()["model"]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1].values(), found[1][1].values()))
