@@ -145,7 +145,7 @@ def worlds(args):
 
 
 def windows(args):
-    """The correction alone, with as many windows: truth of the final reasons, proposals, seconds. (PPO has practised prompts of 4 windows.)"""
+    """The correction alone, with as many windows: truth of the final reasons, proposals, seconds. (PPO has practised prompts of the run's own windows.)"""
     found, runs = {}, [run(f"world-{seed}", seed) for seed in args.worlds]
     for out in runs:
         for count in (1, 2, 4, 8):
