@@ -3,9 +3,10 @@
     python tests/bench/bench_reasons.py worlds     the whole demo with --seed 0 .. 4: judge, truth, ranking, correction, hacking
     python tests/bench/bench_reasons.py windows    1, 2, 4 and 8 windows with each world's policy and judge
     python tests/bench/bench_reasons.py think      alignment, PPO and reasons again without <think>, same seeds and steps
+    python tests/bench/bench_reasons.py reader     the arm `rl` if its LLM read the prompt perfectly: counted instead of written
 
 Results go to bench_reasons.json beside this file; those of worlds also without world 0, on which choices were made. Resumable:
-what lies in runs/bench/reasons is not repeated. Delete that folder after a change of code. windows and think need the runs of worlds.
+what lies in runs/bench/reasons is not repeated. Delete that folder after a change of code. The others need the runs of worlds.
 """
 import argparse
 import json
@@ -76,8 +77,8 @@ class World:
         self.s = curec.Settings(**{**self.config["settings"], "llm": "tiny"})
         self.data, self.cuts = curec.load_data(self.s), self.config["windows"]
         self.who, self.period = D.choosers(self.data), (self.config["windows"][0], self.config["windows"][-1])
-        self.model, self.tokenizer, encode = curec.open_llm(self.s, self.config["llm_path"])
-        self.judge = reward.Judge(self.data, encode)
+        self.model, self.tokenizer, self.encode = curec.open_llm(self.s, self.config["llm_path"])
+        self.judge = reward.Judge(self.data, self.encode)
         self.judge.remember(torch.load(out / "state/reward.pt", weights_only=True)["value"]["weights"])
         rl.restore(self.model, out, "align")
         rl.add_policy(self.model)
@@ -103,10 +104,14 @@ class World:
                        for what in ("mean", "truth earns more")[: 1 if name == "truth" else 2]} for name, x in found.items()}
 
 
+def per_user(out: pathlib.Path, arm: str) -> np.ndarray:
+    """NDCG@10 of each user in a run's arm, mean of the seeds."""
+    return rec.metrics(torch.load(out / f"state/arm-{arm}.pt", weights_only=True)["value"]["ranks"].numpy())["ndcg@10"].mean(0)
+
+
 def pool(runs, metrics, hacks) -> dict:
     """Everything of worlds for these runs."""
-    load = lambda out, arm: rec.metrics(torch.load(out / f"state/arm-{arm}.pt", weights_only=True)["value"]["ranks"].numpy())["ndcg@10"].mean(0)
-    users = {arm: [load(out, arm) for out in runs] for arm in metrics[0]["arms"]}
+    users = {arm: [per_user(out, arm) for out in runs] for arm in metrics[0]["arms"]}
     room, rng, recovered = np.concatenate([o - c for o, c in zip(users["oracle"], users["content"])]), np.random.default_rng(0), {}
     for arm in ("placebo", "aligned", "rl", "bestof", "curec"):
         gain = np.concatenate([x - y for x, y in zip(users[arm], users["content"])])
@@ -180,9 +185,26 @@ def think(args):
     save("think", {name: {k: over_worlds([x[k] for x in rows]) for k in rows[0]} for name, rows in found.items()} | {"with - without": differences}, runs)
 
 
+def reader(args):
+    """Names the two words of each item that the people shown to `rl` had most often chosen before; what is shared by none, at random."""
+    truth, gains, runs = [], [], [run(f"world-{seed}", seed) for seed in args.worlds]
+    for out in runs:
+        world, rng = World(out), np.random.default_rng(0)
+        shown = reward.one_shot_people(world.who, world.s.seed)[0]
+        named = [[*D.shared_words(world.data, i, shown[i]), *rng.permutation(world.data.phrases[i])] for i in range(1, world.data.n_items + 1)]
+        answers = ["", *(D.ANSWER.format("counted", D.REASON.format(*list(dict.fromkeys(words))[:2])) for words in named)]
+        told = reward.features("rl", world.data, world.encode, {"rl": answers}, world.s.seed)
+        fits = [rec.run_arm("rl", world.data, told, {}, seed=world.s.seed + k)["ranks"].numpy() for k in range(world.s.seeds)]
+        truth.append(world.truth(answers)), gains.append(rec.metrics(np.stack(fits))["ndcg@10"].mean(0))
+    minus = lambda arm: pooled([x - per_user(out, arm) for x, out in zip(gains, runs)])
+    room = [per_user(out, "oracle") - per_user(out, "content") for out in runs]
+    save("reader", {"reasons": {k: over_worlds([t[k] for t in truth]) for k in truth[0]}, "reader - content": minus("content"), "reader - rl": minus("rl"),
+                    "recovered": minus("content")["delta"] / float(np.concatenate(room).mean())}, runs)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("worlds", "windows", "think"))
+    parser.add_argument("part", choices=("worlds", "windows", "think", "reader"))
     parser.add_argument("--worlds", type=int, nargs="+", default=list(WORLDS), help="seeds of the demo worlds")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
