@@ -48,7 +48,7 @@ class Settings:
     limit_users: int = opt(0, "data", "then keep N users drawn by seed; 0: all")
     llm: str = opt("", "LLM", f"tiny | Hugging Face name or path; default: tiny for demo or CPU, else {DEFAULT_LLM}")
     encoder: str = opt("", "LLM", "Hugging Face text encoder, name or path; default: the LLM's own hidden states")
-    tiny_steps: int = opt(1000, "LLM", "training steps of the tiny LLM, 16 prompts each")
+    tiny_steps: int = opt(0, "LLM", "training steps of the tiny LLM, 16 prompts each; 0: 1000 for demo, else 4000")
     align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
     temperature: float = opt(0.7, "LLM", "of reasons and PPO's answers; proposals to choose from are sampled at 1")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
@@ -100,7 +100,7 @@ def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arms = [a for a in ARMS if a != "oracle" or demo] if s.arms == "all" else s.arms.split(",")
-    least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs tiny_steps align_steps proposals".split(), 1)
+    least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps proposals".split(), 1)
     low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
     for wrong, message in (
             (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
@@ -114,7 +114,7 @@ def resolve(s: Settings) -> Settings:
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     tiny, name = llm == "tiny", os.path.basename(os.path.normpath(s.dataset)).lower()
     return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{name}", max_new=s.max_new or (24 if tiny else 128),
-                   micro_batch=s.micro_batch or (16 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
+                   tiny_steps=s.tiny_steps or (1000 if demo else 4000), micro_batch=s.micro_batch or (16 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
 
 
 # ------------------------------------------------------------------------------------------------------ run folder
@@ -128,8 +128,7 @@ def keep(path: str, value):
 def stage(s: Settings, name: str, times: dict, work, title=""):
     """The result of work() (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again."""
     print(title, end="\n" * bool(title))
-    path, start = os.path.join(s.out, "state", name + ".pt"), time.perf_counter()
-    stage.now = name                                             # main names it where memory runs out
+    path, start, stage.now = os.path.join(s.out, "state", name + ".pt"), time.perf_counter(), name      # main names it where memory runs out
     if not os.path.exists(path):
         keep(path, {"value": work(), "seconds": time.perf_counter() - start})
     value, times[name] = torch.load(path, weights_only=True).values()
@@ -165,12 +164,15 @@ def describe(s: Settings, cuts) -> dict:
 
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
 def tiny_llm(s: Settings, data) -> str:
-    """Path of the tiny LLM trained from nothing on this data set's texts and prompts; cached by what it depends on."""
+    """Path of the tiny LLM trained from nothing on this data set's texts and prompts, a catalogue's words first; cached by what it depends on."""
     rng = np.random.default_rng([s.seed, 41])
     easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
-    path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([easy, samples, s.tiny_steps, s.seed, 7]).encode()).hexdigest()[:12]
+    spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and not data.truth]
+    names, shares = ("spelling", "short prompts", "all prompts"), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)
+    lessons = [(name, part, round(share * s.tiny_steps)) for name, part, share in zip(names, (spell, easy, samples), shares) if part]
+    path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
     if not os.path.exists(path):
-        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], easy, samples, D.TAGS, steps=s.tiny_steps, seed=s.seed, device=s.device)
+        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device)
     return path
 
 
@@ -188,8 +190,7 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     train, updates, found = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt"), {}   # more is never drawn
 
     def total(texts, rows):
-        value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows],
-                                     (cuts[0], cuts[-1]), s.seed)
+        value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows], (cuts[0], cuts[-1]), s.seed)
         found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
         return value
 
@@ -346,8 +347,7 @@ def pipeline(s: Settings):
     m["time_s"]["total"] = sum(m["time_s"].values())
     m["peak_memory_mb"] = {"ram": getrusage(RUSAGE_SELF).ru_maxrss / 1024} | ({"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if "cuda" in s.device else {})
     keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
-    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
-             *["**Quick run: these figures mean nothing.**"] * s.quick]
+    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes, *["**Quick run: these figures mean nothing.**"] * s.quick]
     report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
     keep(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
     print("", recommender.arms_table(m["arms"]), *([recommender.recovered(m)] if "headroom" in m else []), *([reward.reasons_table(m)] if reasons else []),

@@ -36,9 +36,10 @@ HISTORY, PEOPLE = 3, 4             # items shown of each person's history; peopl
 TITLE_WORDS, TEXT_WORDS = 12, 40   # longest title and item text in a prompt, in words
 MIN_ITEMS = 5                      # a word found in fewer items identifies an item: it is masked from rewards
 STOPWORDS = frozenset(  # the last line: sizes
-    "a about above all also an and any are as at be been by can for from has have how in into is it its more most new no none "
-    "not of off on one or other our out over per so than that the their them these they this to too two up use used very was we "
-    "what when which who will with you your count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
+    "a about above all also an and any are as at be been by can de for from has have how in into is it its la le me more most new no none not of off on one or "
+    "other our out over per so than that the their them these they this to too two up use used very was we what when which who will with you your "
+    "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
+stem = lambda word: word.rstrip("es")          # nail and nails, brush and brushes: one word
 
 
 class DataError(ValueError):
@@ -93,7 +94,7 @@ class Dataset:
         """What an item says about itself and a reason may name: its words, less masked and common ones."""
         out = [[]]
         for item in self.items[1:]:
-            own = [w for w in dict.fromkeys(words(item_text(item))) if w not in self.common_words and not w[0].isdigit()]
+            own = [*{stem(w): w for w in words(item_text(item)) if w not in self.common_words and not w[0].isdigit()}.values()]
             clear = [w for w in own if w not in self.masked_words]
             out.append(clear if len(clear) >= 2 else own)
         return out
@@ -362,9 +363,8 @@ def parse_answer(text: str) -> tuple:
     if not answer:
         return "", [], False
     reason = " ".join(answer[2].split())
-    named = REASON_PATTERN.fullmatch(reason)
-    named = [p.strip() for p in named.groups()] if named and " and " not in named[2] else []
-    return reason, named, len(named) == 2 and words(named[0]) != words(named[1]) and all(words(p) for p in named)
+    named = [p.strip() for p in found.groups()] if (found := REASON_PATTERN.fullmatch(reason)) and " and " not in found[2] else []
+    return reason, named, len({" ".join(map(stem, words(p))) for p in named} - {""}) == 2
 
 
 def grounded(data: Dataset, item: int, reason: str) -> float:

@@ -29,16 +29,16 @@ from tqdm import tqdm
 
 
 # --------------------------------------------------------------------------------------------------------- loading
-def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, width=128, layers=2, vocab=4096, seed=0, device="cpu"):
+def train_tiny(path, texts, lessons, tags, *, lower=False, batch=16, lr=2e-3, width=128, layers=2, vocab=4096, seed=0, device="cpu"):
     """A Qwen2-shaped model and BPE tokenizer made from nothing, saved in Hugging Face format at path.
 
-    texts: list of str for the tokenizer. easy, samples: (prompt, answer) pairs; two fifths of the steps go to the easy
-    ones, whose short prompts teach copying at a fraction of the cost. tags: markup kept as single tokens.
+    texts: list of str for the tokenizer, which reads the last lesson too. lessons: (name, (prompt, answer) pairs, steps), one after the
+    other. tags: markup kept as single tokens. lower: read everything in lower case, so that a word is the same tokens in title and reason.
     """
     from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(texts + [t for s in samples for t in s], vocab_size=vocab - len(tags), min_frequency=2,
+    bpe = ByteLevelBPETokenizer(lowercase=lower)
+    bpe.train_from_iterator(texts + [t for s in lessons[-1][1] for t in s], vocab_size=vocab - len(tags), min_frequency=2,
                             special_tokens=["<pad>", "<eos>"], show_progress=False)
     bpe.add_tokens([AddedToken(t, lstrip=True, normalized=False) for t in tags])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>", eos_token="<eos>")
@@ -50,8 +50,8 @@ def train_tiny(path, texts, easy, samples, tags, *, steps, batch=16, lr=2e-3, wi
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(config).to(device)
     head_start(model)
-    for part, share, name in ((easy, 2 * steps // 5, "short prompts"), (samples, steps - 2 * steps // 5, "all prompts")):
-        supervise(model, tokenizer, part, steps=share, batch=batch, lr=lr, seed=seed, name=f"tiny LLM from nothing, {name}")
+    for name, samples, steps in lessons:
+        supervise(model, tokenizer, samples, steps=steps, batch=batch, lr=lr, seed=seed, name=f"tiny LLM from nothing, {name}")
     part = f"{path}.{os.getpid()}.part"                         # two runs may make the same model at once
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
@@ -79,14 +79,16 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter `align`: (PeftModel, tokenizer)."""
     from peft import LoraConfig, get_peft_model
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
     quiet()
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     # load_in_4bit as a model argument is gone, and the config's defaults are fp4 without double quantisation (TRAPS 6)
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                    bnb_4bit_compute_dtype=compute)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # AutoTokenizer would silently split text by the rules of the model's type: the tiny LLM's are its own
+        tokenizer = (PreTrainedTokenizerFast if get_tokenizer_config(name).get("tokenizer_class") == "TokenizersBackend" else AutoTokenizer).from_pretrained(name)
         base = AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=compute, device_map={"": device})
     except (OSError, ValueError, SafetensorError) as e:
         root = e
@@ -182,8 +184,7 @@ def by_length(lengths, budget: int):
             yield group
             group = []
         group.append(int(i))
-    if group:
-        yield group
+    yield from [group] * bool(group)
 
 
 def padded(rows: list, pad: int, left: bool = False):
@@ -282,9 +283,8 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
     with tqdm(total=len(rows), desc=name, unit="answer", leave=False, mininterval=1, disable=None if name else True) as bar:
         for group in by_length([len(r) + max_new for r in rows], budget):
             ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id, left=True))
-            made = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=read_once(model, ids, mask),
-                                  max_new_tokens=max_new, use_cache=True)[:, ids.shape[1]:].tolist()
-            for i, answer in zip(group, made):
+            made = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=read_once(model, ids, mask), max_new_tokens=max_new, use_cache=True)
+            for i, answer in zip(group, made[:, ids.shape[1]:].tolist()):
                 out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
             bar.update(len(group))
     if name:

@@ -105,9 +105,9 @@ def test_adapters_load_with_plain_transformers_and_peft(finished, adapter):
     """The README's five lines."""
     cwd, _ = finished
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     path = cwd / json.loads((cwd / "runs/demo/config.json").read_text())["llm_path"]
-    tokenizer, base = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+    tokenizer, base = PreTrainedTokenizerFast.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
     before = base(**tokenizer("Item: grip", return_tensors="pt")).logits
     model = PeftModel.from_pretrained(base, cwd / "runs/demo" / adapter)
     after = model(**tokenizer("Item: grip", return_tensors="pt")).logits
@@ -225,6 +225,21 @@ def test_bad_flags_end_with_one_line_and_status_2(args, hint, capsys, tmp_path, 
         status = e.code
     err = capsys.readouterr().err
     assert status == 2 and hint in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_catalogue_is_spelt_before_it_is_reasoned_about(monkeypatch, tmp_path):
+    """Guards: spelling lessons for the demo, whose figures were measured without; lessons that do not add up to --tiny-steps; valid or test in them."""
+    monkeypatch.chdir(tmp_path)
+    made, shop = [], D.demo(0, n_users=60, n_items=40)
+    monkeypatch.setattr(rl, "train_tiny", lambda path, texts, lessons, tags, lower, **_: made.append((path, lower, lessons)))
+    for data in (shop, dataclasses.replace(shop, truth=None), dataclasses.replace(shop, truth=None, seqs=[np.append(s[:-2], [1, 2]) for s in shop.seqs])):
+        curec.tiny_llm(curec.resolve(curec.Settings(dataset=data.name, tiny_steps=100, device="cpu")), data)
+    (demo, *others), (real, *plan), (_, *same) = made
+    assert [others[0], [(name, n) for name, _, n in others[1]]] == [False, [("short prompts", 40), ("all prompts", 60)]] and demo != real
+    assert [plan[0], [(name, n) for name, _, n in plan[1]]] == [True, [("spelling", 25), ("short prompts", 30), ("all prompts", 45)]] and same == plan
+    prompt, answer = plan[1][0][1][4]
+    assert answer.split() == shop.phrases[5] and "- nobody yet" in prompt and D.title(shop, 5) in prompt
+    assert [curec.resolve(curec.Settings(dataset=d)).tiny_steps for d in ("demo", "beauty")] == [1000, 4000]
 
 
 def test_a_run_without_reasons_or_headroom_reports_its_arms(tmp_path, monkeypatch, capsys):

@@ -332,7 +332,7 @@ def test_parse_answer_reads_its_own_format():
     GOOD.replace("</reason>", "</reason> <reason> people choose it for shine and shade </reason>"),
     GOOD.replace("</reason>", "</reason> and more"), GOOD.replace("<think>", "<think> <think>"),
     GOOD.replace("grip and calm", "grip and grip"),
-    GOOD.replace("grip and calm", "grip and Grip"),
+    GOOD.replace("grip and calm", "grip and Grip"), GOOD.replace("grip and calm", "brush and Brushes"),
     GOOD.replace("grip and calm", "grip"), GOOD.replace("grip and calm", "grip and ..."),
     GOOD.replace("people choose it for ", ""), "<reason> people choose it for grip and calm </reason> <think> x </think>"])
 def test_parse_answer_refuses(bad):
@@ -383,6 +383,13 @@ def test_phrases_are_what_an_item_says_and_others_say_too(world):
     assert world.phrases[0] == []
     for item, phrases in zip(world.items[1:], world.phrases[1:]):
         assert set(phrases) == set(item["title"].split()[:5]), "the five aspects, not the brand"
+
+
+def test_phrases_name_a_word_once(world):
+    """Guards: the weak target 'people choose it for nail and nails', which the format refuses."""
+    titles = ["Nail Brush, Nails and Brushes 3 pcs de luxe"] * data.MIN_ITEMS
+    d = replace(world, items=[{}, *({**item, "title": t} for item, t in zip(world.items[1:], titles)), *world.items[1 + len(titles):]])
+    assert d.phrases[1] == ["nails", "brushes", "luxe"]
 
 
 # --------------------------------------------------------------------------------------------------- Amazon files

@@ -47,8 +47,15 @@ PROMPTS = [p for p, _ in pairs(24, seed=1)]
 def tiny(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("llm") / "tiny")
     samples = pairs(200)
-    rl.train_tiny(path, [p for p, _ in samples], samples, samples, [TAG], steps=9, batch=16, lr=1e-2, width=64, vocab=512)
+    rl.train_tiny(path, [p for p, _ in samples], [("a few", samples, 3), ("more", samples, 6)], [TAG], batch=16, lr=1e-2, width=64, vocab=512)
     return path
+
+
+def test_a_model_in_lower_case_reads_a_title_as_its_reason_says_it(tmp_path):
+    """Guards: capitals that hide from a model of nothing that 'Nail Brush' is what 'nail brush' names."""
+    rl.train_tiny(str(tmp_path / "low"), ["Nail Brush nail brush"] * 9, [("one", [("Nail", "nail")], 1)], [TAG], lower=True, width=64, vocab=300)
+    _, tokenizer = rl.load(str(tmp_path / "low"))
+    assert tokenizer(" Nail Brush")["input_ids"] == tokenizer(" nail brush")["input_ids"] and tokenizer(TAG)["input_ids"] == tokenizer.convert_tokens_to_ids([TAG])
 
 
 def fresh(path, policy=True, noise=0.05, **settings):
@@ -276,8 +283,8 @@ def test_adapters_off_equal_base_logits(tiny, shared):
     """Loading or set_mode changed the base model."""
     model, tokenizer = shared
     batch = dict(input_ids=batch_of(tokenizer).ids)
-    plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32).eval()
-    rl.use(model, "align"), rl.set_mode(model, training=False)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32)
+    rl.use(model, "align"), rl.set_mode(model, training=False), rl.set_mode(plain, training=False)   # in eval() some CPUs round otherwise (TRAPS 1)
     with torch.no_grad(), model.disable_adapter():
         ours, theirs = model(**batch).logits, plain(**batch).logits
     assert torch.equal(ours, theirs)
@@ -297,8 +304,8 @@ def test_saved_adapter_loads_in_plain_peft(tiny, shared, tmp_path):
     model.save_pretrained(str(tmp_path), selected_adapters=["align"])
     assert not (tmp_path / "policy").exists()
     base = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32)
-    plain = PeftModel.from_pretrained(base, str(tmp_path / "align")).eval()
-    rl.use(model, "align"), rl.set_mode(model, training=False)
+    plain = PeftModel.from_pretrained(base, str(tmp_path / "align"))
+    rl.use(model, "align"), rl.set_mode(model, training=False), rl.set_mode(plain, training=False)
     with torch.no_grad():
         ours, theirs = (m(input_ids=batch_of(tokenizer).ids).logits for m in (model, plain))
     assert torch.equal(ours, theirs)

@@ -46,7 +46,7 @@ def generation(args) -> dict:
         path = args.llm or f"{folder}/tiny"
         if not args.llm:
             samples = D.alignment_samples(shop, 6000, np.random.default_rng(1), reason_share=1.0)
-            rl.train_tiny(path, [D.item_text(item) for item in shop.items[1:]], samples, samples, D.TAGS, steps=args.steps)
+            rl.train_tiny(path, [D.item_text(item) for item in shop.items[1:]], [("all prompts", samples, args.steps)], D.TAGS)
         model, tokenizer = rl.load(path)
 
     def plain(asked, size):

@@ -44,7 +44,7 @@ def make(folder: str):
     from transformers import AutoModelForCausalLM
     for size, shape in SIZES.items():
         samples = list(zip(texts(0, 400, PROMPT - 1, False), texts(1, 400, 2 * ANSWER, True)))
-        rl.train_tiny(f"{folder}/{size}", [p for p, _ in samples], samples, samples, [], steps=30 if size == "small" else 3,
+        rl.train_tiny(f"{folder}/{size}", [p for p, _ in samples], [("answers", samples, 30 if size == "small" else 3)], [],
                       batch=8, width=shape["width"], layers=shape["layers"])
     assert AutoModelForCausalLM.from_pretrained(f"{folder}/large").num_parameters() > 50e6
 
