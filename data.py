@@ -91,7 +91,7 @@ class Dataset:
 
     @cached_property
     def phrases(self):
-        """What an item says about itself and a reason may name: its words, less masked and common ones."""
+        """What an item says about itself and a reason may name: its words, each in one form, less masked and common ones."""
         out = [[]]
         for item in self.items[1:]:
             own = [*{stem(w): w for w in words(item_text(item)) if w not in self.common_words and not w[0].isdigit()}.values()]

@@ -164,8 +164,7 @@ def trainable(model):
 def prompt_ids(tokenizer, prompt: str) -> list:
     """Token ids of a prompt, in the tokenizer's chat template where it has one."""
     if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
+        return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True)["input_ids"])
     return tokenizer(prompt + "\n")["input_ids"]
 
 
@@ -184,7 +183,8 @@ def by_length(lengths, budget: int):
             yield group
             group = []
         group.append(int(i))
-    yield from [group] * bool(group)
+    if group:
+        yield group
 
 
 def padded(rows: list, pad: int, left: bool = False):
