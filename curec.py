@@ -33,7 +33,10 @@ import rl
 from recommender import ARMS
 
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
-LLM_ARMS = REASON_ARMS | {"content", "oracle"}                        # these need text vectors
+LLM_ARMS = REASON_ARMS | {"content", "oracle", "text-init", "lane", "knowledge"}      # these need text vectors or the LLM itself
+ASKING_ARMS = REASON_ARMS | {"lane", "knowledge"}                     # these need the LLM itself
+METHODS = {"curec": [a for a in ARMS if a not in ("text-init", "lane", "knowledge")], "lane": ["id", "text-init", "lane"],
+           "knowledge": ["popularity", "markov", "id", "knowledge"]}
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
 opt = lambda default, group, text: field(default=default, metadata={"group": group, "help": text})
 
@@ -53,13 +56,15 @@ class Settings:
     temperature: float = opt(0.7, "LLM", "of reasons and PPO's answers; proposals to choose from are sampled at 1")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a pass with gradients holds; lower it if memory runs out; 0: 16 for tiny, else 4")
+    knowledge_steps: int = opt(300, "LLM", "supervised LoRA steps of the arm knowledge, 32 prompts each")
     ppo_updates: int = opt(20, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
     windows: int = opt(2, "method", "time windows of the correction, equal in train events")
     proposals: int = opt(12, "method", "corrections proposed for an item and window")
     margin: float = opt(0.25, "method", "accept a correction if its paired gain exceeds this many standard errors")
-    arms: str = opt("all", "evaluation", "comma-separated arms, or all: " + ",".join(ARMS))
+    method: str = opt("curec", "evaluation", "whose arms: curec | lane | knowledge (two relatives, see README)")
+    arms: str = opt("", "evaluation", "instead: comma-separated arms, or all: " + ",".join(ARMS))
     seeds: int = opt(3, "evaluation", "downstream repeats of every arm")
     epochs: int = opt(60, "evaluation", "most downstream epochs; validation stops earlier")
     out: str = opt("", "run", "run folder; default runs/DATASET")
@@ -91,7 +96,7 @@ def parse_args(argv=None):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
         group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
-    if {*given} & {"run", "explain", "score", "item"} not in (set(), {"run", "explain"}, {"run", "score", "item"}):
+    if sorted({*given} & {"run", "explain", "score", "item"}) not in ([], ["explain", "run"], ["item", "run", "score"]):
         raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**{**(QUICK if "quick" in given else {}), **given})
 
@@ -99,11 +104,12 @@ def parse_args(argv=None):
 def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arms = [a for a in ARMS if a != "oracle" or demo] if s.arms == "all" else s.arms.split(",")
+    arms = s.arms.split(",") if s.arms not in ("", "all") else [a for a in (ARMS if s.arms else METHODS.get(s.method, ())) if a != "oracle" or demo]
     least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps proposals".split(), 1)
     low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
     for wrong, message in (
             (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
+            (s.method not in METHODS, f"--method {s.method}: {', '.join(METHODS)}"),
             (s.ties not in ("file", "shuffle"), f"--ties {s.ties}: file or shuffle"),
             (demo and (s.limit_items or s.limit_users or s.ties != "file"), "--limit-items, --limit-users and --ties are for real data"),
             (set(arms) - set(ARMS), f"--arms: unknown {', '.join(set(arms) - set(ARMS))}; choose from {', '.join(ARMS)}"),
@@ -169,6 +175,7 @@ def tiny_llm(s: Settings, data) -> str:
     easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
     spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and not data.truth]
     names, shares = ("spelling", "short prompts", "all prompts"), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)
+    samples += D.lane_samples(data, 3000, rng)
     lessons = [(name, part, round(share * s.tiny_steps)) for name, part, share in zip(names, (spell, easy, samples), shares) if part]
     path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
     if not os.path.exists(path):
@@ -269,6 +276,41 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
 
 
+# ------------------------------------------------------------------------------------------------- the two relatives
+def prefer(s: Settings, data, model, tokenizer):
+    """LANE: preferences of every user at two cuts of the train history, by the untuned LLM. {"names": lists, two a user, [] where five
+    answers in a row were malformed; "since": the histories' lengths}."""
+    since = [max(1, n) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
+    prompts = [D.asked(data, data.train[k // 2][:n], "prefer", longest=D.LONGEST) for k, n in enumerate(since)]
+    names, todo, how = [[]] * len(prompts), [*range(len(prompts))], sampling(s) | {"max_new": max(64, s.max_new)}
+    for attempt in range(1, 6):
+        with model.disable_adapter():
+            texts = rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt, name=f"preferences, attempt {attempt}")[0]
+        for k, text in zip(todo, texts):
+            names[k] = D.parse_preferences(text) or []
+        if not (todo := [k for k in todo if not names[k]]):
+            break
+    return {"names": names, "since": torch.tensor(since).view(-1, 2)}
+
+
+def know(s: Settings, data, model, tokenizer):
+    """The aligned LLM itself as a recommender: trains the adapter `knowledge` on the tasks told in plain language."""
+    rl.use(model, "knowledge", trainable=True)
+    rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 67]), reason_share=0.0, longest=D.LONGEST),
+                 steps=s.knowledge_steps, batch=32, micro_batch=s.micro_batch, lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed, name="knowledge")
+    save_adapter(model, s.out, "knowledge")
+
+
+def retrieval(s: Settings, data, model, tokenizer, beams=20):
+    """A score function of the adapter `knowledge`: the beams' titles in their order; every other item is at the end, a miss."""
+    def score(sequences, users):
+        prompts = [D.asked(data, h, "next", longest=D.LONGEST) for h in sequences]
+        found = rl.retrieve(model, tokenizer, prompts, data.titles[1:], beams=beams, budget=sampling(s)["budget"], name="beam search")
+        order = torch.arange(beams, 0, -1.0).expand(len(sequences), -1)
+        return torch.zeros(len(sequences), data.n_items + 1).scatter_(1, torch.from_numpy(found + 1), order)
+    return score
+
+
 # --------------------------------------------------------------------------------------------------------- the run
 def open_llm(s: Settings, path: str):
     """The LLM in 4 bits with a new adapter, its tokenizer, and its text vectors as a function."""
@@ -299,16 +341,17 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
     return out, judge
 
 
-def downstream(s, data, encode, kinds, m):
-    """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom."""
+def downstream(s, data, encode, kinds, told, score, m):
+    """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. told: LANE's preferences; score: the arm knowledge's."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        jobs = {arm: [pool.submit(recommender.run_arm, arm, data, told, slices, seed=s.seed + k, epochs=s.epochs, device=s.device)
-                      for told in [reward.features(arm, data, encode, kinds, s.seed)] for k in range(1 if arm in recommender.COUNTING else s.seeds)]
-                for arm in arms if not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
+        jobs = {arm: [pool.submit(recommender.run_arm, arm, data, given, slices, seed=s.seed + k, epochs=s.epochs, device=s.device)
+                      for given in [reward.features(arm, data, encode, kinds, s.seed, told)] for k in range(1 if arm in recommender.COUNTING else s.seeds)]
+                for arm in arms if arm != "knowledge" and not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
-            done = stage(s, f"arm-{arm}", seconds, lambda: recommender.together([job.result() for job in jobs[arm]]))
+            done = stage(s, f"arm-{arm}", seconds, lambda: recommender.together([job.result() for job in jobs[arm]] if arm in jobs else [
+                recommender.run_arm(arm, data, {}, slices, seed=s.seed, score=score)]))
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
@@ -325,9 +368,9 @@ def pipeline(s: Settings):
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
-    config, encode, out, reasons, log = describe(s, cuts), None, {"kinds": {}}, [], []
+    config, encode, out, reasons, log, told, score = describe(s, cuts), None, {"kinds": {}}, [], [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    if REASON_ARMS & arms or (LLM_ARMS & arms and not s.encoder):
+    if ASKING_ARMS & arms or (LLM_ARMS & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
         path = stage(s, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
@@ -340,8 +383,18 @@ def pipeline(s: Settings):
                     "timeline": out["timelines"][i], "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
         keep(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
         log = [json.loads(line) for _, line in D.lines(os.path.join(s.out, "ppo.jsonl"))]
+    if "lane" in arms:
+        told = stage(s, "prefer", m["time_s"], lambda: prefer(s, data, model, tokenizer), "LANE: preferences of every user")
+        m["lane"] = {"asked": len(told["names"]), "dropped": told["names"].count([])}
+    if "knowledge" in arms:
+        torch.manual_seed(s.seed)
+        model.add_adapter("knowledge", model.peft_config["align"])
+        stage(s, "know", m["time_s"], lambda: know(s, data, model, tokenizer), "recommendation knowledge: the LLM as recommender")
+        rl.restore(model, s.out, "knowledge")
+        rl.use(model, "knowledge")
+        score = retrieval(s, data, model, tokenizer)
     print("[5/5] downstream: the arms, same seeds and budget")
-    downstream(s, data, encode, out["kinds"], m)
+    downstream(s, data, encode, out["kinds"], told, score, m)
     if reasons and data.truth:
         reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
     m["time_s"]["total"] = sum(m["time_s"].values())
@@ -354,24 +407,40 @@ def pipeline(s: Settings):
           *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
 
 
-def look(run: str, user: str, text: str, item: str):
-    """Prints a user's top items of the arm curec with their reasons, or the reward of a reason written by hand for an item."""
-    files = [os.path.join(run, f) for f in ("config.json", "reasons.jsonl", "state/arm-curec.pt" if user else "state/reward.pt")]
-    if missing := [f for f in files if not os.path.exists(f)]:
-        raise D.DataError(f"--run {run}: {missing[0]} is missing; it needs a finished run with the arm curec")
-    config, reasons = json.loads(Path(files[0]).read_text()), [json.loads(line) for _, line in D.lines(files[1])]
+def told_why(s: Settings, data, path, told, ranker, user: int, history, item: int) -> str:
+    """LANE's explanation, a chain of thought of the untuned LLM, which is given the trained attention's weights."""
+    with torch.no_grad():
+        state, asked = ranker.states(recommender.pad([history]), ranker.table()), ranker.align.asked([user], [len(history)])
+        weights = ranker.align(state, asked)[1][0].tolist()
+    names = ", ".join(f"{n} {w:.1f}" for n, w in zip(told["names"][2 * user + 1] or told["names"][2 * user], weights))
+    model, tokenizer, _ = open_llm(s, path)
+    prompt = D.asked(data, history, "explain", names, D.item_text(data.items[item]), longest=D.LONGEST)
+    with model.disable_adapter():
+        return f"Preferences and weights: {names}\n" + rl.generate(model, tokenizer, [prompt], **sampling(s) | {"max_new": 8 * s.max_new}, seed=s.seed)[0][0]
+
+
+def look(run: str, method: str, user: str, text: str, item: str):
+    """Prints a user's top items of the arm curec with their reasons, of the arm lane with LANE's explanation of the first,
+    or the reward of a reason written by hand for an item."""
+    lane = method == "lane"
+    needed = ["config.json", *(["state/prefer.pt", "state/arm-lane.pt"] if lane else ["reasons.jsonl", "state/arm-curec.pt" if user else "state/reward.pt"])]
+    if missing := [f for f in needed if not os.path.exists(os.path.join(run, f))]:
+        raise D.DataError(f"--run {run}: {missing[0]} is missing; it needs a finished run with the arm {'lane' if lane else 'curec'}")
+    config, load = json.loads(Path(run, "config.json").read_text()), lambda name: torch.load(os.path.join(run, name), weights_only=True)["value"]
     s = Settings(**config["settings"])
-    data, kept = load_data(s), torch.load(files[2], weights_only=True)["value"]
+    data, kept = load_data(s), load(needed[-1])
     known = data.users if user else [record["id"] for record in data.items[1:]]
     if (user or item) not in known:
         raise D.DataError(f"{'--explain ' + user if user else '--item ' + item}: not in the data; some there are: {', '.join(known[:5])}")
     at = known.index(user or item)
+    reasons = [] if lane else [json.loads(line) for _, line in D.lines(os.path.join(run, "reasons.jsonl"))]
     if user:
-        history, model = data.seqs[at][:-1], recommender.SASRec(data.n_items, kept["model"]["features"])
-        model.load_state_dict(kept["model"])
-        scores = recommender.scorer(model)([history])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf)
+        history, model = data.seqs[at][:-1], recommender.ranker(data.n_items, kept["model"])
+        scores = recommender.scorer(model)([history], [at])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf)
         print(f"{user} chose: " + "; ".join(D.title(data, i) for i in history[-10:]) + "\n")
-        return [print(f"{value:+.2f}  {reward.timeline(reasons[i - 1])}\n") for value, i in zip(*(x.tolist() for x in scores.topk(5)))]
+        for value, i in zip(*(x.tolist() for x in scores.topk(5))):
+            print(f"{value:+.2f}  {D.title(data, i) if lane else reward.timeline(reasons[i - 1])}\n")
+        return lane and print(told_why(s, data, config["llm_path"], load("state/prefer.pt"), model, at, history, int(scores.argmax())))
     judge = reward.Judge(data, reward.load_encoder(s.encoder, s.device) if s.encoder else open_llm(s, config["llm_path"])[2])
     judge.remember(kept["weights"])
     print(D.item_text(data.items[at + 1]) + "\n\n" + judge.table(at + 1, [text, reasons[at]["reason"]], D.choosers(data), config["windows"], s.seed))
@@ -381,7 +450,7 @@ def main(argv=None) -> int:
     sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
     try:
         s = parse_args(argv)
-        look(s.run, s.explain, s.score, s.item) if s.run else pipeline(s := resolve(s))
+        look(s.run, s.method, s.explain, s.score, s.item) if s.run else pipeline(s := resolve(s))
         return 0
     except (D.DataError, OSError, RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):

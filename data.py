@@ -33,6 +33,7 @@ SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
 UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"
 URLS = ((SNAP + FILES[0][0], SNAP + FILES[0][1]), (UCSD + "categoryFilesSmall/" + FILES[1][0], UCSD + "metaFiles2/" + FILES[1][1]))
 HISTORY, PEOPLE = 3, 4             # items shown of each person's history; people shown in a prompt (H)
+PREFERENCES, LONGEST = 5, 10       # preferences a user (LANE's m); items of a history that the two relatives show
 TITLE_WORDS, TEXT_WORDS = 12, 40   # longest title and item text in a prompt, in words
 MIN_ITEMS = 5                      # a word found in fewer items identifies an item: it is masked from rewards
 STOPWORDS = frozenset(  # the last line: sizes
@@ -76,6 +77,13 @@ class Dataset:
         return np.bincount(np.concatenate(self.train), minlength=self.n_items + 1)
 
     @cached_property
+    def titles(self):
+        """Each item's title in a prompt; equal ones get a number, so that a title names one item."""
+        short = [" ".join((item.get("title") or "untitled").split()[:TITLE_WORDS]) for item in self.items]
+        seen = Counter()
+        return [t + f" ({seen[t.lower()]})" * (seen.update([t.lower()]) or seen[t.lower()] > 1) for t in short]
+
+    @cached_property
     def document_frequency(self):
         return Counter(w for item in self.items[1:] for w in set(words(item_text(item))))
 
@@ -115,7 +123,7 @@ def item_text(item: dict) -> str:
 
 
 def title(data: Dataset, i: int) -> str:
-    return " ".join((data.items[i]["title"] or "untitled").split()[:TITLE_WORDS])
+    return data.titles[i]
 
 
 # ------------------------------------------------------------------------------------------------ the made-up world
@@ -217,7 +225,7 @@ def from_rows(name, rows, records, notes) -> Dataset:
         raise DataError(f"{name}: no user has 3 interactions left; lower --k-core or the limits, or check the files")
     users, ids = sorted(by_user), sorted({r[1] for mine in by_user.values() for r in mine})
     number = {x: i + 1 for i, x in enumerate(ids)}
-    items = [{}] + [record(x, **records.get(x, {})) for x in ids]
+    items = [{}] + [record(x, records.get(x, {})) for x in ids]
     notes += [f"{n} items without a title" for n in [sum(not item["title"] for item in items[1:])] if n]
     take = lambda column, as_=lambda x: x: [np.array([as_(r[column]) for r in by_user[u]]) for u in users]
     rated = all(r[3] is not None for mine in by_user.values() for r in mine)
@@ -233,9 +241,12 @@ def clean(value) -> str:
     return "" if text.lower() in ("nan", "none", "null") else text
 
 
-def record(id, title="", brand="", categories=(), description="") -> dict:
-    return {"id": str(id), "title": clean(title), "brand": clean(brand), "description": clean(description),
-            "categories": [clean(c) for c in categories if clean(c)]}
+def record(id, r: dict) -> dict:
+    """An item from any source's fields; Amazon's categories are a list of paths in 2014, one path in 2018."""
+    path = r.get("categories") or r.get("category") or []
+    path = path if isinstance(path, list) else [path]
+    path = path[0] if path and isinstance(path[0], list) else path
+    return {"id": str(id), **{k: clean(r.get(k)) for k in ("title", "brand", "description")}, "categories": [c for c in map(clean, path) if c]}
 
 
 def lines(path: str):
@@ -258,6 +269,20 @@ def parse_line(line: str) -> dict | None:
     return None
 
 
+def interactions(path: str, found, user: str, item: str, when: str, rating: str, advice: str):
+    """Rows (user, item, time, rating or None) of a source's dicts, or what else its lines held, and a note of what was skipped."""
+    rows, bad = [], 0
+    for r in found:
+        try:
+            given = r.get(rating)
+            rows.append((str(r[user]), str(r[item]), int(float(r[when])), None if given in (None, "") else float(given)))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            bad += 1
+    if not rows:
+        raise DataError(f"{path}: no line has {user}, {item} and a readable {when}; {advice}")
+    return rows, [f"{bad} lines of {os.path.basename(path)} without {user}, {item} or a readable {when}: skipped"] * (bad > 0)
+
+
 def read_amazon(category: str, data_dir: str):
     """Rows and item records of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
     path = lambda year, kind: os.path.join(data_dir, FILES[year][kind].format(category))
@@ -265,56 +290,38 @@ def read_amazon(category: str, data_dir: str):
     reviews, meta = path(year, 0), path(year, 1)
     if wanted := {path(year, k): URLS[year][k].format(category) for k in (0, 1) if not os.path.exists(path(year, k))}:
         download(category, wanted, data_dir)
-    rows, records, bad = [], {}, 0
-    for _, line in lines(reviews):
-        r = parse_line(line)
-        try:
-            rating = r.get("overall")
-            rows.append((str(r["reviewerID"]), str(r["asin"]), int(r["unixReviewTime"]), None if rating is None else float(rating)))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            bad += 1
-    if not rows:
-        raise DataError(f"{reviews}: no line has reviewerID, asin and unixReviewTime; is it the 5-core review file?")
-    needed, asin = {r[1] for r in rows}, re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
-    for _, line in lines(meta):
+    rows, notes = interactions(reviews, (parse_line(line) for _, line in lines(reviews)), "reviewerID", "asin", "unixReviewTime", "overall",
+                               "is it the 5-core review file?")
+    records, needed, asin = {}, {r[1] for r in rows}, re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
+    for n, line in lines(meta):
         named = asin.search(line)                  # cheap test first: the full meta files have ten times the items
-        if named and named[1] in needed:
+        if named and named[1] in needed and named[1] not in records:
             if (r := parse_line(line)) is None:
-                bad += 1
-                continue
-            tree = r.get("categories") or [r.get("category") or []]            # 2014: list of paths; 2018: one path
-            tree = tree[0] if isinstance(tree, list) and tree and isinstance(tree[0], list) else tree
-            records.setdefault(named[1], {**{k: r.get(k) for k in ("title", "brand", "description")},
-                                          "categories": tree if isinstance(tree, list) else [tree]})
-    return rows, records, [f"{bad} lines without the needed fields: skipped"] if bad else []
+                notes.append(f"{os.path.basename(meta)} line {n}: cannot be read, skipped")
+            else:
+                records[named[1]] = {k: r.get(k) for k in ("title", "brand", "description", "categories", "category")}
+    return rows, records, notes
 
 
 def read_folder(folder: str):
     """Your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
-    for name in ("interactions.csv", "items.jsonl"):
-        if not os.path.exists(os.path.join(folder, name)):
-            raise DataError(f"{folder}: {name} is missing; a folder needs interactions.csv (user,item,timestamp[,rating]) "
+    path, catalogue = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
+    for name in (path, catalogue):
+        if not os.path.exists(name):
+            raise DataError(f"{name} is missing; a folder needs interactions.csv (user,item,timestamp[,rating]) "
                             "and items.jsonl (id,title[,brand,categories,description])")
-    path, rows, records, bad = os.path.join(folder, "interactions.csv"), [], {}, 0
     reader = csv.DictReader(line.replace("\0", "") for _, line in lines(path))
     if not {"user", "item", "timestamp"} <= set(reader.fieldnames or ()):
         raise DataError(f"{path}: the first line must name the columns user,item,timestamp[,rating]")
-    for r in reader:
-        try:
-            rows.append((r["user"], r["item"], int(float(r["timestamp"])), float(r["rating"]) if r.get("rating") else None))
-        except (TypeError, ValueError, OverflowError):
-            bad += 1
-    if not rows:
-        raise DataError(f"{path}: no line has a readable timestamp; it must be a number, seconds since 1970")
-    for n, line in lines(os.path.join(folder, "items.jsonl")):
+    rows, notes = interactions(path, reader, "user", "item", "timestamp", "rating", "it must be a number, seconds since 1970")
+    records = {}
+    for n, line in lines(catalogue):
         r = parse_line(line) if line.strip() else {}
         if r is None or (r and "id" not in r):
-            raise DataError(f"{folder}/items.jsonl line {n}: not a JSON object with an id; mend or remove the line")
+            raise DataError(f"{catalogue} line {n}: not a JSON object with an id; mend or remove the line")
         if r:
-            leaves = r.get("categories") or []
-            records[str(r["id"])] = {**{k: r.get(k) for k in ("title", "brand", "description")},
-                                     "categories": leaves if isinstance(leaves, list) else [leaves]}
-    return rows, records, [f"{bad} lines of interactions.csv without a readable timestamp: skipped"] if bad else []
+            records[str(r["id"])] = r
+    return rows, records, notes
 
 
 def download(category: str, wanted: dict, data_dir: str):
@@ -349,6 +356,12 @@ ANSWER_PATTERN = re.compile(r"\s*<think>([^<>]{0,2000})</think>\s*<reason>([^<>]
 REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 PROMPT = "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\nWhy do people choose it?"
 TAGS = ("<think>", "</think>", "<reason>", "</reason>")
+TASKS = {"mim": "Which item is blank?", "mlm": "Which word is blank?", "bpr": "Which is preferred, A: {} or B: {}?", "next": "What comes next?",
+         "rank": "Rank these: {}", "rate": "Which rating from 1 to 5 for {}?"}           # recommendation knowledge, after arXiv 2404.00245
+LANE = {"prefer": f"You know what people look for. Name {PREFERENCES} different preferences, names only, that explain best what this person chooses next, as JSON: "
+                  '{{"preferences": ["...", "..."]}}',                                    # after arXiv 2407.02833
+        "explain": "Preferences and their weights: {}\nItem: {}\nExplain step by step: which choices show each preference; how well, 0 to 1, the item fits it; "
+                   "that times its weight as low, medium or high; then recommend the item."}
 
 
 def reason_prompt(data: Dataset, item: int, reason: str, events) -> str:
@@ -410,12 +423,17 @@ def choosers(data: Dataset) -> list:
     return np.split(order, np.cumsum(np.bincount(data.events["item"], minlength=data.n_items + 1))[:-1])
 
 
-def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE, follow: float = 1.0) -> list:
-    """n (prompt, answer) pairs from the train split alone: reasons, MIM, MLM, BPR, next item, ranking, rating."""
+def asked(data: Dataset, history, task: str, *about, longest: int = HISTORY) -> str:
+    """A question of recommendation knowledge about the last items of a history."""
+    return "Chosen in order: " + "; ".join(title(data, i) for i in history[-longest:]) + "\n" + (TASKS | LANE)[task].format(*about)
+
+
+def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE, follow: float = 1.0,
+                      tasks=tuple(TASKS), longest: int = HISTORY) -> list:
+    """n (prompt, answer) pairs from the train split alone: reasons and the tasks of recommendation knowledge (arXiv 2404.00245)."""
     who, out = choosers(data), []
     nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
-    users, tasks = [u for u, s in enumerate(data.train) if len(s) >= 2], ["mim", "mlm", "bpr", "next", "rank"]
-    tasks += ["rate"] * (data.ratings is not None)
+    users, tasks = [u for u, s in enumerate(data.train) if len(s) >= 2], [t for t in tasks if t != "rate" or data.ratings]
     for _ in range(n):
         if nameable and (not users or rng.random() < reason_share):
             item = int(nameable[rng.integers(len(nameable))])
@@ -425,26 +443,55 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
             continue
         s = data.train[u := users[rng.integers(len(users))]]
         end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told
-        past, goal = [title(data, i) for i in s[max(0, end - HISTORY): end]], title(data, s[end])
+        past, goal = s[max(0, end - longest): end], title(data, s[end])
         others = [j for j in dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist()) if j not in s][:2]
-        task, told = tasks[rng.integers(len(tasks))], "Chosen in order: " + "; ".join(past)
-        if task == "mim":
-            hide = int(rng.integers(len(past)))
-            blanked = "; ".join("____" if j == hide else t for j, t in enumerate(past + [goal]))
-            out.append((f"Chosen in order: {blanked}\nWhich item is blank?", past[hide]))
-        elif task == "mlm":
-            split = told.split()
-            hide = int(rng.integers(3, len(split)))
-            out.append((" ".join(split[:hide] + ["____"] + split[hide + 1:]) + "\nWhich word is blank?", split[hide].strip(";") or ";"))
+        task = tasks[rng.integers(len(tasks))]
+        prompt = lambda *about: asked(data, past, task, *about, longest=longest)
+        if task in ("mim", "mlm"):         # blank an item of the history, or a word of its titles
+            parts, gap = ([title(data, i) for i in past], "; ") if task == "mim" else ("; ".join(title(data, i) for i in past).split(), " ")
+            hide = int(rng.integers(len(parts)))
+            out.append(("Chosen in order: " + gap.join([*parts[:hide], "____", *parts[hide + 1:]] + [goal] * (task == "mim")) + "\n" + TASKS[task], parts[hide].strip(";") or ";"))
         elif task == "bpr" and others:
             pair = [goal, title(data, others[0])][:: 1 if (first := rng.random() < 0.5) else -1]
-            out.append((f"{told}\nWhich is preferred, A: {pair[0]} or B: {pair[1]}?", "A" if first else "B"))
+            out.append((prompt(*pair), "A" if first else "B"))
         elif task == "rank" and len(others) == 2:
             order = [s[end]] + sorted(others, key=lambda j: -data.counts[j])   # the choice first, then by popularity
             mixed, best = (("; ".join(title(data, j) for j in js)) for js in (rng.permutation(order), order))
-            out.append((f"{told}\nRank these: {mixed}", best))
+            out.append((prompt(mixed), best))
         elif task == "rate":
-            out.append((f"{told}\nWhich rating from 1 to 5 for {goal}?", f"{data.ratings[u][end]:.0f}"))
+            out.append((prompt(goal), f"{data.ratings[u][end]:.0f}"))
         else:
-            out.append((f"{told}\nWhat comes next?", goal))
+            out.append((asked(data, past, "next", longest=longest), goal))
+    return out
+
+
+def parse_preferences(text: str) -> list | None:
+    """The PREFERENCES different names in an answer's JSON object; None if it is malformed or has another number."""
+    found = re.search(r"\{[^{}]*\}", text[:10_000])
+    names = (parse_line(found[0]) or {}).get("preferences") if found else None
+    names = [clean(n)[:80] for n in names if isinstance(n, str)] if isinstance(names, list) else []
+    return names if len({n.lower() for n in names} - {""}) == len(names) == PREFERENCES else None
+
+
+def lane_samples(data: Dataset, n: int, rng) -> list:
+    """n (prompt, answer) pairs that teach a model from nothing the form of LANE's answers; a pretrained LLM needs none.
+
+    Weak targets: preferences are the most frequent words of the history's items, and an item fits one if it says it.
+    """
+    out, rich = [], [s for s in data.train if len({w for i in s for w in data.phrases[i]}) >= PREFERENCES]
+    while rich and len(out) < n:
+        s, item, task = rich[rng.integers(len(rich))], int(rng.integers(1, data.n_items + 1)), ("prefer", "prefer", "explain")[rng.integers(3)]
+        past = s[: rng.integers(1, len(s) + 1)][-LONGEST:]
+        # in alphabetical order: a model that has learnt to go on in it repeats nothing
+        names = sorted(w for w, _ in Counter(w for i in past for w in data.phrases[i]).most_common(PREFERENCES))
+        if len(names) < PREFERENCES:
+            continue
+        about, answer = (), json.dumps({"preferences": names})
+        if task == "explain":
+            weights, fits = rng.dirichlet(np.full(PREFERENCES, 3.0)), [w in data.phrases[item] for w in names]
+            about = ", ".join(f"{w} {x:.1f}" for w, x in zip(names, weights)), item_text(data.items[item])
+            shown = [next(title(data, i) for i in past[::-1] if w in data.phrases[i]) for w in names]
+            steps = [f"{w} in {t} , fit {fit:d} , {'low' if not fit else 'medium' if x < 0.2 else 'high'}" for w, t, fit, x in zip(names, shown, fits, weights)]
+            answer = " ; ".join(steps) + " ; it has " + " and ".join([w for w, fit in zip(names, fits) if fit] or ["something new"])
+        out.append((asked(data, past, task, *about, longest=LONGEST), answer))
     return out

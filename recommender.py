@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+WIDTH = 64                         # of item vectors and states
 MAX_LEN = 50                       # longest history the model sees, in items
 LENGTH = 1.6                       # first length of projected features; ID vectors start at 0.16
 LEAST_STEPS = 250                  # no early stopping before: long features can start with a dip
@@ -36,8 +37,8 @@ EVERY = 2                          # epochs from one look at validation to the n
 LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
-ARMS = ("popularity", "markov", "id", "content", "placebo", "aligned", "rl", "bestof", "curec", "oracle")
-COMPARISONS = (("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"), ("curec", "content"),
+ARMS = ("popularity", "markov", "id", "text-init", "content", "placebo", "aligned", "rl", "bestof", "curec", "lane", "knowledge", "oracle")
+COMPARISONS = (("text-init", "id"), ("lane", "id"), ("lane", "text-init"), ("knowledge", "markov"), ("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"), ("curec", "content"),
                ("curec", "placebo"), ("curec", "rl"), ("curec", "bestof"), ("placebo", "content"), ("oracle", "content"))
 
 
@@ -74,43 +75,83 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
+class Alignment(nn.Module):
+    """LANE's layer (arXiv 2407.02833): a state asks M preferences, which an LLM named, by which of them it goes.
+
+    vectors (K, F): of all preferences, row 0 zeros. named (U, C, M): each user's by cut, row numbers of vectors.
+    since (U, C): length of the history that each cut had seen, ascending; shorter histories know nothing of it.
+    """
+
+    def __init__(self, width: int, vectors, named, since, heads: int = 4, dropout: float = 0.3):
+        super().__init__()
+        for name, value in (("vectors", vectors), ("named", named), ("since", since)):
+            self.register_buffer(name, value)
+        self.attention = nn.MultiheadAttention(width, heads, dropout, kdim=vectors.shape[1], vdim=vectors.shape[1], batch_first=True)
+        self.norm1, self.norm2, self.drop = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def asked(self, users, lengths) -> torch.Tensor:
+        """The preferences that histories of these lengths (B,) of these users (B,) may know: the latest cut's (B, M), 0: none."""
+        users, lengths = (torch.as_tensor(x, device=self.since.device) for x in (users, lengths))
+        cut = (self.since[users] <= lengths[:, None]).sum(1) - 1
+        return self.named[users, cut] * (cut >= 0)[:, None]
+
+    def forward(self, states: torch.Tensor, asked: torch.Tensor):
+        """states (B, D), asked (B, M) -> states (B, D) and the attention's weights, mean of the heads (B, M)."""
+        told = F.embedding(asked, self.vectors)
+        told, weights = self.attention(states[:, None], told, told)
+        x = self.norm1(states + self.drop(told[:, 0]) * (asked[:, :1] > 0))
+        return self.norm2(x + self.drop(self.down(F.gelu(self.up(x))))), weights[:, 0]
+
+
 class SASRec(nn.Module):
     """SASRec whose item vectors are ID embeddings plus projected item features.
 
     n_items: catalogue size without padding. features: (n_items + 1, F) float tensor of mean length 1, row 0 zeros, or None.
+    start: (n_items + 1, width) first ID vectors, or None: random. preferences: what Alignment takes, or None: no such layer.
     """
 
-    def __init__(self, n_items, features=None, width=64, blocks=1, heads=2, dropout=0.3):
+    def __init__(self, n_items, features=None, start=None, preferences=None, width=WIDTH, blocks=1, heads=2, dropout=0.3):
         super().__init__()
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.pos = nn.Embedding(MAX_LEN, width)
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(blocks)])
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
         self.log_tau = nn.Parameter(torch.tensor(0.07).log())
-        self.project = None
+        self.project = self.align = None
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
+        if start is not None:
+            self.item.weight.data.copy_(start)
         nn.init.zeros_(self.item.weight[0])
         if features is not None:       # made last: every arm draws the same random numbers for the shared parts
             self.register_buffer("features", features.float())
             self.project = nn.Linear(features.shape[1], width, bias=False)
             nn.init.normal_(self.project.weight, std=LENGTH * width ** -0.5)
+        if preferences is not None:
+            self.align = Alignment(width, **preferences)
 
     def table(self) -> torch.Tensor:
         """The fused item table of unit vectors, (n_items + 1, D): what input and output share."""
         told = self.drop(self.project(self.features)) if self.project is not None else 0.0
         return F.normalize(self.item.weight + told, dim=-1)
 
-    def forward(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states after the last item (B, D), of length 1 / tau."""
+    def states(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states after the last item (B, D)."""
         last = (ids > 0).sum(1) - 1
         ago = (last[:, None] - torch.arange(ids.shape[1], device=ids.device)).clamp(min=0)       # 0: the last item
         x = F.embedding(ids, table)      # not table[ids], whose gradient adds up in another order each time
         x = self.drop(x * table.shape[1] ** 0.5 + self.pos(ago))
         for block in self.blocks:
             x = block(x, last if block is self.blocks[-1] else None)
-        return F.normalize(self.norm(x), dim=-1) / self.log_tau.exp()
+        return self.norm(x)
+
+    def forward(self, ids: torch.Tensor, table: torch.Tensor, asked=None) -> torch.Tensor:
+        """What states gives, aligned with the preferences asked (B, M) where there are any, of length 1 / tau."""
+        h = self.states(ids, table)
+        h = h if self.align is None else self.align(h, asked)[0]
+        return F.normalize(h, dim=-1) / self.log_tau.exp()
 
 
 def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
@@ -119,46 +160,16 @@ def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- training
-class FullSoftmax(torch.autograd.Function):
-    """Mean cross-entropy of states (N, D) against the table (n + 1, D), a few rows at a time; targets (N,), item 0 never.
-
-    The gradients are made in the forward pass while a chunk's logits are still in the cache, so (N, n + 1) is never
-    held and nothing is computed twice. Source of the idea: Liger Kernel (arXiv 2410.10989).
-    """
-
-    @staticmethod
-    def forward(ctx, states, table, targets):
-        d_states, d_table, loss = torch.empty_like(states), torch.zeros_like(table), states.new_zeros(())
-        rows = SCORES_AT_ONCE * (64 if states.is_cuda else 1) // len(table) + 16
-        for h, goal, d_h in zip(states.split(rows), targets.split(rows), d_states.split(rows)):
-            x = h @ table.T                                                        # logits, then probabilities
-            x[:, 0] = -torch.inf
-            x -= x.amax(1, keepdim=True)
-            at_goal = x.gather(1, goal[:, None])
-            total = x.exp_().sum(1, keepdim=True)
-            loss += (total.log() - at_goal).sum()
-            x /= total
-            x.scatter_add_(1, goal[:, None], -torch.ones_like(at_goal))            # d loss / d logits = p - [target]
-            torch.mm(x, table, out=d_h)
-            d_table.addmm_(x.T, h)
-        ctx.save_for_backward(d_states.div_(len(states)), d_table.div_(len(states)))
-        return loss / len(states)
-
-    @staticmethod
-    def backward(ctx, grad):
-        d_states, d_table = ctx.saved_tensors
-        return grad * d_states, grad * d_table, None
-
-
-def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean loss of the next items, targets (B,), after the histories ids (B, T), right-padded with 0."""
+def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor, asked=None) -> torch.Tensor:
+    """Mean cross-entropy of the next items, targets (B,), after the histories ids (B, T); see SASRec.forward."""
     table = model.table()
-    return FullSoftmax.apply(model(ids, table), table, targets)
+    return F.cross_entropy(model(ids, table, asked) @ table[1:].T, targets - 1)             # padding is never predicted
 
 
 def samples(sequences):
-    """Every history with its next item, each a sample of its own: list of arrays, and (samples,) item numbers."""
-    return [s[:t] for s in sequences for t in range(1, len(s))], np.concatenate([s[1:] for s in sequences])
+    """Every history with its next item, each a sample of its own: list of arrays, (samples,) item and user numbers."""
+    users = np.repeat(np.arange(len(sequences)), [len(s) - 1 for s in sequences])
+    return [s[:t] for s in sequences for t in range(1, len(s))], np.concatenate([s[1:] for s in sequences]), users
 
 
 def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
@@ -170,16 +181,18 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
         yield from (cut[k] for k in rng.permutation(len(cut)))
 
 
-def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60, patience=4, batch=256, lr=3e-3,
-          weight_decay=0.0, width=64, blocks=1, dropout=0.3, device="cpu", name="SASRec"):
+def train(n_items, train_seqs, valid_items, features=None, start=None, preferences=None, *, seed=0, epochs=60, patience=4, batch=256,
+          lr=3e-3, weight_decay=0.0, width=WIDTH, blocks=1, dropout=0.3, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
 
-    train_seqs: item numbers of each user, chronological. valid_items: (users,) the next. Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
+    train_seqs: item numbers of each user, chronological. valid_items: (users,) the next. features, start, preferences: see SASRec.
+    Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
     """
     torch.manual_seed(seed)
-    model = SASRec(n_items, features, width=width, blocks=blocks, dropout=dropout).to(device)
+    model = SASRec(n_items, features, start, preferences, width=width, blocks=blocks, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    histories, targets = samples(train_seqs)
+    histories, targets, users = samples(train_seqs)
+    asked = model.align.asked(users, [len(h) for h in histories]) if model.align else None
     lengths, padded, targets = np.array([min(len(h), MAX_LEN) for h in histories]), pad(histories), torch.from_numpy(targets)
     batch = min(batch, -(-len(targets) // 8))               # few events: eight steps an epoch all the same
     # the average reaches back about an epoch, less at the start
@@ -189,7 +202,8 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     for epoch in bar:
         model.train()
         for rows in batches(lengths, batch, rng):
-            loss = next_item_loss(model, padded[rows, : lengths[rows].max()].to(device), targets[rows].to(device))
+            loss = next_item_loss(model, padded[rows, : lengths[rows].max()].to(device), targets[rows].to(device),
+                                  None if asked is None else asked[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -208,23 +222,32 @@ def train(n_items, train_seqs, valid_items, features=None, *, seed=0, epochs=60,
     return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": float(best)}
 
 
-# --------------------------------------------------------------------------------- scores: sequences -> (B, n + 1)
+def ranker(n_items, weights: dict) -> SASRec:
+    """A trained model from its state dict."""
+    parts = {k[6:]: v for k, v in weights.items() if k in ("align.vectors", "align.named", "align.since")}
+    model = SASRec(n_items, weights.get("features"), preferences=parts or None)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+# -------------------------------------------------------------- scores: sequences and their users -> (B, n + 1)
 def scorer(model: SASRec, device="cpu"):
-    """A function from sequences to the scores of every item, (B, n_items + 1), with the table fused once."""
+    """A function from sequences and their users to the scores of every item, (B, n_items + 1), with the table fused once."""
     model.eval()
     with torch.no_grad():
         table = model.table()
 
     @torch.no_grad()
-    def score(sequences):
-        return (model(pad(sequences).to(device), table) @ table.T).float().cpu()
+    def score(sequences, users=None):
+        asked = model.align.asked(users, [len(s) for s in sequences]) if model.align else None
+        return (model(pad(sequences).to(device), table, asked) @ table.T).float().cpu()
     return score
 
 
 def popularity(n_items, train_seqs):
     """Scores every item by its number of train interactions."""
     counts = torch.from_numpy(np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)).float()
-    return lambda sequences: counts.repeat(len(sequences), 1)
+    return lambda sequences, users: counts.repeat(len(sequences), 1)
 
 
 def markov(n_items, train_seqs):
@@ -234,7 +257,7 @@ def markov(n_items, train_seqs):
     pairs = torch.from_numpy(np.concatenate([np.stack([s[:-1], s[1:]]) for s in train_seqs], 1))
     follow = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]).to(fill), (n_items + 1, n_items + 1),
                                      check_invariants=True).coalesce()
-    return lambda sequences: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
+    return lambda sequences, users: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
 
 
 COUNTING = {"popularity": popularity, "markov": markov}            # these arms draw nothing: one seed is enough
@@ -244,13 +267,13 @@ COUNTING = {"popularity": popularity, "markov": markov}            # these arms 
 def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
     """Rank (1 = best) of each user's target among all items that the user has not seen; ties count against us.
 
-    score: sequences -> (B, n + 1). sequences: what is known of each user. targets: (users,) item numbers.
+    score: sequences and user numbers -> (B, n + 1). sequences: what is known of each user. targets: (users,) item numbers.
     batch: users at once; 0 chooses. lists: if a list is given, each user's ten best items are appended, (users, 10).
     """
     out, batch = np.empty(len(sequences), dtype=np.int64), batch or SCORES_AT_ONCE // (max(map(int, targets)) + 1) + 16
     for start in range(0, len(sequences), batch):
         part = sequences[start: start + batch]
-        scores = score(part)
+        scores = score(part, range(start, start + len(part)))
         scores.scatter_(1, pad(part, max_len=10 ** 9), -torch.inf)         # everything seen; padding hits item 0
         scores[:, 0] = -torch.inf
         goal = scores.gather(1, torch.as_tensor(np.asarray(targets[start: start + batch]))[:, None])
@@ -301,15 +324,17 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, features, slices, *, seed=0, epochs=60, device="cpu"):
+def run_arm(arm, data, told, slices, *, seed=0, epochs=60, device="cpu", score=None):
     """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
 
-    data: n_items, train, valid, test (see data.Dataset). features: (n_items + 1, F) or None.
+    data: n_items, train, valid, test (see data.Dataset). told: the arm's arguments of SASRec. score: of an arm that is trained elsewhere.
     """
-    start = time.perf_counter()
-    model = None if arm in COUNTING else train(data.n_items, data.train, data.valid, features, seed=seed, epochs=epochs, device=device,
-                                               name=f"{arm}, seed {seed}")[0]
-    score = scorer(model, device) if model else COUNTING[arm](data.n_items, data.train)
+    start, model = time.perf_counter(), None
+    if arm in COUNTING:
+        score = COUNTING[arm](data.n_items, data.train)
+    elif score is None:
+        model, _ = train(data.n_items, data.train, data.valid, **told, seed=seed, epochs=epochs, device=device, name=f"{arm}, seed {seed}")
+        score = scorer(model, device)
     seconds = time.perf_counter() - start
     rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
     return {"ranks": torch.from_numpy(rank), "row": row | {"seed": seed, "train_s": seconds}, "model": model.cpu().state_dict() if model else {}}

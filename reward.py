@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as D
-from recommender import Block, markdown, pad, paired_bootstrap
+from recommender import WIDTH, Block, markdown, pad, paired_bootstrap
 
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
 AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
 STATES, AUDIENCE = 256, 16                         # |N|; most people of an audience
 HELD_OUT = 2000                                    # most held-out events that choose the epoch
 LEAST_GAIN = 1e-3                                  # nats; two reasons that name the same things differ by rounding only
+START = 0.5                                        # length of first ID vectors made from titles; random ones have 0.16
 MAX_HISTORY = 20                                   # items of a history the user tower reads
 
 
@@ -40,6 +41,10 @@ def whitening(vectors: torch.Tensor, k: int = 384):
     matrix = v[:keep].T / (s[:keep] + 0.2 * s[0])                          # shrunk: noise is not blown up
     matrix = matrix / ((vectors - mean) @ matrix).norm(dim=1).mean()
     return lambda x: (x - mean) @ matrix
+
+
+def whitened(vectors: torch.Tensor, k: int = 384) -> torch.Tensor:
+    return whitening(vectors, k)(vectors)
 
 
 def load_encoder(name, device="cpu", batch: int = 64):
@@ -241,11 +246,21 @@ class Judge:
             ["reason", "reward", *parts], [[r, float(x), *(v[k].item() for v in parts.values())] for k, (r, x) in enumerate(zip(reasons, total))])
 
 
-def features(arm, data, encode, kinds, seed):
-    """Item features (n_items + 1, F) of an arm: whitened vectors of the item's text, beside those of its reason; None: IDs only.
+def features(arm, data, encode, kinds, seed, told=None) -> dict:
+    """What an arm's SASRec is given: nothing, or item features (n_items + 1, F), whitened vectors of the item's text beside those of its
+    reason; the relatives' first ID vectors, from titles; LANE's preferences, told (see curec.prefer).
     kinds: decoded answers by kind, index 0 unused. placebo: the final reasons, shuffled among items."""
-    if arm in ("popularity", "markov", "id"):
-        return None
+    if arm in ("popularity", "markov", "id", "knowledge"):
+        return {}
+    if arm in ("text-init", "lane"):
+        start = whitened(encode(data.titles[1:]), WIDTH)
+        inputs = {"start": START * F.pad(start, (0, WIDTH - start.shape[1], 1, 0))}
+        if arm == "lane":
+            number = {n: k + 1 for k, n in enumerate(sorted({n for names in told["names"] for n in names}))}
+            named = torch.tensor([[number[n] for n in names] or [0] * D.PREFERENCES for names in told["names"]]).view(len(data.users), 2, -1)
+            named[:, 1] = torch.where(named[:, 1] > 0, named[:, 1], named[:, 0])           # dropped: the earlier cut's stay
+            inputs["preferences"] = {"vectors": F.pad(whitened(encode([*number] or ["none"])), (0, 0, 1, 0)), "named": named, "since": told["since"]}
+        return inputs
     texts = [[D.item_text(item) for item in data.items[1:]]]
     if arm == "oracle":
         texts.append([D.mask_identity(data, " ".join(t)) for t in data.truth["late"][1:]])
@@ -253,7 +268,7 @@ def features(arm, data, encode, kinds, seed):
         texts.append([D.mask_identity(data, D.parse_answer(a)[0]) for a in kinds["curec" if arm == "placebo" else arm][1:]])
     if arm == "placebo":
         np.random.default_rng([seed, 61]).shuffle(texts[1])
-    return F.pad(torch.cat([whitening(x)(x) for x in map(encode, texts)], 1), (0, 0, 1, 0))
+    return {"features": F.pad(torch.cat([whitened(encode(x)) for x in texts], 1), (0, 0, 1, 0))}
 
 
 def held_out(data, seed) -> tuple:

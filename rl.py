@@ -232,7 +232,7 @@ def supervise(model, tokenizer, samples, *, steps, batch=16, micro_batch=16, lr=
     rng, device, parameters, losses = np.random.default_rng([seed, 17]), next(model.parameters()).device, trainable(model), []
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     prompts = [prompt_ids(tokenizer, p) for p, _ in samples]
-    answers = [tokenizer(" " + a, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for _, a in samples]
+    answers = [answer_ids(tokenizer, a) for _, a in samples]
     set_mode(model, training=True)
     bar = tqdm(range(steps), desc=name, unit="step", mininterval=1, disable=None)
     for step, rows in zip(bar, draw(len(samples), batch, rng)):
@@ -313,6 +313,52 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
     use(model, model.active_adapter)              # disable_adapter has left it trainable; PPO makes it so where it learns
     first, last = torch.stack(out).chunk(2, -1)
     return F.normalize(first, dim=-1) + 0.3 * F.normalize(last, dim=-1)
+
+
+# ------------------------------------------------------------------------------------------- the LLM as a recommender
+def answer_ids(tokenizer, answer: str) -> list:
+    return tokenizer(" " + answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+@torch.no_grad()
+def likelihood(model, tokenizer, samples, budget=32_768, temperature=1.0) -> torch.Tensor:
+    """log p(answer | prompt) of (prompt, answer) pairs with the active adapter, (len(samples),) on CPU."""
+    prompts, answers = [prompt_ids(tokenizer, p) for p, _ in samples], [answer_ids(tokenizer, a) for _, a in samples]
+    out = torch.empty(len(samples))
+    for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], budget):
+        for part in micro_batches(group, prompts, answers, tokenizer.pad_token_id, next(model.parameters()).device, len(group)):
+            out[part.rows.cpu()] = (token_logps(model, part, temperature)[0] * part.mask).sum(1).cpu()
+    return out
+
+
+@torch.no_grad()
+def retrieve(model, tokenizer, prompts, titles, *, beams=20, budget=32_768, name=None) -> np.ndarray:
+    """The likeliest of the titles by beam search over their token trie: numbers in titles, best first, (len(prompts), beams); -1: none left.
+
+    No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood.
+    """
+    from transformers import GenerationConfig
+    eos, device, paths, trie = tokenizer.eos_token_id, next(model.parameters()).device, {}, {}
+    for number, answer in enumerate(answer_ids(tokenizer, t) for t in titles):
+        paths[tuple(answer)] = number
+        for k, token in enumerate(answer):
+            trie.setdefault(tuple(answer[:k]), set()).add(token)
+    longest = max(map(len, paths))
+    causal_lm(model).generation_config = GenerationConfig(num_beams=beams, num_return_sequences=beams, length_penalty=0.0, do_sample=False,
+                                                          eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, max_new_tokens=longest)
+    rows, out = [prompt_ids(tokenizer, p) for p in prompts], np.full((len(prompts), beams), -1)
+    with tqdm(total=len(rows), desc=name, unit="prompt", leave=False, mininterval=1, disable=None if name else True) as bar:
+        for group in by_length([beams * (len(r) + longest) for r in rows], budget):
+            ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id, left=True))
+            start, many = ids.shape[1], (x.repeat_interleave(beams, 0) for x in (ids, mask))
+            # a beam that has left the trie has probability 0, but must name some token
+            made = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=read_once(model, *many), use_cache=True,
+                                  prefix_allowed_tokens_fn=lambda _, seen: [*trie.get(tuple(seen[start:].tolist()), [eos])])
+            for i, answers in zip(group, made[:, start:].view(len(group), beams, -1).tolist()):
+                found = dict.fromkeys(paths.get(tuple(a[: a.index(eos) + 1] if eos in a else a), -1) for a in answers)
+                out[i, : len(found)] = [*found]
+            bar.update(len(group))
+    return out
 
 
 # ------------------------------------------------------------------------------------------------ the maths of PPO

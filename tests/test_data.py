@@ -49,7 +49,7 @@ def blocks(n_users=6, length=8, rated=False):
     """User u chooses the items of block u only, in order: any item of its block is the user's own, any other is not."""
     says = "soft warm quiet strong light bright".split()
     n = n_users * length
-    items = [{}] + [data.record(f"I{i}", f"tok{i:03d} {says[i % 6]} {says[(i + 1) % 6]}", "Acme", ["Things"]) for i in range(1, n + 1)]
+    items = [{}] + [data.record(f"I{i}", {"title": f"tok{i:03d} {says[i % 6]} {says[(i + 1) % 6]}", "brand": "Acme", "categories": ["Things"]}) for i in range(1, n + 1)]
     seqs = [np.arange(u * length, (u + 1) * length) + 1 for u in range(n_users)]
     return data.Dataset("blocks", items, [f"PERSON-{u}" for u in range(n_users)], seqs, [np.arange(length) for _ in seqs],
                         [s % 5 + 1.0 for s in seqs] if rated else None)

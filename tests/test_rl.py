@@ -1046,3 +1046,21 @@ def test_any_causal_lm_goes_through_align_generate_and_ppo(config, template, pad
     together = rl.generate(model, tokenizer, PROMPTS[:6] * 2, max_new=5, temperature=1e-6)[1]
     assert together == [rl.generate(model, tokenizer, [p], max_new=5, temperature=1e-6)[1][0] for p in PROMPTS[:6]] * 2
     assert not any(processors[:3]) and all(np.isfinite(v) for row in log for v in row.values()) and not log[-1]["skipped"]
+
+
+# ------------------------------------------------------------------------------------------- the LLM as a recommender
+TITLES = ["red green", "red", "blue old calm", "loud", "warm dark red", "green", "green red", "old", "old calm blue dark"]
+
+
+@pytest.mark.parametrize("beams", [3, 9, 12])
+def test_beam_search_finds_the_titles_that_brute_force_finds(shared, beams):
+    """Guards: scores averaged over a title's length, a title cut off at its longest prefix, prompts padded on the wrong side."""
+    model, tokenizer = shared
+    rl.use(model, "align")
+    found = rl.retrieve(model, tokenizer, PROMPTS[:6], TITLES, beams=beams)
+    scores = rl.likelihood(model, tokenizer, [(p, t) for p in PROMPTS[:6] for t in TITLES]).view(6, -1)
+    want = scores.argsort(1, descending=True)[:, :beams].numpy()
+    if beams < len(TITLES):           # a beam as wide as the catalogue misses nothing; a narrow one may
+        assert (found[:, 0] == want[:, 0]).mean() > 0.8 and (found >= 0).all()
+    else:
+        assert (found[:, :len(TITLES)] == want).all() and (found[:, len(TITLES):] == -1).all()
