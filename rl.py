@@ -14,10 +14,7 @@ Left out: vLLM, several GPUs, a separate value backbone, reward-model training (
 pytest tests/test_rl.py     Source of the details: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 """
 import logging as logging_
-import os
-import shutil
-import time
-import warnings
+import os, shutil, time, warnings
 from collections import namedtuple
 from itertools import chain, count, islice
 
@@ -77,11 +74,11 @@ def head_start(model, sharp: float = 5.0):
 
 def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter `align`: (PeftModel, tokenizer)."""
+    quiet()                                          # before bitsandbytes is imported, which speaks at once
     from peft import LoraConfig, get_peft_model
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
-    quiet()
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     # load_in_4bit as a model argument is gone, and the config's defaults are fp4 without double quantisation (TRAPS 6)
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -267,30 +264,42 @@ def read_once(model, ids, mask):
 
 
 @torch.no_grad()
+def answered(model, tokenizer, prompts, *, budget, name, beams=1, max_new=48, choices=None, **how):
+    """Yields (prompt number, answers as token-id lists up to EOS) in batches of similar length, of at most `budget` padded tokens.
+
+    how: of the GenerationConfig, which is replaced whole: unset fields would be filled from the checkpoint (repetition_penalty,
+    top_k = 50) (TRAPS 2). choices: tokens of an answer so far -> tokens that may follow.
+    """
+    from transformers import GenerationConfig
+    eos, pad, device = tokenizer.eos_token_id, tokenizer.pad_token_id, next(model.parameters()).device
+    causal_lm(model).generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, max_new_tokens=max_new, num_beams=beams,
+                                                          num_return_sequences=beams, **how)
+    rows = [prompt_ids(tokenizer, p) for p in prompts]
+    with tqdm(total=len(rows), desc=name, unit="prompt", leave=False, mininterval=1, disable=None if name else True) as bar:
+        for group in by_length([beams * (len(r) + max_new) for r in rows], budget):
+            ids, mask = (x.to(device) for x in padded([rows[i] for i in group], pad, left=True))
+            start, many = ids.shape[1], (x.repeat_interleave(beams, 0) for x in (ids, mask))
+            allowed = choices and (lambda _, seen: choices(tuple(seen[start:].tolist())))
+            made = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=read_once(model, *many), use_cache=True,
+                                  prefix_allowed_tokens_fn=allowed)
+            for i, answers in zip(group, made[:, start:].view(len(group), beams, -1).tolist()):
+                yield i, [a[: a.index(eos) + 1] if eos in a else a for a in answers]     # nothing after EOS is real (TRAPS 11)
+            bar.update(len(group))
+
+
 def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=32_768, seed=0, name=None):
     """Samples one answer a prompt with the active adapter: (list of texts, list of sampled token-id lists).
 
-    Sorted by length and batched to `budget` padded tokens; a prompt given several times is read once. A list ends with EOS
-    unless max_new cut it off. name: for the progress bar and the line of throughput.
+    A prompt given several times is read once. A list ends with EOS unless max_new cut it off. name: for progress bar and throughput.
     """
-    from transformers import GenerationConfig
-    eos, device = tokenizer.eos_token_id, next(model.parameters()).device
-    # replaced whole: unset fields would be filled from the checkpoint (repetition_penalty, top_k = 50) (TRAPS 2)
-    causal_lm(model).generation_config = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-                                                          eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(seed)
-    rows, out, start = [prompt_ids(tokenizer, p) for p in prompts], [None] * len(prompts), time.perf_counter()
-    with tqdm(total=len(rows), desc=name, unit="answer", leave=False, mininterval=1, disable=None if name else True) as bar:
-        for group in by_length([len(r) + max_new for r in rows], budget):
-            ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id, left=True))
-            made = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=read_once(model, ids, mask), max_new_tokens=max_new, use_cache=True)
-            for i, answer in zip(group, made[:, ids.shape[1]:].tolist()):
-                out[i] = answer[: answer.index(eos) + 1] if eos in answer else answer    # nothing after EOS is real (TRAPS 11)
-            bar.update(len(group))
+    start, how = time.perf_counter(), {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    found = dict(answered(model, tokenizer, prompts, max_new=max_new, budget=budget, name=name, **how))
+    out = [found[i][0] for i in range(len(prompts))]
     if name:
         print(f"  {name}: {len(out):,} answers, {sum(map(len, out)) / (time.perf_counter() - start):,.0f} tokens/s")
     # a reward may see the texts up to EOS; the policy trains on the sampled ids themselves (TRAPS 17)
-    return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != eos] for a in out])], out
+    return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != tokenizer.eos_token_id] for a in out])], out
 
 
 @torch.no_grad()
@@ -331,33 +340,21 @@ def likelihood(model, tokenizer, samples, budget=32_768, temperature=1.0) -> tor
     return out
 
 
-@torch.no_grad()
 def retrieve(model, tokenizer, prompts, titles, *, beams=20, budget=32_768, name=None) -> np.ndarray:
     """The likeliest of the titles by beam search over their token trie: numbers in titles, best first, (len(prompts), beams); -1: none left.
 
     No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood.
     """
-    from transformers import GenerationConfig
-    eos, device, paths, trie = tokenizer.eos_token_id, next(model.parameters()).device, {}, {}
-    for number, answer in enumerate(answer_ids(tokenizer, t) for t in titles):
-        paths[tuple(answer)] = number
-        for k, token in enumerate(answer):
-            trie.setdefault(tuple(answer[:k]), set()).add(token)
-    longest = max(map(len, paths))
-    causal_lm(model).generation_config = GenerationConfig(num_beams=beams, num_return_sequences=beams, length_penalty=0.0, do_sample=False,
-                                                          eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, max_new_tokens=longest)
-    rows, out = [prompt_ids(tokenizer, p) for p in prompts], np.full((len(prompts), beams), -1)
-    with tqdm(total=len(rows), desc=name, unit="prompt", leave=False, mininterval=1, disable=None if name else True) as bar:
-        for group in by_length([beams * (len(r) + longest) for r in rows], budget):
-            ids, mask = (x.to(device) for x in padded([rows[i] for i in group], tokenizer.pad_token_id, left=True))
-            start, many = ids.shape[1], (x.repeat_interleave(beams, 0) for x in (ids, mask))
-            # a beam that has left the trie has probability 0, but must name some token
-            made = model.generate(input_ids=ids, attention_mask=mask.long(), past_key_values=read_once(model, *many), use_cache=True,
-                                  prefix_allowed_tokens_fn=lambda _, seen: [*trie.get(tuple(seen[start:].tolist()), [eos])])
-            for i, answers in zip(group, made[:, start:].view(len(group), beams, -1).tolist()):
-                found = dict.fromkeys(paths.get(tuple(a[: a.index(eos) + 1] if eos in a else a), -1) for a in answers)
-                out[i, : len(found)] = [*found]
-            bar.update(len(group))
+    paths, trie, out = {tuple(answer_ids(tokenizer, t)): k for k, t in enumerate(titles)}, {}, np.full((len(prompts), beams), -1)
+    for path in paths:
+        for k, token in enumerate(path):
+            trie.setdefault(path[:k], set()).add(token)
+    # a beam that has left the trie has probability 0, but must name some token
+    choices = lambda seen: [*trie.get(seen, [tokenizer.eos_token_id])]
+    for i, answers in answered(model, tokenizer, prompts, budget=budget, name=name, beams=beams, max_new=max(map(len, paths)), choices=choices,
+                               do_sample=False, length_penalty=0.0):
+        found = dict.fromkeys(paths.get(tuple(a), -1) for a in answers)
+        out[i, : len(found)] = [*found]
     return out
 
 
