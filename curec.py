@@ -7,16 +7,7 @@
 Each stage leaves its result in the run folder, from where --resume goes on. The hidden truth of the demo world is read in two places
 of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else. Read on: reward.py, rl.py, recommender.py, data.py.
 """
-import argparse
-import hashlib
-import json
-import os
-import platform
-import re
-import shutil
-import subprocess
-import sys
-import time
+import argparse, hashlib, json, os, platform, re, shutil, subprocess, sys, time
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +18,7 @@ import torch
 from tqdm import tqdm
 
 import data as D
-import recommender
-import reward
-import rl
+import recommender, reward, rl
 from recommender import ARMS
 
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
@@ -38,14 +27,14 @@ ASKING_ARMS = REASON_ARMS | {"lane", "knowledge"}                     # these ne
 METHODS = {"curec": [a for a in ARMS if a not in ("text-init", "lane", "knowledge")], "lane": ["id", "text-init", "lane"],
            "knowledge": ["popularity", "markov", "id", "knowledge"]}
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
-opt = lambda default, group, text: field(default=default, metadata={"group": group, "help": text})
+opt = lambda default, group, text, choices=None: field(default=default, metadata={"group": group, "help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
     dataset: str = opt("demo", "data", "demo | beauty | toys | sports | another Amazon category | a folder of your own")
     data_dir: str = opt("data", "data", "folder that holds, or receives, the downloaded files")
-    ties: str = opt("file", "data", "order within a timestamp: file (as published numbers) | shuffle (honest)")
+    ties: str = opt("file", "data", "order within a timestamp: file (as published numbers) | shuffle (honest)", ("file", "shuffle"))
     k_core: int = opt(-1, "data", "fewest interactions a user and an item must have; -1: 5 for a folder, else 0")
     limit_items: int = opt(0, "data", "keep the N items with most train interactions, then a 5-core; 0: all")
     limit_users: int = opt(0, "data", "then keep N users drawn by seed; 0: all")
@@ -63,7 +52,7 @@ class Settings:
     windows: int = opt(2, "method", "time windows of the correction, equal in train events")
     proposals: int = opt(12, "method", "corrections proposed for an item and window")
     margin: float = opt(0.25, "method", "accept a correction if its paired gain exceeds this many standard errors")
-    method: str = opt("curec", "evaluation", "whose arms: curec | lane | knowledge (two relatives, see README)")
+    method: str = opt("curec", "evaluation", "whose arms: curec | lane | knowledge (two relatives, see README)", METHODS)
     arms: str = opt("", "evaluation", "instead: comma-separated arms, or all: " + ",".join(ARMS))
     seeds: int = opt(3, "evaluation", "downstream repeats of every arm")
     epochs: int = opt(60, "evaluation", "most downstream epochs; validation stops earlier")
@@ -93,7 +82,7 @@ def parse_args(argv=None):
     for f in fields(Settings):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
         text = f.metadata["help"] + ("" if f.default in ("", False) else f" [{f.default}]")
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper(), "choices": f.metadata["choices"]}
         group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
     if sorted({*given} & {"run", "explain", "score", "item"}) not in ([], ["explain", "run"], ["item", "run", "score"]):
@@ -104,13 +93,11 @@ def parse_args(argv=None):
 def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arms = s.arms.split(",") if s.arms not in ("", "all") else [a for a in (ARMS if s.arms else METHODS.get(s.method, ())) if a != "oracle" or demo]
+    arms = s.arms.split(",") if s.arms not in ("", "all") else [a for a in (ARMS if s.arms else METHODS[s.method]) if a != "oracle" or demo]
     least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps proposals".split(), 1)
     low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
     for wrong, message in (
             (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
-            (s.method not in METHODS, f"--method {s.method}: {', '.join(METHODS)}"),
-            (s.ties not in ("file", "shuffle"), f"--ties {s.ties}: file or shuffle"),
             (demo and (s.limit_items or s.limit_users or s.ties != "file"), "--limit-items, --limit-users and --ties are for real data"),
             (set(arms) - set(ARMS), f"--arms: unknown {', '.join(set(arms) - set(ARMS))}; choose from {', '.join(ARMS)}"),
             ("oracle" in arms and not demo, "--arms oracle: only the demo world knows its truth"),
@@ -189,6 +176,17 @@ def save_adapter(model, out: str, name: str):
     model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)          # "auto" would ask the hub
     shutil.rmtree(os.path.join(out, name), ignore_errors=True)
     os.replace(os.path.join(part, name), os.path.join(out, name))
+
+
+def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times: dict, **mixture):
+    """Supervised training of an adapter on data.alignment_samples, kept in the run folder."""
+    def work():
+        rl.use(model, adapter, trainable=True)
+        samples = D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), **mixture)
+        rl.supervise(model, tokenizer, samples, steps=steps, batch=32, micro_batch=s.micro_batch, lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed, name=adapter)
+        save_adapter(model, s.out, adapter)
+    stage(s, adapter, times, work)
+    rl.restore(model, s.out, adapter)
 
 
 def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
@@ -293,17 +291,10 @@ def prefer(s: Settings, data, model, tokenizer):
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
 
 
-def know(s: Settings, data, model, tokenizer):
-    """The aligned LLM itself as a recommender: trains the adapter `knowledge` on the tasks told in plain language."""
-    rl.use(model, "knowledge", trainable=True)
-    rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 67]), reason_share=0.0, longest=D.LONGEST),
-                 steps=s.knowledge_steps, batch=32, micro_batch=s.micro_batch, lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed, name="knowledge")
-    save_adapter(model, s.out, "knowledge")
-
-
 def retrieval(s: Settings, data, model, tokenizer, beams=20):
     """A score function of the adapter `knowledge`: the beams' titles in their order; every other item is at the end, a miss."""
     def score(sequences, users):
+        rl.use(model, "knowledge")
         prompts = [D.asked(data, h, "next", longest=D.LONGEST) for h in sequences]
         found = rl.retrieve(model, tokenizer, prompts, data.titles[1:], beams=beams, budget=sampling(s)["budget"], name="beam search")
         order = torch.arange(beams, 0, -1.0).expand(len(sequences), -1)
@@ -321,13 +312,7 @@ def open_llm(s: Settings, path: str):
 
 def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
-    def align():
-        rl.use(model, "align", trainable=True)
-        rl.supervise(model, tokenizer, D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), reason_share=0.8, follow=0.0),
-                     steps=s.align_steps, batch=32, micro_batch=s.micro_batch, lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed)
-        save_adapter(model, s.out, "align")
-    stage(s, "align", m["time_s"], align)
-    rl.restore(model, s.out, "align")
+    taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], reason_share=0.8, follow=0.0)
     judge = reward.Judge(data, encode)
     fit = stage(s, "reward", m["time_s"], lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()}, "[2/5] reward model")
     judge.remember(fit["weights"])
@@ -389,9 +374,7 @@ def pipeline(s: Settings):
     if "knowledge" in arms:
         torch.manual_seed(s.seed)
         model.add_adapter("knowledge", model.peft_config["align"])
-        stage(s, "know", m["time_s"], lambda: know(s, data, model, tokenizer), "recommendation knowledge: the LLM as recommender")
-        rl.restore(model, s.out, "knowledge")
-        rl.use(model, "knowledge")
+        taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], reason_share=0.0, longest=D.LONGEST)
         score = retrieval(s, data, model, tokenizer)
     print("[5/5] downstream: the arms, same seeds and budget")
     downstream(s, data, encode, out["kinds"], told, score, m)

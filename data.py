@@ -10,14 +10,9 @@ of your own. Everything that trains a model reads `train`, `events` and `items` 
 Left out: images, prices.  Try it alone:
     python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
 """
-import ast
-import csv
-import gzip
-import html
+import ast, csv, gzip, html
 import http.client
-import json
-import os
-import re
+import json, os, re
 import urllib.request
 import zlib
 from collections import Counter
@@ -133,10 +128,8 @@ BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Mer
 
 def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     """A shop whose every item says five aspects but is chosen for two of them only (the drivers; the rest are decoys).
-
     25 % of the items swap one driver half-way through time; 30 % of the users swap one of their three needs.
-    A person picks item i at time t with probability ~ exp(4 m + 2 [m = 2] + popularity_i), m = |drivers(i, t) & needs(u, t)|.
-    """
+    A person picks item i at time t with probability ~ exp(4 m + 2 [m = 2] + popularity_i), m = |drivers(i, t) & needs(u, t)|."""
     rng = np.random.default_rng([seed, 7])
     K, span = len(ASPECTS), 100_000_000                                        # about three years of seconds
     said = np.array([rng.permutation(K)[:5] for _ in range(n_items)])
@@ -169,7 +162,6 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
 def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, limit_items=0, limit_users=0,
          small=False) -> Dataset:
     """`demo`, an Amazon category (2014 or 2018 files, found in data_dir or downloaded there), or a folder's path.
-
     ties: "file" keeps the source's order within a timestamp, "shuffle" draws it by seed. k_core: -1 = 5 for a folder, else
     0; limit_items, limit_users: 0 = off. Raises DataError with what to do."""
     if name == "demo":
@@ -407,9 +399,7 @@ def shared_words(data: Dataset, item: int, events) -> list:
 
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "", follow: float = 1.0) -> tuple:
     """(prompt, answer) with a weak target: the thought names the item's two words most shared with the histories shown.
-
-    The reason names them in a share `follow` of the samples, else two at random: what matters is left to the reward. In item order.
-    """
+    The reason names them in a share `follow` of the samples, else two at random: what matters is left to the reward. In item order."""
     own = data.phrases[item]
     shared = sorted(shared_words(data, item, events)[:2], key=own.index)
     think, kept = "most shared " + " and ".join(shared) if shared else "nothing shared", shared if rng.random() < follow else []
@@ -475,9 +465,7 @@ def parse_preferences(text: str) -> list | None:
 
 def lane_samples(data: Dataset, n: int, rng) -> list:
     """n (prompt, answer) pairs that teach a model from nothing the form of LANE's answers; a pretrained LLM needs none.
-
-    Weak targets: preferences are the most frequent words of the history's items, and an item fits one if it says it.
-    """
+    Weak targets: preferences are the most frequent words of the history's items, and an item fits one if it says it."""
     out, rich = [], [s for s in data.train if len({w for i in s for w in data.phrases[i]}) >= PREFERENCES]
     while rich and len(out) < n:
         s, item, task = rich[rng.integers(len(rich))], int(rng.integers(1, data.n_items + 1)), ("prefer", "prefer", "explain")[rng.integers(3)]

@@ -13,11 +13,7 @@ Left out: negative sampling (the full softmax is stronger and simpler at this si
 models differently from the full catalogue: Krichene & Rendle 2020).  Try it alone: pytest tests/test_recommender.py
 Sources: SASRec (Kang & McAuley 2018); cross-entropy for SASRec (Klenitskiy & Vasilev 2023).
 """
-import copy
-import os
-import signal
-import threading
-import time
+import copy, os, signal, threading, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -45,10 +41,8 @@ COMPARISONS = (("text-init", "id"), ("lane", "id"), ("lane", "text-init"), ("kno
 # ----------------------------------------------------------------------------------------------------------- model
 class Block(nn.Module):
     """One pre-norm transformer block beside a short causal convolution: position t sees items 1..t only.
-
     The convolution (depthwise, the last LOCAL items, starting at 0) stands in for BSARec's frequency filter
-    (arXiv 2312.10325), which raises what changes from item to item against what stays.
-    """
+    (arXiv 2312.10325), which raises what changes from item to item against what stays."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -77,10 +71,8 @@ class Block(nn.Module):
 
 class Alignment(nn.Module):
     """LANE's layer (arXiv 2407.02833): a state asks M preferences, which an LLM named, by which of them it goes.
-
     vectors (K, F): of all preferences, row 0 zeros. named (U, C, M): each user's by cut, row numbers of vectors.
-    since (U, C): length of the history that each cut had seen, ascending; shorter histories know nothing of it.
-    """
+    since (U, C): length of the history that each cut had seen, ascending; shorter histories know nothing of it."""
 
     def __init__(self, width: int, vectors, named, since, heads: int = 4, dropout: float = 0.3):
         super().__init__()
@@ -106,10 +98,8 @@ class Alignment(nn.Module):
 
 class SASRec(nn.Module):
     """SASRec whose item vectors are ID embeddings plus projected item features.
-
     n_items: catalogue size without padding. features: (n_items + 1, F) float tensor of mean length 1, row 0 zeros, or None.
-    start: (n_items + 1, width) first ID vectors, or None: random. preferences: what Alignment takes, or None: no such layer.
-    """
+    start: (n_items + 1, width) first ID vectors, or None: random. preferences: what Alignment takes, or None: no such layer."""
 
     def __init__(self, n_items, features=None, start=None, preferences=None, width=WIDTH, blocks=1, heads=2, dropout=0.3):
         super().__init__()
@@ -184,10 +174,8 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
 def train(n_items, train_seqs, valid_items, features=None, start=None, preferences=None, *, seed=0, epochs=60, patience=4, batch=256,
           lr=3e-3, weight_decay=0.0, width=WIDTH, blocks=1, dropout=0.3, device="cpu", name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
-
     train_seqs: item numbers of each user, chronological. valid_items: (users,) the next. features, start, preferences: see SASRec.
-    Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"}).
-    """
+    Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"})."""
     torch.manual_seed(seed)
     model = SASRec(n_items, features, start, preferences, width=width, blocks=blocks, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -266,10 +254,8 @@ COUNTING = {"popularity": popularity, "markov": markov}            # these arms 
 # ------------------------------------------------------------------------------------------------------ evaluation
 def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
     """Rank (1 = best) of each user's target among all items that the user has not seen; ties count against us.
-
     score: sequences and user numbers -> (B, n + 1). sequences: what is known of each user. targets: (users,) item numbers.
-    batch: users at once; 0 chooses. lists: if a list is given, each user's ten best items are appended, (users, 10).
-    """
+    batch: users at once; 0 chooses. lists: if a list is given, each user's ten best items are appended, (users, 10)."""
     out, batch = np.empty(len(sequences), dtype=np.int64), batch or SCORES_AT_ONCE // (max(map(int, targets)) + 1) + 16
     for start in range(0, len(sequences), batch):
         part = sequences[start: start + batch]
@@ -310,9 +296,7 @@ def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
 
 def test(score, n_items, train_seqs, valid_items, test_items, slices):
     """Everything that is read once, after validation has chosen: ranks on valid and test, slices, audit, time.
-
-    slices: {name: (users,) bool}. Returns (test ranks (users,), the arm's entry of metrics.json for one seed).
-    """
+    slices: {name: (users,) bool}. Returns (test ranks (users,), the arm's entry of metrics.json for one seed)."""
     known, tops, start = [np.append(s, v) for s, v in zip(train_seqs, valid_items)], [], time.perf_counter()
     rank = ranks(score, known, test_items, lists=tops)
     seconds = time.perf_counter() - start
@@ -326,9 +310,7 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
 def run_arm(arm, data, told, slices, *, seed=0, epochs=60, device="cpu", score=None):
     """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
-
-    data: n_items, train, valid, test (see data.Dataset). told: the arm's arguments of SASRec. score: of an arm that is trained elsewhere.
-    """
+    data: n_items, train, valid, test (see data.Dataset). told: the arm's arguments of SASRec. score: of an arm that is trained elsewhere."""
     start, model = time.perf_counter(), None
     if arm in COUNTING:
         score = COUNTING[arm](data.n_items, data.train)

@@ -12,8 +12,7 @@ so that no reason can become an item ID. The epoch is chosen on held-out people 
 
 Left out: an LLM as judge, pairwise preference data.  Try it alone: pytest tests/test_reward.py
 """
-import copy
-import time
+import copy, time
 
 import numpy as np
 import torch
@@ -101,9 +100,7 @@ class RewardModel(nn.Module):
 
 class Judge:
     """A trained reward model with the states of all train events: turns reasons into rewards.
-
-    encode: list of texts -> raw vectors (M, D), frozen. Ready after `fit`, or after `remember` of saved weights.
-    """
+    encode: list of texts -> raw vectors (M, D), frozen. Ready after `fit`, or after `remember` of saved weights."""
 
     def __init__(self, data, encode, whitening_size: int = 128):
         self.data, raw = data, encode([D.mask_identity(data, D.item_text(item)) for item in data.items[1:]])
@@ -116,9 +113,7 @@ class Judge:
     def fit(self, *, epochs: int = 30, patience: int = 6, batch: int = 256, lr: float = 2e-4, per_epoch: int = 20_000,
             seed: int = 0) -> dict:
         """Trains on train events of the kept people and items (see held_out); the epoch that is best on held-out people x items stays.
-
-        Returns {"auc_heldout", "epochs", "best_epoch"}, without the first where nothing could be held out.
-        """
+        Returns {"auc_heldout", "epochs", "best_epoch"}, without the first where nothing could be held out."""
         torch.manual_seed(seed)
         self.model = RewardModel(self.items.shape[1])        # anew: what was drawn before must not matter to a resumed run
         data, rng, (people, things) = self.data, np.random.default_rng([seed, 23]), held_out(self.data, seed)
@@ -209,11 +204,9 @@ class Judge:
 
     def choose(self, items, current, proposals, shown, judges, period, seed, margin):
         """For each item the proposal of highest reward, and whether it may replace the current answer.
-
         proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old one, and its mean paired gain over
         the judges exceeds margin standard errors; a malformed old one pays the penalty. Returns a list of {"best", "before", "after", "accepted"}
-        and the false-accept rate: the same with a sign drawn for each judge, who may as well have liked the old one better by as much.
-        """
+        and the false-accept rate: the same with a sign drawn for each judge, who may as well have liked the old one better by as much."""
         K, rng = len(proposals) // len(items), np.random.default_rng([seed, 37, len(items)])
         spread = lambda xs: [x for x in xs for _ in range(K)]
         reasons, old_reasons = ([D.parse_answer(a)[0] for a in answers] for answers in (proposals, current))
@@ -299,9 +292,7 @@ def divide(events, rng):
 
 def windows(data, who, cuts, seed):
     """Yields (number, (start, end), items, shown, judges) a window: an item's new choosers, divided.
-
-    An item with fewer than 4 new choosers waits: they join its next window. Nobody who came after `end` is in a window.
-    """
+    An item with fewer than 4 new choosers waits: they join its next window. Nobody who came after `end` is in a window."""
     waiting = [np.zeros(0, int)] * len(who)
     for number, (start, end) in enumerate(zip(cuts[:-1], cuts[1:])):
         rng, items, split = np.random.default_rng([seed, 53, number]), [], []
@@ -317,10 +308,8 @@ def windows(data, who, cuts, seed):
 
 def practice(data, who, cuts, seed):
     """PPO's prompts, for every item one of each kind: lists (items, prompts, shown people, audiences), rows held out, rows to train.
-
     One-shot kind: all train choosers, no reason yet. Correction kind: the people of one window and a random reason. A tenth of
-    the items is held out; rows whose prompt shows nobody are in neither set: there is nothing to judge them by.
-    """
+    the items is held out; rows whose prompt shows nobody are in neither set: there is nothing to judge them by."""
     rng = np.random.default_rng([seed, 47])
     shown, audience = one_shot_people(who, seed + 1)
     items, prompts, people, ears = [], [], [], []

@@ -28,10 +28,8 @@ from tqdm import tqdm
 # --------------------------------------------------------------------------------------------------------- loading
 def train_tiny(path, texts, lessons, tags, *, lower=False, batch=16, lr=2e-3, width=128, layers=2, vocab=4096, seed=0, device="cpu"):
     """A Qwen2-shaped model and BPE tokenizer made from nothing, saved in Hugging Face format at path.
-
     texts: list of str for the tokenizer, which reads the last lesson too. lessons: (name, (prompt, answer) pairs, steps), one after the
-    other. tags: markup kept as single tokens. lower: read everything in lower case, so that a word is the same tokens in title and reason.
-    """
+    other. tags: markup kept as single tokens. lower: read everything in lower case, so that a word is the same tokens in title and reason."""
     from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
     from transformers import Qwen2Config, Qwen2ForCausalLM, PreTrainedTokenizerFast
     bpe = ByteLevelBPETokenizer(lowercase=lower)
@@ -58,10 +56,8 @@ def train_tiny(path, texts, lessons, tags, *, lower=False, batch=16, lr=2e-3, wi
 @torch.no_grad()
 def head_start(model, sharp: float = 5.0):
     """Attention of a new model starts by copying what it looks at; it learns to copy words from its prompt in half the steps.
-
     Head 0 of the first layer looks at the token before and takes it away, or a second word would often be the first again: its query
-    and key are biases, a position apart (rotary embedding). After "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828).
-    """
+    and key are biases, a position apart (rotary embedding). After "Mimetic Initialization of Self-Attention Layers" (arXiv 2305.09828)."""
     for layer in model.model.layers:
         nn.init.orthogonal_(layer.self_attn.v_proj.weight)
         layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
@@ -121,10 +117,8 @@ def quiet():
 
 def set_mode(model, training: bool):
     """Training or evaluation mode, with the 4-bit layers always in training mode.
-
     A Linear4bit that once runs with training == False repacks its weight on some CPUs for a kernel without autograd and stays
-    so: LoRA gradients are then silently wrong by 90 % (TRAPS 1). Its forward has no other use for the flag.
-    """
+    so: LoRA gradients are then silently wrong by 90 % (TRAPS 1). Its forward has no other use for the flag."""
     from bitsandbytes.nn import Linear4bit
     model.train(training)
     for module in model.modules():
@@ -208,10 +202,8 @@ def causal_lm(model):
 
 def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=None):
     """Log-probabilities (b, R) of the answer tokens, and their values (b, R) if a value head is given; padding means nothing.
-
     The one function for rollout, reference and update: only then is the first ratio exactly 1 (TRAPS 3). The head runs
-    on answer positions alone; gather minus logsumexp in float32 (TRAPS 8).
-    """
+    on answer positions alone; gather minus logsumexp in float32 (TRAPS 8)."""
     at = (batch.starts[:, None] + torch.arange(batch.mask.shape[1], device=batch.ids.device)).clamp(max=batch.ids.shape[1] - 1)
     states = causal_lm(model).base_model(input_ids=batch.ids, use_cache=False).last_hidden_state           # (b, T, D)
     states = states.take_along_dim(at[..., None] - 1, 1)                                                   # (b, R, D)
@@ -223,9 +215,7 @@ def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=N
 # ------------------------------------------------------------------------------------------------ supervised training
 def supervise(model, tokenizer, samples, *, steps, batch=16, micro_batch=16, lr=1e-3, seed=0, name="align"):
     """Next-token training of the trainable weights on answers only, linear warm-up and decay; returns the mean loss of the last tenth.
-
-    samples: (prompt, answer) pairs. Each step's loss is summed over micro-batches and divided by the step's tokens.
-    """
+    samples: (prompt, answer) pairs. Each step's loss is summed over micro-batches and divided by the step's tokens."""
     rng, device, parameters, losses = np.random.default_rng([seed, 17]), next(model.parameters()).device, trainable(model), []
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     prompts = [prompt_ids(tokenizer, p) for p, _ in samples]
@@ -266,10 +256,8 @@ def read_once(model, ids, mask):
 @torch.no_grad()
 def answered(model, tokenizer, prompts, *, budget, name, beams=1, max_new=48, choices=None, **how):
     """Yields (prompt number, answers as token-id lists up to EOS) in batches of similar length, of at most `budget` padded tokens.
-
     how: of the GenerationConfig, which is replaced whole: unset fields would be filled from the checkpoint (repetition_penalty,
-    top_k = 50) (TRAPS 2). choices: tokens of an answer so far -> tokens that may follow.
-    """
+    top_k = 50) (TRAPS 2). choices: tokens of an answer so far -> tokens that may follow."""
     from transformers import GenerationConfig
     eos, pad, device = tokenizer.eos_token_id, tokenizer.pad_token_id, next(model.parameters()).device
     causal_lm(model).generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad, max_new_tokens=max_new, num_beams=beams,
@@ -289,9 +277,7 @@ def answered(model, tokenizer, prompts, *, budget, name, beams=1, max_new=48, ch
 
 def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=32_768, seed=0, name=None):
     """Samples one answer a prompt with the active adapter: (list of texts, list of sampled token-id lists).
-
-    A prompt given several times is read once. A list ends with EOS unless max_new cut it off. name: for progress bar and throughput.
-    """
+    A prompt given several times is read once. A list ends with EOS unless max_new cut it off. name: for progress bar and throughput."""
     torch.manual_seed(seed)
     start, how = time.perf_counter(), {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     found = dict(answered(model, tokenizer, prompts, max_new=max_new, budget=budget, name=name, **how))
@@ -305,10 +291,8 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
 @torch.no_grad()
 def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
     """Text vectors (len(texts), D) on CPU: token means of the base model's input embeddings and last hidden states, added.
-
     Adapters are off. Both halves have unit length, the second weighs 0.3: first and last layer together (Su et al. 2021,
-    arXiv 2103.15316) keep the words that a causal model's last state has traded for its guess of the next one.
-    """
+    arXiv 2103.15316) keep the words that a causal model's last state has traded for its guess of the next one."""
     rows = [tokenizer(" " + t, add_special_tokens=False)["input_ids"][:256] or [tokenizer.eos_token_id] for t in texts]
     out, device = [None] * len(rows), next(model.parameters()).device
     groups = tqdm(list(by_length([len(r) for r in rows], budget)), desc="text vectors", unit="batch", leave=False, delay=2, disable=None)
@@ -342,9 +326,7 @@ def likelihood(model, tokenizer, samples, budget=32_768, temperature=1.0) -> tor
 
 def retrieve(model, tokenizer, prompts, titles, *, beams=20, budget=32_768, name=None) -> np.ndarray:
     """The likeliest of the titles by beam search over their token trie: numbers in titles, best first, (len(prompts), beams); -1: none left.
-
-    No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood.
-    """
+    No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood."""
     paths, trie, out = {tuple(answer_ids(tokenizer, t)): k for k, t in enumerate(titles)}, {}, np.full((len(prompts), beams), -1)
     for path in paths:
         for k, token in enumerate(path):
@@ -436,11 +418,9 @@ def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32
         value_lr=1e-2, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,
         budget=32_768, seed=0, state=None, save=lambda state: None):
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (B,) tensor; rows index prompts.
-
     beta: weight of the per-token KL to `align`, adapted towards kl_target nats a sequence, fixed if that is 0. kl_stop: per-token KL to the
     rollout policy at which an update ends. no_eos_penalty: taken from an unfinished answer's scaled score. budget: see generate. save: called
-    after every update with all that it takes to go on, live: store it at once; it comes back as `state` (TRAPS 19). Returns the log, a dict an update.
-    """
+    after every update with all that it takes to go on, live: store it at once; it comes back as `state` (TRAPS 19). Returns the log, a dict an update."""
     device = next(model.parameters()).device
     encoded = [prompt_ids(tokenizer, p) for p in prompts]
     use(model, "policy", trainable=True)
