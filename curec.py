@@ -7,11 +7,9 @@
 Each stage leaves its result in the run folder, from where --resume goes on. The hidden truth of the demo world is read in two places
 of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else. Read on: reward.py, rl.py, recommender.py, data.py.
 """
-import argparse, hashlib, json, os, platform, re, shutil, subprocess, sys, time
+import argparse, hashlib, importlib.metadata, json, os, platform, re, resource, shutil, subprocess, sys, time
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import version
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -22,13 +20,11 @@ import recommender, reward, rl
 from recommender import ARMS
 
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
-LLM_ARMS = REASON_ARMS | {"content", "oracle", "text-init", "lane", "knowledge"}      # these need text vectors or the LLM itself
-ASKING_ARMS = REASON_ARMS | {"lane", "knowledge"}                     # these need the LLM itself
+LLM_ARMS = REASON_ARMS | {"lane", "knowledge"}                        # these ask the LLM; text-init, content and oracle need text vectors only
 METHODS = {"curec": [a for a in ARMS if a not in ("text-init", "lane", "knowledge")], "lane": ["id", "text-init", "lane"],
            "knowledge": ["popularity", "markov", "id", "knowledge"]}
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
 opt = lambda default, group, text, choices=None: field(default=default, metadata={"group": group, "help": text, "choices": choices})
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -66,11 +62,9 @@ class Settings:
     score: str = opt("", "look at a finished run", "TEXT: the reward of a reason written by hand, as 'people choose it for X and Y'")
     item: str = opt("", "look at a finished run", "ID of the item that --score is about")
 
-
 load_data = lambda s: D.load(s.dataset, s.data_dir, small=s.quick, **{k: getattr(s, k) for k in "seed ties k_core limit_items limit_users".split()})
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "seeds": 1, "epochs": 3}
 sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}   # padded tokens a pass
-
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -89,7 +83,6 @@ def parse_args(argv=None):
         raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**{**(QUICK if "quick" in given else {}), **given})
 
-
 def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,11 +97,9 @@ def resolve(s: Settings) -> Settings:
             (low, f"--{''.join(low[:1]).replace('_', '-')}: too small")):
         if wrong:
             raise D.DataError(message)
-    llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
-    tiny, name = llm == "tiny", os.path.basename(os.path.normpath(s.dataset)).lower()
-    return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{name}", max_new=s.max_new or (24 if tiny else 128),
+    tiny = (llm := s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)) == "tiny"
+    return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{Path(s.dataset).resolve().name.lower()}", max_new=s.max_new or (24 if tiny else 128),
                    tiny_steps=s.tiny_steps or (1000 if demo else 4000), micro_batch=s.micro_batch or (16 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
-
 
 # ------------------------------------------------------------------------------------------------------ run folder
 def keep(path: str, value):
@@ -116,7 +107,6 @@ def keep(path: str, value):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     Path(path + ".part").write_text(value, encoding="utf-8") if isinstance(value, str) else torch.save(value, path + ".part")
     os.replace(path + ".part", path)
-
 
 def stage(s: Settings, name: str, times: dict, work, title=""):
     """The result of work() (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again."""
@@ -126,7 +116,6 @@ def stage(s: Settings, name: str, times: dict, work, title=""):
         keep(path, {"value": work(), "seconds": time.perf_counter() - start})
     value, times[name] = torch.load(path, weights_only=True).values()
     return value
-
 
 def open_run(s: Settings):
     """Makes the run folder and clears an older run out of it, or checks that the run to resume was made with the same settings."""
@@ -143,17 +132,14 @@ def open_run(s: Settings):
     elif os.path.exists(state):
         raise D.DataError(f"--out {s.out}: holds a folder 'state' but no config.json, so it is no run of ours; choose another folder")
 
-
 def describe(s: Settings, cuts) -> dict:
     """config.json: what another machine needs to know to repeat the run."""
-    git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+    git = "git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in ("resume", "run", "explain", "score", "item")},
             "windows": cuts, "git_commit": commit or "unknown",
-            "versions": {p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
-            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(),
-                         "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
-
+            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
 
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
 def tiny_llm(s: Settings, data) -> str:
@@ -162,21 +148,12 @@ def tiny_llm(s: Settings, data) -> str:
     easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
     spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and not data.truth]
     names, shares = ("spelling", "short prompts", "all prompts"), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)
-    samples += D.lane_samples(data, 3000, rng)
-    lessons = [(name, part, round(share * s.tiny_steps)) for name, part, share in zip(names, (spell, easy, samples), shares) if part]
+    lessons = [(name, part, round(share * s.tiny_steps))
+               for name, part, share in zip(names, (spell, easy, samples + D.lane_samples(data, 3000, rng)), shares) if part]
     path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
     if not os.path.exists(path):
         rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device)
     return path
-
-
-def save_adapter(model, out: str, name: str):
-    """OUT/NAME, atomic, and without the empty model card that peft puts beside it."""
-    part = os.path.join(out, "state", "adapter")
-    model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)          # "auto" would ask the hub
-    shutil.rmtree(os.path.join(out, name), ignore_errors=True)
-    os.replace(os.path.join(part, name), os.path.join(out, name))
-
 
 def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times: dict, **mixture):
     """Supervised training of an adapter on data.alignment_samples, kept in the run folder."""
@@ -184,10 +161,9 @@ def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times:
         rl.use(model, adapter, trainable=True)
         samples = D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), **mixture)
         rl.supervise(model, tokenizer, samples, steps=steps, batch=32, micro_batch=s.micro_batch, lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed, name=adapter)
-        save_adapter(model, s.out, adapter)
+        rl.save_adapter(model, s.out, adapter)
     stage(s, adapter, times, work)
     rl.restore(model, s.out, adapter)
-
 
 def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt."""
@@ -215,10 +191,9 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
                  updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
                  lr=s.ppo_lr, **sampling(s), seed=s.seed, save=save,               # one epoch: fresh answers beat reused ones here
                  state=torch.load(updates, "cpu", weights_only=True) if os.path.exists(updates) else None)
-    save_adapter(model, s.out, "policy")
+    rl.save_adapter(model, s.out, "policy")
     return {"reward_before": before.mean().item(), "reward_after": float(sample(held, "policy", "held-out prompts after PPO").mean()),
             "kl": log[-1]["kl"], "updates": len(log)}
-
 
 # ----------------------------------------------------------------------------- stage 5: chronological correction
 def propose(s: Settings, model, tokenizer, prompts, seed, name):
@@ -229,7 +204,6 @@ def propose(s: Settings, model, tokenizer, prompts, seed, name):
         how = sampling(s) | {"temperature": 1.0, "seed": seed, "name": f"{name}, by {adapter}"}
         out |= zip(rows, rl.generate(model, tokenizer, [prompts[k] for k in rows], **how)[0])
     return [out[k] for k in range(len(prompts))]
-
 
 def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
     """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of a window's choosers
@@ -254,7 +228,6 @@ def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
                      "reward_after": mean([c["after" if c["accepted"] else "before"] for c in chosen])})
     return first, answers, timelines, groups, ears, rows
 
-
 def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     """All kinds of reasons: {KIND: decoded answers, index 0 empty}, the timelines and the correction's rows."""
     shown, items = reward.one_shot_people(who, s.seed)[0], list(range(1, data.n_items + 1))
@@ -273,23 +246,21 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
     kinds["bestof"] = [""] + [texts[max(np.flatnonzero(many == i), key=lambda k: total[k])] for i in items]
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
 
-
 # ------------------------------------------------------------------------------------------------- the two relatives
 def prefer(s: Settings, data, model, tokenizer):
-    """LANE: preferences of every user at two cuts of the train history, by the untuned LLM. {"names": lists, two a user, [] where five
-    answers in a row were malformed; "since": the histories' lengths}."""
+    """LANE: what the untuned LLM says each user prefers, at two cuts of the train history. {"names": two lists a user, [] where five answers
+    in a row were malformed; "since": (users, 2) lengths of the histories it saw}."""
     since = [max(1, n) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
     prompts = [D.asked(data, data.train[k // 2][:n], "prefer", longest=D.LONGEST) for k, n in enumerate(since)]
-    names, todo, how = [[]] * len(prompts), [*range(len(prompts))], sampling(s) | {"max_new": max(64, s.max_new)}
+    names, how = [[]] * len(prompts), sampling(s) | {"max_new": max(64, s.max_new)}
     for attempt in range(1, 6):
+        if not (todo := [k for k, told in enumerate(names) if not told]):
+            break
         with model.disable_adapter():
             texts = rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt, name=f"preferences, attempt {attempt}")[0]
         for k, text in zip(todo, texts):
-            names[k] = D.parse_preferences(text) or []
-        if not (todo := [k for k in todo if not names[k]]):
-            break
+            names[k] = D.parse_preferences(text)
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
-
 
 def retrieval(s: Settings, data, model, tokenizer, beams=20):
     """A score function of the adapter `knowledge`: the beams' titles in their order; every other item is at the end, a miss."""
@@ -301,14 +272,12 @@ def retrieval(s: Settings, data, model, tokenizer, beams=20):
         return torch.zeros(len(sequences), data.n_items + 1).scatter_(1, torch.from_numpy(found + 1), order)
     return score
 
-
 # --------------------------------------------------------------------------------------------------------- the run
 def open_llm(s: Settings, path: str):
     """The LLM in 4 bits with a new adapter, its tokenizer, and its text vectors as a function."""
     torch.manual_seed(s.seed)
     model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
     return model, tokenizer, lambda texts: rl.encode(model, tokenizer, texts, budget=sampling(s)["budget"])
-
 
 def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
@@ -325,7 +294,6 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
     return out, judge
 
-
 def downstream(s, data, encode, kinds, told, score, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. told: LANE's preferences; score: the arm knowledge's."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
@@ -340,9 +308,7 @@ def downstream(s, data, encode, kinds, told, score, m):
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
-    if {"oracle", "content"} <= set(ranks):
-        m["headroom"] = recommender.headroom(m["arms"])
-
+    m |= recommender.headroom(m["arms"])
 
 def pipeline(s: Settings):
     """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
@@ -355,7 +321,7 @@ def pipeline(s: Settings):
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
     config, encode, out, reasons, log, told, score = describe(s, cuts), None, {"kinds": {}}, [], [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    if ASKING_ARMS & arms or (LLM_ARMS & arms and not s.encoder):
+    if LLM_ARMS & arms or ({"text-init", "content", "oracle"} & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
         path = stage(s, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
@@ -381,7 +347,7 @@ def pipeline(s: Settings):
     if reasons and data.truth:
         reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
     m["time_s"]["total"] = sum(m["time_s"].values())
-    m["peak_memory_mb"] = {"ram": getrusage(RUSAGE_SELF).ru_maxrss / 1024} | ({"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if "cuda" in s.device else {})
+    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024} | ({"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if "cuda" in s.device else {})
     keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
     notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes, *["**Quick run: these figures mean nothing.**"] * s.quick]
     report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
@@ -389,51 +355,34 @@ def pipeline(s: Settings):
     print("", recommender.arms_table(m["arms"]), *([recommender.recovered(m)] if "headroom" in m else []), *([reward.reasons_table(m)] if reasons else []),
           *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
 
-
-def told_why(s: Settings, data, path, told, ranker, user: int, history, item: int) -> str:
-    """LANE's explanation, a chain of thought of the untuned LLM, which is given the trained attention's weights."""
-    with torch.no_grad():
-        state, asked = ranker.states(recommender.pad([history]), ranker.table()), ranker.align.asked([user], [len(history)])
-        weights = ranker.align(state, asked)[1][0].tolist()
-    names = ", ".join(f"{n} {w:.1f}" for n, w in zip(told["names"][2 * user + 1] or told["names"][2 * user], weights))
-    model, tokenizer, _ = open_llm(s, path)
-    prompt = D.asked(data, history, "explain", names, D.item_text(data.items[item]), longest=D.LONGEST)
-    with model.disable_adapter():
-        return f"Preferences and weights: {names}\n" + rl.generate(model, tokenizer, [prompt], **sampling(s) | {"max_new": 8 * s.max_new}, seed=s.seed)[0][0]
-
-
-def look(run: str, method: str, user: str, text: str, item: str):
-    """Prints a user's top items of the arm curec with their reasons, of the arm lane with LANE's explanation of the first,
-    or the reward of a reason written by hand for an item."""
-    lane = method == "lane"
-    needed = ["config.json", *(["state/prefer.pt", "state/arm-lane.pt"] if lane else ["reasons.jsonl", "state/arm-curec.pt" if user else "state/reward.pt"])]
-    if missing := [f for f in needed if not os.path.exists(os.path.join(run, f))]:
-        raise D.DataError(f"--run {run}: {missing[0]} is missing; it needs a finished run with the arm {'lane' if lane else 'curec'}")
-    config, load = json.loads(Path(run, "config.json").read_text()), lambda name: torch.load(os.path.join(run, name), weights_only=True)["value"]
-    s = Settings(**config["settings"])
-    data, kept = load_data(s), load(needed[-1])
-    known = data.users if user else [record["id"] for record in data.items[1:]]
-    if (user or item) not in known:
-        raise D.DataError(f"{'--explain ' + user if user else '--item ' + item}: not in the data; some there are: {', '.join(known[:5])}")
-    at = known.index(user or item)
-    reasons = [] if lane else [json.loads(line) for _, line in D.lines(os.path.join(run, "reasons.jsonl"))]
-    if user:
-        history, model = data.seqs[at][:-1], recommender.ranker(data.n_items, kept["model"])
-        scores = recommender.scorer(model)([history], [at])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf)
-        print(f"{user} chose: " + "; ".join(D.title(data, i) for i in history[-10:]) + "\n")
-        for value, i in zip(*(x.tolist() for x in scores.topk(5))):
-            print(f"{value:+.2f}  {D.title(data, i) if lane else reward.timeline(reasons[i - 1])}\n")
-        return lane and print(told_why(s, data, config["llm_path"], load("state/prefer.pt"), model, at, history, int(scores.argmax())))
-    judge = reward.Judge(data, reward.load_encoder(s.encoder, s.device) if s.encoder else open_llm(s, config["llm_path"])[2])
+def look(s: Settings):
+    """Prints a user's top items with their reasons (--method lane: with LANE's explanation of the first), or what a reason written by hand earns."""
+    lane, load = s.method == "lane", lambda name: torch.load(os.path.join(s.run, "state", name), weights_only=True)["value"]
+    arm, needed = ("lane", ["arm-lane.pt", "prefer.pt"]) if lane else ("curec", ["arm-curec.pt" if s.explain else "reward.pt"])
+    if missing := [f for f in (os.path.join(s.run, x) for x in ("config.json", *("state/" + f for f in needed))) if not os.path.exists(f)]:
+        raise D.DataError(f"--run {s.run}: {missing[0]} is missing; it needs a finished run with the arm {arm}")
+    config = json.loads(Path(s.run, "config.json").read_text())
+    old, kept = Settings(**config["settings"]), load(needed[0])
+    data = load_data(old)
+    known, name = (data.users, s.explain) if s.explain else ([item["id"] for item in data.items[1:]], s.item)
+    if name not in known:
+        raise D.DataError(f"{'--explain' if s.explain else '--item'} {name}: not in the data; some there are: {', '.join(known[:5])}")
+    at, reasons = known.index(name), [] if lane else [json.loads(line) for _, line in D.lines(os.path.join(s.run, "reasons.jsonl"))]
+    if s.explain:
+        print(reward.explain(data, kept["model"], at, lambda i: data.titles[i] if lane else reward.timeline(reasons[i - 1])))
+        if lane:
+            prompt, (model, tokenizer, _) = reward.lane_question(data, kept["model"], load("prefer.pt"), at), open_llm(old, config["llm_path"])
+            with model.disable_adapter():
+                print("\n" + prompt, *rl.generate(model, tokenizer, [prompt], **sampling(old) | {"max_new": 8 * old.max_new}, seed=s.seed)[0], sep="\n\n")
+        return
+    judge = reward.Judge(data, reward.load_encoder(old.encoder, old.device) if old.encoder else open_llm(old, config["llm_path"])[2])
     judge.remember(kept["weights"])
-    print(D.item_text(data.items[at + 1]) + "\n\n" + judge.table(at + 1, [text, reasons[at]["reason"]], D.choosers(data), config["windows"], s.seed))
-
+    print(D.item_text(data.items[at + 1]) + "\n\n" + judge.table(at + 1, [s.score, reasons[at]["reason"]], D.choosers(data), config["windows"], old.seed))
 
 def main(argv=None) -> int:
     sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
     try:
-        s = parse_args(argv)
-        look(s.run, s.method, s.explain, s.score, s.item) if s.run else pipeline(s := resolve(s))
+        look(s) if (s := parse_args(argv)).run else pipeline(s := resolve(s))
         return 0
     except (D.DataError, OSError, RuntimeError, MemoryError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):
@@ -446,7 +395,6 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on from the last finished stage", file=sys.stderr)
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())

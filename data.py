@@ -10,11 +10,7 @@ of your own. Everything that trains a model reads `train`, `events` and `items` 
 Left out: images, prices.  Try it alone:
     python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
 """
-import ast, csv, gzip, html
-import http.client
-import json, os, re
-import urllib.request
-import zlib
+import ast, csv, gzip, html, http.client, json, os, re, urllib.request, zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,10 +33,8 @@ STOPWORDS = frozenset(  # the last line: sizes
     "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
 stem = lambda word: word.rstrip("es")          # nail and nails, brush and brushes: one word
 
-
 class DataError(ValueError):
     """Bad or missing input; the message says what to do."""
-
 
 @dataclass
 class Dataset:
@@ -106,25 +100,17 @@ class Dataset:
         """What the person of a train event had chosen before it, oldest first."""
         return self.train[self.events["user"][event]][: self.events["pos"][event]]
 
-
 def words(text: str) -> list:
     return re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
-
 
 def item_text(item: dict) -> str:
     """All that an item says about itself, one line."""
     parts = item["title"], item["brand"] and "by " + item["brand"], ", ".join(item["categories"][-2:]), item["description"]
     return " ".join(" . ".join(p for p in parts if p).split()[:TEXT_WORDS]) or "no description"
 
-
-def title(data: Dataset, i: int) -> str:
-    return data.titles[i]
-
-
 # ------------------------------------------------------------------------------------------------ the made-up world
 ASPECTS = "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance humour calm".split()
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
-
 
 def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     """A shop whose every item says five aspects but is chosen for two of them only (the drivers; the rest are decoys).
@@ -156,7 +142,6 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
     return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, 
                    truth={"early": names[0], "late": names[1], "since": [span // 2 + 1_400_000_000] * (n_items + 1)})
-
 
 # --------------------------------------------------------------------------------------------------- real data sets
 def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, limit_items=0, limit_users=0,
@@ -193,7 +178,6 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, l
         rows = [r for r in rows if r[0] in keep]
     return from_rows(os.path.basename(os.path.normpath(name)), rows, records, notes)
 
-
 def core(rows: list, k: int) -> list:
     """The k-core: every user and every item left has at least k interactions."""
     while k > 1:
@@ -203,7 +187,6 @@ def core(rows: list, k: int) -> list:
             break
         rows = kept
     return rows
-
 
 def from_rows(name, rows, records, notes) -> Dataset:
     """rows: (user id, item id, time, rating or None), sorted; records: item id -> record."""
@@ -223,7 +206,6 @@ def from_rows(name, rows, records, notes) -> Dataset:
     rated = all(r[3] is not None for mine in by_user.values() for r in mine)
     return Dataset(name, items, users, take(1, number.get), take(2), take(3) if rated else None, notes=notes)
 
-
 def clean(value) -> str:
     """One line of plain text: entities unescaped, markup and control tokens dropped, 'None' and 'nan' read as empty."""
     if isinstance(value, (list, tuple)):
@@ -232,14 +214,12 @@ def clean(value) -> str:
     text = " ".join(re.sub(r"<[^<>]*>", " ", text).replace("<", " ").replace(">", " ").split())
     return "" if text.lower() in ("nan", "none", "null") else text
 
-
 def record(id, r: dict) -> dict:
     """An item from any source's fields; Amazon's categories are a list of paths in 2014, one path in 2018."""
     path = r.get("categories") or r.get("category") or []
     path = path if isinstance(path, list) else [path]
     path = path[0] if path and isinstance(path[0], list) else path
     return {"id": str(id), **{k: clean(r.get(k)) for k in ("title", "brand", "description")}, "categories": [c for c in map(clean, path) if c]}
-
 
 def lines(path: str):
     """(number, text) of each line of a text or gzip file, with progress; DataError if the file is not what its name says."""
@@ -248,7 +228,6 @@ def lines(path: str):
             yield from enumerate(tqdm(f, "reading " + os.path.basename(path), unit=" lines", leave=False, disable=None, delay=1), 1)
     except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read to its end ({e}); delete it and download it again") from e
-
 
 def parse_line(line: str) -> dict | None:
     """A JSON object or, in Amazon 2014 meta files, a Python dict literal (literal_eval runs no code)."""
@@ -259,7 +238,6 @@ def parse_line(line: str) -> dict | None:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
     return None
-
 
 def interactions(path: str, found, user: str, item: str, when: str, rating: str, advice: str):
     """Rows (user, item, time, rating or None) of a source's dicts, or what else its lines held, and a note of what was skipped."""
@@ -273,7 +251,6 @@ def interactions(path: str, found, user: str, item: str, when: str, rating: str,
     if not rows:
         raise DataError(f"{path}: no line has {user}, {item} and a readable {when}; {advice}")
     return rows, [f"{bad} lines of {os.path.basename(path)} without {user}, {item} or a readable {when}: skipped"] * (bad > 0)
-
 
 def read_amazon(category: str, data_dir: str):
     """Rows and item records of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
@@ -294,7 +271,6 @@ def read_amazon(category: str, data_dir: str):
                 records[named[1]] = {k: r.get(k) for k in ("title", "brand", "description", "categories", "category")}
     return rows, records, notes
 
-
 def read_folder(folder: str):
     """Your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
     path, catalogue = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
@@ -314,7 +290,6 @@ def read_folder(folder: str):
         if r:
             records[str(r["id"])] = r
     return rows, records, notes
-
 
 def download(category: str, wanted: dict, data_dir: str):
     """Fetches missing files, {path: address}: progress bar, .part file, size and gzip check, then an atomic rename."""
@@ -340,7 +315,6 @@ def download(category: str, wanted: dict, data_dir: str):
             raise DataError(f"data set '{category}' is not in {os.path.abspath(data_dir)} and could not be downloaded ({e}).\n"
                             f"Put there by hand:\n{files}\nor name their folder with --data-dir. `--dataset demo` needs no files.") from e
 
-
 # ---------------------------------------------------------------------------------------------- prompts and parsing
 REASON = "people choose it for {} and {}"
 ANSWER = "<think> {} </think> <reason> {} </reason>"
@@ -355,12 +329,10 @@ LANE = {"prefer": f"You know what people look for. Name {PREFERENCES} different 
         "explain": "Preferences and their weights: {}\nItem: {}\nExplain step by step: which choices show each preference; how well, 0 to 1, the item fits it; "
                    "that times its weight as low, medium or high; then recommend the item."}
 
-
 def reason_prompt(data: Dataset, item: int, reason: str, events) -> str:
     """The one prompt for reasons: up to PEOPLE histories (of these train events), the reason so far ("" = none), item text."""
-    shown = ["- " + "; ".join(title(data, i) for i in data.history(e)[-HISTORY:]) for e in events[:PEOPLE]]
+    shown = ["- " + "; ".join(data.titles[i] for i in data.history(e)[-HISTORY:]) for e in events[:PEOPLE]]
     return PROMPT.format("\n".join(shown) or "- nobody yet", reason or "none", item_text(data.items[item]))
-
 
 def parse_answer(text: str) -> tuple:
     """Decoded answer -> (reason, named phrases, format_ok). The format: one think, one reason, two different phrases."""
@@ -371,18 +343,15 @@ def parse_answer(text: str) -> tuple:
     named = [p.strip() for p in found.groups()] if (found := REASON_PATTERN.fullmatch(reason)) and " and " not in found[2] else []
     return reason, named, len({" ".join(map(stem, words(p))) for p in named} - {""}) == 2
 
-
 def grounded(data: Dataset, item: int, reason: str) -> float:
     """Share of the reason's content words that the item's own text says; 0 for a reason without any."""
     content, said = [w for w in words(reason) if w not in STOPWORDS | {"people", "choose"}], set(words(item_text(data.items[item])))
     return sum(w in said for w in content) / len(content) if content else 0.0
 
-
 def mask_identity(data: Dataset, text: str) -> str:
     """The words of a text, sorted, without brands, numbers, common ones and those only a few items have: what the reward's encoder reads."""
     kept = [w for w in words(text) if w not in data.masked_words and w not in data.common_words and not w[0].isdigit()]
     return " ".join(sorted(kept)) or "item"
-
 
 def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
     """A grounded reason that names phrases of the item drawn at random (weak supervision knows no better)."""
@@ -390,12 +359,10 @@ def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
     named = [own[i] for i in sorted(rng.permutation(len(own))[:size])]
     return REASON.format(*named) if len(named) == 2 else "people choose it for " + " and ".join(named or ["itself"])
 
-
 def shared_words(data: Dataset, item: int, events) -> list:
     """The item's phrases that the histories shown of these train events say too, most shared first."""
-    said = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(title(data, i)))
+    said = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(data.titles[i]))
     return sorted((w for w in data.phrases[item] if said[w]), key=lambda w: -said[w])
-
 
 def reason_sample(data: Dataset, item: int, events, rng, current: str = "", follow: float = 1.0) -> tuple:
     """(prompt, answer) with a weak target: the thought names the item's two words most shared with the histories shown.
@@ -406,17 +373,14 @@ def reason_sample(data: Dataset, item: int, events, rng, current: str = "", foll
     named = sorted([*kept, *(w for w in rng.permutation(own) if w not in kept)][:2], key=own.index)
     return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
 
-
 def choosers(data: Dataset) -> list:
     """For each item the train events that chose it: a list of arrays of event numbers, index 0 empty."""
     order = np.argsort(data.events["item"], kind="stable")
     return np.split(order, np.cumsum(np.bincount(data.events["item"], minlength=data.n_items + 1))[:-1])
 
-
 def asked(data: Dataset, history, task: str, *about, longest: int = HISTORY) -> str:
     """A question of recommendation knowledge about the last items of a history."""
-    return "Chosen in order: " + "; ".join(title(data, i) for i in history[-longest:]) + "\n" + (TASKS | LANE)[task].format(*about)
-
+    return "Chosen in order: " + "; ".join(data.titles[i] for i in history[-longest:]) + "\n" + (TASKS | LANE)[task].format(*about)
 
 def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE, follow: float = 1.0,
                       tasks=tuple(TASKS), longest: int = HISTORY) -> list:
@@ -433,20 +397,20 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
             continue
         s = data.train[u := users[rng.integers(len(users))]]
         end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told
-        past, goal = s[max(0, end - longest): end], title(data, s[end])
+        past, goal = s[max(0, end - longest): end], data.titles[s[end]]
         others = [j for j in dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist()) if j not in s][:2]
         task = tasks[rng.integers(len(tasks))]
         prompt = lambda *about: asked(data, past, task, *about, longest=longest)
         if task in ("mim", "mlm"):         # blank an item of the history, or a word of its titles
-            parts, gap = ([title(data, i) for i in past], "; ") if task == "mim" else ("; ".join(title(data, i) for i in past).split(), " ")
+            parts, gap = ([data.titles[i] for i in past], "; ") if task == "mim" else ("; ".join(data.titles[i] for i in past).split(), " ")
             hide = int(rng.integers(len(parts)))
             out.append(("Chosen in order: " + gap.join([*parts[:hide], "____", *parts[hide + 1:]] + [goal] * (task == "mim")) + "\n" + TASKS[task], parts[hide].strip(";") or ";"))
         elif task == "bpr" and others:
-            pair = [goal, title(data, others[0])][:: 1 if (first := rng.random() < 0.5) else -1]
+            pair = [goal, data.titles[others[0]]][:: 1 if (first := rng.random() < 0.5) else -1]
             out.append((prompt(*pair), "A" if first else "B"))
         elif task == "rank" and len(others) == 2:
             order = [s[end]] + sorted(others, key=lambda j: -data.counts[j])   # the choice first, then by popularity
-            mixed, best = (("; ".join(title(data, j) for j in js)) for js in (rng.permutation(order), order))
+            mixed, best = (("; ".join(data.titles[j] for j in js)) for js in (rng.permutation(order), order))
             out.append((prompt(mixed), best))
         elif task == "rate":
             out.append((prompt(goal), f"{data.ratings[u][end]:.0f}"))
@@ -454,14 +418,12 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
             out.append((asked(data, past, "next", longest=longest), goal))
     return out
 
-
-def parse_preferences(text: str) -> list | None:
-    """The PREFERENCES different names in an answer's JSON object; None if it is malformed or has another number."""
+def parse_preferences(text: str) -> list:
+    """The PREFERENCES different names in an answer's JSON object; [] if it is malformed or has another number."""
     found = re.search(r"\{[^{}]*\}", text[:10_000])
     names = (parse_line(found[0]) or {}).get("preferences") if found else None
     names = [clean(n)[:80] for n in names if isinstance(n, str)] if isinstance(names, list) else []
-    return names if len({n.lower() for n in names} - {""}) == len(names) == PREFERENCES else None
-
+    return names if len({n.lower() for n in names} - {""}) == len(names) == PREFERENCES else []
 
 def lane_samples(data: Dataset, n: int, rng) -> list:
     """n (prompt, answer) pairs that teach a model from nothing the form of LANE's answers; a pretrained LLM needs none.
@@ -478,7 +440,7 @@ def lane_samples(data: Dataset, n: int, rng) -> list:
         if task == "explain":
             weights, fits = rng.dirichlet(np.full(PREFERENCES, 3.0)), [w in data.phrases[item] for w in names]
             about = ", ".join(f"{w} {x:.1f}" for w, x in zip(names, weights)), item_text(data.items[item])
-            shown = [next(title(data, i) for i in past[::-1] if w in data.phrases[i]) for w in names]
+            shown = [next(data.titles[i] for i in past[::-1] if w in data.phrases[i]) for w in names]
             steps = [f"{w} in {t} , fit {fit:d} , {'low' if not fit else 'medium' if x < 0.2 else 'high'}" for w, t, fit, x in zip(names, shown, fits, weights)]
             answer = " ; ".join(steps) + " ; it has " + " and ".join([w for w, fit in zip(names, fits) if fit] or ["something new"])
         out.append((asked(data, past, task, *about, longest=LONGEST), answer))

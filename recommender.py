@@ -37,7 +37,6 @@ ARMS = ("popularity", "markov", "id", "text-init", "content", "placebo", "aligne
 COMPARISONS = (("text-init", "id"), ("lane", "id"), ("lane", "text-init"), ("knowledge", "markov"), ("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"), ("curec", "content"),
                ("curec", "placebo"), ("curec", "rl"), ("curec", "bestof"), ("placebo", "content"), ("oracle", "content"))
 
-
 # ----------------------------------------------------------------------------------------------------------- model
 class Block(nn.Module):
     """One pre-norm transformer block beside a short causal convolution: position t sees items 1..t only.
@@ -68,7 +67,6 @@ class Block(nn.Module):
         x = x + self.drop(self.out(a) + local)
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
-
 class Alignment(nn.Module):
     """LANE's layer (arXiv 2407.02833): a state asks M preferences, which an LLM named, by which of them it goes.
     vectors (K, F): of all preferences, row 0 zeros. named (U, C, M): each user's by cut, row numbers of vectors.
@@ -94,7 +92,6 @@ class Alignment(nn.Module):
         told, weights = self.attention(states[:, None], told, told)
         x = self.norm1(states + self.drop(told[:, 0]) * (asked[:, :1] > 0))
         return self.norm2(x + self.drop(self.down(F.gelu(self.up(x))))), weights[:, 0]
-
 
 class SASRec(nn.Module):
     """SASRec whose item vectors are ID embeddings plus projected item features.
@@ -143,11 +140,9 @@ class SASRec(nn.Module):
         h = h if self.align is None else self.align(h, asked)[0]
         return F.normalize(h, dim=-1) / self.log_tau.exp()
 
-
 def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
     """The last max_len items of each sequence, right-padded with 0: (B, longest)."""
     return nn.utils.rnn.pad_sequence([torch.as_tensor(s[-max_len:]) for s in sequences], batch_first=True)
-
 
 # -------------------------------------------------------------------------------------------------------- training
 def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor, asked=None) -> torch.Tensor:
@@ -155,12 +150,10 @@ def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor, asked=None) 
     table = model.table()
     return F.cross_entropy(model(ids, table, asked) @ table[1:].T, targets - 1)             # padding is never predicted
 
-
 def samples(sequences):
     """Every history with its next item, each a sample of its own: list of arrays, (samples,) item and user numbers."""
     users = np.repeat(np.arange(len(sequences)), [len(s) - 1 for s in sequences])
     return [s[:t] for s in sequences for t in range(1, len(s))], np.concatenate([s[1:] for s in sequences]), users
-
 
 def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
     """Random batches of histories of similar length: `pool` random batches are sorted, cut, and shuffled, to pad little."""
@@ -169,7 +162,6 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
         some = some[np.argsort(lengths[some], kind="stable")]
         cut = np.split(some, range(batch, len(some), batch))
         yield from (cut[k] for k in rng.permutation(len(cut)))
-
 
 def train(n_items, train_seqs, valid_items, features=None, start=None, preferences=None, *, seed=0, epochs=60, patience=4, batch=256,
           lr=3e-3, weight_decay=0.0, width=WIDTH, blocks=1, dropout=0.3, device="cpu", name="SASRec"):
@@ -209,14 +201,12 @@ def train(n_items, train_seqs, valid_items, features=None, start=None, preferenc
     model.load_state_dict(best_state)
     return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": float(best)}
 
-
 def ranker(n_items, weights: dict) -> SASRec:
     """A trained model from its state dict."""
     parts = {k[6:]: v for k, v in weights.items() if k in ("align.vectors", "align.named", "align.since")}
     model = SASRec(n_items, weights.get("features"), preferences=parts or None)
     model.load_state_dict(weights)
     return model.eval()
-
 
 # -------------------------------------------------------------- scores: sequences and their users -> (B, n + 1)
 def scorer(model: SASRec, device="cpu"):
@@ -231,12 +221,10 @@ def scorer(model: SASRec, device="cpu"):
         return (model(pad(sequences).to(device), table, asked) @ table.T).float().cpu()
     return score
 
-
 def popularity(n_items, train_seqs):
     """Scores every item by its number of train interactions."""
     counts = torch.from_numpy(np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)).float()
     return lambda sequences, users: counts.repeat(len(sequences), 1)
-
 
 def markov(n_items, train_seqs):
     """First-order transition counts from the last item; popularity breaks ties and fills the rest."""
@@ -247,9 +235,7 @@ def markov(n_items, train_seqs):
                                      check_invariants=True).coalesce()
     return lambda sequences, users: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
 
-
 COUNTING = {"popularity": popularity, "markov": markov}            # these arms draw nothing: one seed is enough
-
 
 # ------------------------------------------------------------------------------------------------------ evaluation
 def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
@@ -271,19 +257,16 @@ def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
             lists.append(best.indices.masked_fill(best.values == -torch.inf, 0).numpy())         # 0: nothing left to show
     return out
 
-
 def metrics(rank: np.ndarray) -> dict:
     """Per-user HR@k, NDCG@k (one target: DCG = 1 / log2(rank + 1)) and reciprocal rank, each (users,)."""
     hits = {k: (rank <= k).astype(np.float64) for k in CUTOFFS}
     return {f"hr@{k}": hit for k, hit in hits.items()} | {f"ndcg@{k}": hit / np.log2(rank + 1.0) for k, hit in hits.items()} | {"mrr": 1.0 / rank}
-
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0):
     """Mean of a - b over users and its 95 % interval. a, b: (seeds, users), averaged over seeds first."""
     diff, rng = a.mean(0) - b.mean(0), np.random.default_rng(seed)
     means = [diff[rng.integers(len(diff), size=len(diff))].mean() for _ in range(draws)]
     return float(diff.mean()), [float(x) for x in np.percentile(means, [2.5, 97.5])]
-
 
 def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
     """Do the lists push popular items? top (users, 10) -> coverage@10, Gini of exposure, mean popularity rank."""
@@ -292,7 +275,6 @@ def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
     shown = np.sort(np.bincount(top, minlength=n_items + 1)[1:])
     gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
     return {"coverage@10": float((shown > 0).mean()), "gini@10": float(gini), "mean_popularity_rank@10": float(place[top - 1].mean())}
-
 
 def test(score, n_items, train_seqs, valid_items, test_items, slices):
     """Everything that is read once, after validation has chosen: ranks on valid and test, slices, audit, time.
@@ -305,7 +287,6 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
                   "slices": {name: mean(rank[keep]) for name, keep in slices.items() if keep.any()},
                   "audit": audit(np.concatenate(tops), n_items, train_seqs),
                   "rank_ms_per_user": 1000 * seconds / len(known)}
-
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
 def run_arm(arm, data, told, slices, *, seed=0, epochs=60, device="cpu", score=None):
@@ -321,7 +302,6 @@ def run_arm(arm, data, told, slices, *, seed=0, epochs=60, device="cpu", score=N
     rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
     return {"ranks": torch.from_numpy(rank), "row": row | {"seed": seed, "train_s": seconds}, "model": model.cpu().state_dict() if model else {}}
 
-
 def together(fits) -> dict:
     """One arm's fits: {"ranks" (seeds, users), "entry": the arm's of metrics.json, "model": the first one's state dict}."""
     rows, collect = [f["row"] for f in fits], lambda dicts: {m: [d[m] for d in dicts] for m in dicts[0]}
@@ -330,7 +310,6 @@ def together(fits) -> dict:
              "audit": {m: float(np.mean(v)) for m, v in collect([r["audit"] for r in rows]).items()},
              "train_s": sum(r["train_s"] for r in rows), "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
     return {"ranks": torch.stack([f["ranks"] for f in fits]), "entry": entry, "model": fits[0]["model"]}
-
 
 def alone(parent: int):
     """A worker process: one thread, no bars, silent on Ctrl-C, gone when its parent is."""
@@ -345,12 +324,10 @@ def alone(parent: int):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=watch, daemon=True).start()
 
-
 def workers(device: str, fits: int):
     """An executor for arms. On a CPU and for many fits: processes of one thread each, which beat one process of many threads."""
     count = min(4, os.cpu_count(), fits // 3) if device == "cpu" else 1
     return ProcessPoolExecutor(count, get_context("spawn"), alone, (os.getpid(),)) if count > 1 else ThreadPoolExecutor(1)
-
 
 def slices_of(data) -> dict:
     """Test users whose target has at most 5 train interactions, and whose target nobody chose in train after the test event."""
@@ -359,38 +336,34 @@ def slices_of(data) -> dict:
         np.maximum.at(last, s, t[: len(s)])
     return {"train<=5": data.counts[data.test] <= 5, "no_later_train": last[data.test] <= np.array([t[-1] for t in data.times])}
 
-
 def compare(ranks_: dict, pairs=COMPARISONS, metric: str = "ndcg@10") -> list:
     """Paired differences a - b with 95 % bootstrap intervals over users, each user's metric averaged over seeds."""
     both = [(a, b, *paired_bootstrap(*(metrics(ranks_[x])[metric] for x in (a, b)))) for a, b in pairs if {a, b} <= set(ranks_)]
     return [{"a": a, "b": b, "metric": metric, "seeds": len(ranks_[a]), "delta": delta, "ci95": ci} for a, b, delta, ci in both]
 
-
 def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
-    """How much of oracle - content each arm that adds reasons recovers."""
+    """{"headroom"}: oracle - content, and how much of it each arm that adds reasons recovers; {} without these two."""
     value = {a: float(np.mean(e["test"][metric])) for a, e in arms.items()}
-    room, told = value["oracle"] - value["content"], set(arms) & {"placebo", "aligned", "rl", "bestof", "curec"}
-    return {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in told and room > 0}}
-
+    if not {"oracle", "content"} <= set(value):
+        return {}
+    room, told = value["oracle"] - value["content"], {"placebo", "aligned", "rl", "bestof", "curec"}
+    return {"headroom": {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in told and room > 0}}}
 
 def recovered(m: dict) -> str:
     """One line of the headroom in metrics.json."""
     shares = ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing"
     return f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: {shares}."
 
-
 def markdown(header: list, rows) -> str:
     """A Markdown table; floats with four digits."""
     cells = lambda row: "| " + " | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) + " |"
     return "\n".join([cells(header), "|" + "---|" * len(header), *map(cells, rows)])
-
 
 def arms_table(arms: dict) -> str:
     columns = "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr"
     return markdown(["arm", "seeds", *map(str.upper, columns), "valid NDCG@10", "ms/user"],
                     [[arm, len(e["seeds"]), *(float(np.mean(e["test"][c])) for c in columns), float(np.mean(e["valid"]["ndcg@10"])),
                       e["rank_ms_per_user"]] for arm, e in arms.items()])
-
 
 def report(m: dict, notes: list) -> list:
     """The evaluation in metrics.json as Markdown paragraphs."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data as D
-from recommender import WIDTH, Block, markdown, pad, paired_bootstrap
+from recommender import WIDTH, Block, markdown, pad, paired_bootstrap, ranker, scorer
 
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
 AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
@@ -30,7 +30,6 @@ HELD_OUT = 2000                                    # most held-out events that c
 LEAST_GAIN = 1e-3                                  # nats; two reasons that name the same things differ by rounding only
 START = 0.5                                        # length of first ID vectors made from titles; random ones have 0.16
 MAX_HISTORY = 20                                   # items of a history the user tower reads
-
 
 def whitening(vectors: torch.Tensor, k: int = 384):
     """PCA whitening fitted on text vectors (M, D): a function (m, D) -> (m, k or fewer) after which they have mean length 1."""
@@ -41,11 +40,6 @@ def whitening(vectors: torch.Tensor, k: int = 384):
     matrix = matrix / ((vectors - mean) @ matrix).norm(dim=1).mean()
     return lambda x: (x - mean) @ matrix
 
-
-def whitened(vectors: torch.Tensor, k: int = 384) -> torch.Tensor:
-    return whitening(vectors, k)(vectors)
-
-
 def load_encoder(name, device="cpu", batch: int = 64):
     """Any Hugging Face text encoder as a function: list of texts -> mean of its last hidden states (len(texts), D)."""
     from transformers import AutoModel, AutoTokenizer
@@ -53,7 +47,6 @@ def load_encoder(name, device="cpu", batch: int = 64):
         tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).to(device).eval()
     except OSError as e:
         raise OSError(f"the encoder '{name}' could not be loaded ({str(e).splitlines()[0]}); check --encoder and the network") from e
-
     @torch.no_grad()
     def encode(texts):
         out, order = torch.zeros(len(texts), model.config.hidden_size), sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -64,12 +57,10 @@ def load_encoder(name, device="cpu", batch: int = 64):
         return out
     return encode
 
-
 def at_once(encode, texts) -> torch.Tensor:
     """encode(texts), equal texts only once: proposals are often equal, and then their vectors are, to the last bit."""
     once, place = np.unique(texts, return_inverse=True)
     return encode(once.tolist())[torch.from_numpy(place)]
-
 
 class RewardModel(nn.Module):
     """User tower over text vectors and the shared projection P. width: of the whitened text vectors."""
@@ -96,7 +87,6 @@ class RewardModel(nn.Module):
     def scores(self, states, reasons) -> torch.Tensor:
         """Unit states (B, width), unit reasons (M, width) -> s (B, M), in nats."""
         return states @ reasons.T / self.log_tau.exp()
-
 
 class Judge:
     """A trained reward model with the states of all train events: turns reasons into rewards.
@@ -238,7 +228,6 @@ class Judge:
         return f"{len(shown)} people as shown, {len(audience)} as audience\n\n" + markdown(
             ["reason", "reward", *parts], [[r, float(x), *(v[k].item() for v in parts.values())] for k, (r, x) in enumerate(zip(reasons, total))])
 
-
 def features(arm, data, encode, kinds, seed, told=None) -> dict:
     """What an arm's SASRec is given: nothing, or item features (n_items + 1, F), whitened vectors of the item's text beside those of its
     reason; the relatives' first ID vectors, from titles; LANE's preferences, told (see curec.prefer).
@@ -246,13 +235,14 @@ def features(arm, data, encode, kinds, seed, told=None) -> dict:
     if arm in ("popularity", "markov", "id", "knowledge"):
         return {}
     if arm in ("text-init", "lane"):
-        start = whitened(encode(data.titles[1:]), WIDTH)
+        titles = encode(data.titles[1:])
+        start = whitening(titles, WIDTH)(titles)
         inputs = {"start": START * F.pad(start, (0, WIDTH - start.shape[1], 1, 0))}
         if arm == "lane":
             number = {n: k + 1 for k, n in enumerate(sorted({n for names in told["names"] for n in names}))}
             named = torch.tensor([[number[n] for n in names] or [0] * D.PREFERENCES for names in told["names"]]).view(len(data.users), 2, -1)
             named[:, 1] = torch.where(named[:, 1] > 0, named[:, 1], named[:, 0])           # dropped: the earlier cut's stay
-            inputs["preferences"] = {"vectors": F.pad(whitened(encode([*number] or ["none"])), (0, 0, 1, 0)), "named": named, "since": told["since"]}
+            inputs["preferences"] = {"vectors": F.pad(whitening(titles)(encode([*number] or ["none"])), (0, 0, 1, 0)), "named": named, "since": told["since"]}
         return inputs
     texts = [[D.item_text(item) for item in data.items[1:]]]
     if arm == "oracle":
@@ -261,14 +251,12 @@ def features(arm, data, encode, kinds, seed, told=None) -> dict:
         texts.append([D.mask_identity(data, D.parse_answer(a)[0]) for a in kinds["curec" if arm == "placebo" else arm][1:]])
     if arm == "placebo":
         np.random.default_rng([seed, 61]).shuffle(texts[1])
-    return {"features": F.pad(torch.cat([whitened(encode(x)) for x in texts], 1), (0, 0, 1, 0))}
-
+    return {"features": F.pad(torch.cat([whitening(x)(x) for x in map(encode, texts)], 1), (0, 0, 1, 0))}
 
 def held_out(data, seed) -> tuple:
     """A fifth of the people (users,) and a fifth of the items (n_items + 1,), as bool: the reward model never trains on them."""
     rng = np.random.default_rng([seed, 73])
     return rng.random(len(data.users)) < 0.2, rng.random(data.n_items + 1) < 0.2
-
 
 def window_cuts(data, windows: int) -> list:
     """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events; equal times stay together."""
@@ -277,18 +265,15 @@ def window_cuts(data, windows: int) -> list:
         raise D.DataError(f"{data.name}: no user has 4 interactions (2 to train on, 1 to validate, 1 to test); lower --k-core or the limits")
     return sorted({*map(int, np.quantile(times, np.arange(windows) / windows, method="lower")), int(times.max()) + 1})
 
-
 def one_shot_people(who, seed):
     """For every item a seeded sample of its train choosers: shown (at most PEOPLE) and audience (others, at most AUDIENCE)."""
     mixed = list(map(np.random.default_rng([seed, 43]).permutation, who))
     return [w[: D.PEOPLE] for w in mixed], [w[D.PEOPLE:][:AUDIENCE] for w in mixed]
 
-
 def divide(events, rng):
     """A third of the people for the prompt (at most PEOPLE), the others (at most AUDIENCE) to judge."""
     mixed, third = rng.permutation(events), max(1, round(len(events) / 3))
     return mixed[:third][: D.PEOPLE], mixed[third:][:AUDIENCE]
-
 
 def windows(data, who, cuts, seed):
     """Yields (number, (start, end), items, shown, judges) a window: an item's new choosers, divided.
@@ -304,7 +289,6 @@ def windows(data, who, cuts, seed):
                 waiting[i] = waiting[i][:0]
         if items:
             yield number + 1, (start, end), items, *zip(*split)
-
 
 def practice(data, who, cuts, seed):
     """PPO's prompts, for every item one of each kind: lists (items, prompts, shown people, audiences), rows held out, rows to train.
@@ -324,11 +308,9 @@ def practice(data, who, cuts, seed):
     judged = rng.permutation([k for k in range(len(items)) if len(people[k])])
     return items, prompts, people, ears, judged[kept_out[judged]], judged[~kept_out[judged]]
 
-
 def convincing(gain: np.ndarray, margin: float) -> bool:
     """Is the mean paired gain above zero by more than margin standard errors? Under LEAST_GAIN is no gain at all."""
     return len(gain) > 1 and bool(gain.mean() > margin * gain.std(ddof=1) / len(gain) ** 0.5 + LEAST_GAIN)
-
 
 def truth_figures(named: list, truth: dict) -> dict:
     """Demo only: of the phrases named, the share that are drivers (chance .4); of the drivers, the share named; of the items with
@@ -336,11 +318,9 @@ def truth_figures(named: list, truth: dict) -> dict:
     hits, said = sum(len({*n} & {*t}) for n, t in zip(named, truth["late"])), sum(len({*n}) for n in named)
     return {"truth_precision": hits / max(1, said), "truth_recall": hits / sum(map(len, truth["late"])), "new_driver": float(np.mean(names_new(named, truth)))}
 
-
 def names_new(named: list, truth: dict) -> list:
     """Of the items whose driver changed: does the reason name the new one?"""
     return [bool((set(late) - set(early)) & set(n)) for n, early, late in zip(named, truth["early"], truth["late"]) if set(early) != set(late)]
-
 
 def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> dict:
     """Demo only: how often a true driver pair beats a decoy pair with these people, for items with at least two; {} if none has."""
@@ -351,7 +331,6 @@ def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> di
     a, b = (judge.judge([D.REASON.format(*p) for p in pairs], [who[i][:AUDIENCE] for i in items], period, seed)
             for pairs in ([truth[i] for i in items], decoys))
     return {"driver_choice": float(np.mean([x.mean() > y.mean() for x, y in zip(a, b)]))}
-
 
 def tell_truth(data, judge, who, cuts, kinds, m, seed):
     """Demo only: how true the reasons are and how well the judge knows it, into m. Read after everything else; feeds nothing."""
@@ -367,7 +346,6 @@ def tell_truth(data, judge, who, cuts, kinds, m, seed):
     ears = [w[people[data.events["user"][w]] & (late[w] | stays[i])] if things[i] else w[:0] for i, w in enumerate(who)]
     m["reward"] |= driver_choice(judge, data.truth["late"], ears, (cuts[0], cuts[-1]), seed)
 
-
 def timeline(r: dict) -> str:
     """How a reason came about: who came, what they share, what was proposed, why it was taken; r: a line of reasons.jsonl."""
     day = lambda t: time.strftime("%Y-%m-%d", time.gmtime(t))
@@ -376,6 +354,26 @@ def timeline(r: dict) -> str:
         f"{'accepted' if t['accepted'] else 'rejected'}; for {t['judges']} others the reward {t['reward_before']:+.2f} -> {t['reward_after']:+.2f}"
         for t in r["timeline"]])
 
+def top(data, weights, user: int, k: int = 5):
+    """A trained arm's model, what the user had chosen, and the k best items with their scores."""
+    history, model = data.seqs[user][:-1], ranker(data.n_items, weights)
+    best = scorer(model)([history], [user])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf).topk(k)
+    return model, history, best.indices.tolist(), best.values.tolist()
+
+def explain(data, weights, user: int, tell) -> str:
+    """What a user had chosen, and the top items of a trained arm with what tell(item) says of each."""
+    _, history, items, scores = top(data, weights, user)
+    chose = f"{data.users[user]} chose: " + "; ".join(data.titles[i] for i in history[-10:])
+    return "\n\n".join([chose] + [f"{x:+.2f}  {tell(i)}" for x, i in zip(scores, items)])
+
+@torch.no_grad()
+def lane_question(data, weights, told, user: int) -> str:
+    """LANE's prompt for why a user's top item is recommended, with the trained attention's weights of the preferences told."""
+    model, history, items, _ = top(data, weights, user)
+    state, asked = model.states(pad([history]), model.table()), model.align.asked([user], [len(history)])
+    names = told["names"][2 * user + 1] or told["names"][2 * user] or ["nothing known"]
+    weighted = ", ".join(f"{n} {w:.1f}" for n, w in zip(names, model.align(state, asked)[1][0].tolist()))
+    return D.asked(data, history, "explain", weighted, D.item_text(data.items[items[0]]), longest=D.LONGEST)
 
 def reasons_table(m: dict) -> str:
     """The kinds of reasons in metrics.json, truth first where it is known, and how much more often correction found a new driver than `bestof` did."""
@@ -383,7 +381,6 @@ def reasons_table(m: dict) -> str:
     new = [c for c in m["comparisons"] if c["metric"] == "new_driver"]
     return markdown(["reasons", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]) + "".join(
         f"\n\nNew driver named where one changed, curec - bestof: {c['delta']:+.3f} [{c['ci95'][0]:+.3f}, {c['ci95'][1]:+.3f}]." for c in new)
-
 
 def report(m: dict, reasons: list, log: list) -> list:
     """What became of the reasons, as Markdown paragraphs. m: metrics.json; reasons: reasons.jsonl; log: ppo.jsonl."""

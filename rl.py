@@ -13,8 +13,7 @@ Layout of a batch: padding comes last, where a causal model never sees it; only 
 Left out: vLLM, several GPUs, a separate value backbone, reward-model training (reward.py).  Try it alone:
 pytest tests/test_rl.py     Source of the details: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 """
-import logging as logging_
-import os, shutil, time, warnings
+import logging as logging_, os, shutil, time, warnings
 from collections import namedtuple
 from itertools import chain, count, islice
 
@@ -23,7 +22,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-
 
 # --------------------------------------------------------------------------------------------------------- loading
 def train_tiny(path, texts, lessons, tags, *, lower=False, batch=16, lr=2e-3, width=128, layers=2, vocab=4096, seed=0, device="cpu"):
@@ -52,7 +50,6 @@ def train_tiny(path, texts, lessons, tags, *, lower=False, batch=16, lr=2e-3, wi
     tokenizer.save_pretrained(part)
     shutil.rmtree(part) if os.path.exists(path) else os.replace(part, path)
 
-
 @torch.no_grad()
 def head_start(model, sharp: float = 5.0):
     """Attention of a new model starts by copying what it looks at; it learns to copy words from its prompt in half the steps.
@@ -66,7 +63,6 @@ def head_start(model, sharp: float = 5.0):
     turn = 10_000.0 ** (-2 * torch.arange(3) / size)                # radians a position of the three fastest pairs of dimensions
     first.k_proj.bias[:3] = sharp
     first.q_proj.bias[:3], first.q_proj.bias[size // 2: size // 2 + 3] = sharp * turn.cos(), -sharp * turn.sin()
-
 
 def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter `align`: (PeftModel, tokenizer)."""
@@ -105,7 +101,6 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     set_mode(model, training=False)
     return model, tokenizer
 
-
 def quiet():
     """No second progress bar while weights load, and none of the warnings that name nothing to mend here."""
     from transformers.utils import logging
@@ -113,7 +108,6 @@ def quiet():
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")        # peft's call, not ours
     # on AVX512-BF16 machines bitsandbytes asks for a package that fetches remote code: not wanted (TRAPS 9)
     logging_.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in record.getMessage())
-
 
 def set_mode(model, training: bool):
     """Training or evaluation mode, with the 4-bit layers always in training mode.
@@ -125,13 +119,11 @@ def set_mode(model, training: bool):
         if isinstance(module, Linear4bit):
             module.training = True
 
-
 def use(model, adapter: str, trainable: bool = False):
     """Makes one adapter active; its LoRA weights take gradients only if trainable, everything else never does."""
     model.set_adapter(adapter)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable and "lora_" in name and f".{adapter}." in name)
-
 
 def add_policy(model):
     """The adapter `policy`, a copy of `align`: PPO starts at its own reference."""
@@ -139,6 +131,12 @@ def add_policy(model):
     model.add_adapter("policy", model.peft_config["align"])
     set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="align", save_embedding_layers=False), "policy")
 
+def save_adapter(model, out: str, name: str):
+    """OUT/NAME, atomic, and without the empty model card that peft puts beside it."""
+    part = os.path.join(out, "state", "adapter")
+    model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)          # "auto" would ask the hub
+    shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+    os.replace(os.path.join(part, name), os.path.join(out, name))
 
 def restore(model, folder: str, adapter: str):
     """Loads a saved adapter's weights into the adapter of that name (peft's load_adapter would end in model.eval(): TRAPS 1)."""
@@ -146,10 +144,8 @@ def restore(model, folder: str, adapter: str):
     from safetensors.torch import load_file
     set_peft_model_state_dict(model, load_file(os.path.join(folder, adapter, "adapter_model.safetensors")), adapter)
 
-
 def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
-
 
 # ------------------------------------------------------------------------------------------------- tokens and batches
 def prompt_ids(tokenizer, prompt: str) -> list:
@@ -158,13 +154,11 @@ def prompt_ids(tokenizer, prompt: str) -> list:
         return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True)["input_ids"])
     return tokenizer(prompt + "\n")["input_ids"]
 
-
 def draw(n: int, batch: int, rng):
     """Endless batches of row numbers below n: each comes once before any comes again."""
     rows = chain.from_iterable(rng.permutation(n).tolist() for _ in count())
     while True:
         yield [*islice(rows, batch)]
-
 
 def by_length(lengths, budget: int):
     """Index lists of similar length, each of at most `budget` padded tokens: little padding, bounded memory."""
@@ -177,15 +171,12 @@ def by_length(lengths, budget: int):
     if group:
         yield group
 
-
 def padded(rows: list, pad: int, left: bool = False):
     """Lists of token ids -> ids (B, T) padded at the end, or on the left; mask (B, T), True = real token."""
     fill = lambda rows, value: nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, value, "left" if left else "right")
     return fill(rows, pad), fill([[True] * len(r) for r in rows], False)
 
-
 MicroBatch = namedtuple("MicroBatch", "rows ids starts mask")     # (b,), (b, T) and (b,) as drawn above, (b, R) answer tokens
-
 
 def micro_batches(rows, prompts, answers, pad: int, device, size: int) -> list:
     """These rows of the tokenised prompts and answers; a micro-batch has rows of similar length: little padding."""
@@ -194,11 +185,9 @@ def micro_batches(rows, prompts, answers, pad: int, device, size: int) -> list:
         torch.tensor(part), padded([prompts[i] + answers[i] for i in part], pad)[0], torch.tensor([len(prompts[i]) for i in part]),
         padded([answers[i] for i in part], pad)[1]))) for part in (rows[k: k + size] for k in range(0, len(rows), size))]
 
-
 def causal_lm(model):
     """The Hugging Face causal LM itself, within its adapters or without any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
 
 def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=None):
     """Log-probabilities (b, R) of the answer tokens, and their values (b, R) if a value head is given; padding means nothing.
@@ -210,7 +199,6 @@ def token_logps(model, batch: MicroBatch, temperature: float = 1.0, value_head=N
     logits = causal_lm(model).get_output_embeddings()(states).float() / temperature                        # (b, R, V)
     logp = logits.gather(-1, batch.ids.gather(1, at)[..., None]).squeeze(-1) - logits.logsumexp(-1)
     return logp, value_head(states.float()).squeeze(-1) if value_head is not None else None
-
 
 # ------------------------------------------------------------------------------------------------ supervised training
 def supervise(model, tokenizer, samples, *, steps, batch=16, micro_batch=16, lr=1e-3, seed=0, name="align"):
@@ -238,7 +226,6 @@ def supervise(model, tokenizer, samples, *, steps, batch=16, micro_batch=16, lr=
     set_mode(model, training=False)
     return float(np.mean(losses[-max(1, steps // 10):]))
 
-
 # --------------------------------------------------------------------------------------------------------- generation
 def read_once(model, ids, mask):
     """Keys and values of left-padded prompts (B, P) but for their last tokens; equal rows are computed once and copied."""
@@ -251,7 +238,6 @@ def read_once(model, ids, mask):
     cache = causal_lm(model).base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
     cache.batch_select_indices(back)
     return cache
-
 
 @torch.no_grad()
 def answered(model, tokenizer, prompts, *, budget, name, beams=1, max_new=48, choices=None, **how):
@@ -274,7 +260,6 @@ def answered(model, tokenizer, prompts, *, budget, name, beams=1, max_new=48, ch
                 yield i, [a[: a.index(eos) + 1] if eos in a else a for a in answers]     # nothing after EOS is real (TRAPS 11)
             bar.update(len(group))
 
-
 def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=32_768, seed=0, name=None):
     """Samples one answer a prompt with the active adapter: (list of texts, list of sampled token-id lists).
     A prompt given several times is read once. A list ends with EOS unless max_new cut it off. name: for progress bar and throughput."""
@@ -286,7 +271,6 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
         print(f"  {name}: {len(out):,} answers, {sum(map(len, out)) / (time.perf_counter() - start):,.0f} tokens/s")
     # a reward may see the texts up to EOS; the policy trains on the sampled ids themselves (TRAPS 17)
     return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != tokenizer.eos_token_id] for a in out])], out
-
 
 @torch.no_grad()
 def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
@@ -307,11 +291,9 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
     first, last = torch.stack(out).chunk(2, -1)
     return F.normalize(first, dim=-1) + 0.3 * F.normalize(last, dim=-1)
 
-
 # ------------------------------------------------------------------------------------------- the LLM as a recommender
 def answer_ids(tokenizer, answer: str) -> list:
     return tokenizer(" " + answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-
 
 @torch.no_grad()
 def likelihood(model, tokenizer, samples, budget=32_768, temperature=1.0) -> torch.Tensor:
@@ -322,7 +304,6 @@ def likelihood(model, tokenizer, samples, budget=32_768, temperature=1.0) -> tor
         for part in micro_batches(group, prompts, answers, tokenizer.pad_token_id, next(model.parameters()).device, len(group)):
             out[part.rows.cpu()] = (token_logps(model, part, temperature)[0] * part.mask).sum(1).cpu()
     return out
-
 
 def retrieve(model, tokenizer, prompts, titles, *, beams=20, budget=32_768, name=None) -> np.ndarray:
     """The likeliest of the titles by beam search over their token trie: numbers in titles, best first, (len(prompts), beams); -1: none left.
@@ -339,13 +320,11 @@ def retrieve(model, tokenizer, prompts, titles, *, beams=20, budget=32_768, name
         out[i, : len(found)] = [*found]
     return out
 
-
 # ------------------------------------------------------------------------------------------------ the maths of PPO
 def whiten(x, mask):
     """Zero mean, unit variance over real tokens; padding stays 0."""
     x = (x - x[mask].mean()).masked_fill(~mask, 0)
     return x * (x[mask].square().mean() + 1e-8).rsqrt()
-
 
 def gae(rewards, values, mask, lam: float = 0.95):
     """Advantages and returns (B, R) with gamma = 1; the value after a row's last real token is 0, padding stays 0."""
@@ -355,7 +334,6 @@ def gae(rewards, values, mask, lam: float = 0.95):
         last = (delta + lam * last) * mask[:, t]
         after, advantages[:, t] = values[:, t] * mask[:, t], last
     return advantages, (advantages + values) * mask      # returns from unwhitened advantages (TRAPS 13)
-
 
 def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, tokens, clip=0.2, value_coef=0.1):
     """Clipped policy and value losses as a sum over real tokens / `tokens` (of the whole minibatch); and statistics."""
@@ -368,7 +346,6 @@ def ppo_loss(logp, old_logp, advantages, values, old_values, returns, mask, toke
     stats = {"ratio": ratio, "approx_kl": ratio - 1 - logratio, "clipfrac": (ratio - 1).abs() > clip}
     return loss, {k: ((v * mask).sum() / tokens).item() for k, v in stats.items()}
 
-
 # --------------------------------------------------------------------------------------------------------------- PPO
 @torch.no_grad()
 def look_back(model, forward, parts, mask):
@@ -379,7 +356,6 @@ def look_back(model, forward, parts, mask):
         for part in parts:
             out[k, part.rows, : part.mask.shape[1]], out[2, part.rows, : part.mask.shape[1]] = forward(part)
     return out * mask
-
 
 def learn(forward, parameters, optimizer, rollout, minibatches, rng, *, epochs, kl_stop):
     """Several epochs of clipped updates on one rollout, (old_logp, advantages, old_values, returns); one dict a step."""
@@ -404,7 +380,6 @@ def learn(forward, parameters, optimizer, rollout, minibatches, rng, *, epochs, 
             break
     return steps
 
-
 def summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, steps) -> dict:
     """A line of ppo.jsonl: means over an update's answers (kl: nats a sequence, entropy: -log p of a sampled token) and steps."""
     return {"reward": raw.mean().item(), "reward_std": raw.std().item(), "score": scores.mean().item(), "kl": kl.sum(1).mean().item(),
@@ -412,7 +387,6 @@ def summary(raw, scores, kl, old_logp, returns, old_values, mask, finished, step
             **{k: float(np.mean([s[k] for s in steps])) for k in steps[0]}, "first_ratio": steps[0]["ratio"],
             "steps": len(steps), "skipped": sum(s["skipped"] for s in steps),
             "eos_rate": finished.float().mean().item(), "length": mask.sum(1).float().mean().item()}
-
 
 def ppo(model, tokenizer, prompts, reward_fn, *, updates, batch=64, minibatch=32, micro_batch=32, epochs=2, lr=5e-4,
         value_lr=1e-2, beta=0.05, kl_target=6.0, kl_stop=0.03, no_eos_penalty=1.0, max_new=32, temperature=1.0, lam=0.95,

@@ -238,7 +238,7 @@ def test_a_catalogue_is_spelt_before_it_is_reasoned_about(monkeypatch, tmp_path)
     assert [others[0], [(name, n) for name, _, n in others[1]]] == [False, [("short prompts", 40), ("all prompts", 60)]] and demo != real
     assert [plan[0], [(name, n) for name, _, n in plan[1]]] == [True, [("spelling", 25), ("short prompts", 30), ("all prompts", 45)]] and same == plan
     prompt, answer = plan[1][0][1][4]
-    assert answer.split() == shop.phrases[5] and "- nobody yet" in prompt and D.title(shop, 5) in prompt
+    assert answer.split() == shop.phrases[5] and "- nobody yet" in prompt and shop.titles[5] in prompt
     assert [curec.resolve(curec.Settings(dataset=d)).tiny_steps for d in ("demo", "beauty")] == [1000, 4000]
 
 

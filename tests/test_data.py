@@ -412,9 +412,9 @@ def test_missing_titles_brands_and_descriptions_are_never_printed(tmp_path):
                                            "{'asin': 'B', 'title': 'nan', 'brand': None, 'categories': [['None', 'Soaps']]}"]))
     assert any(n.startswith("3 items without a title") for n in d.notes), d.notes
     for i in range(1, 4):
-        shown = data.reason_prompt(d, i, "", []) + "".join(data.title(d, j) for j in range(1, 4))
+        shown = data.reason_prompt(d, i, "", []) + "".join(d.titles[j] for j in range(1, 4))
         assert not re.search(r"none|nan\b|\[|null", shown.replace("Reason so far: none", ""), re.I), shown
-        assert data.title(d, i) and data.item_text(d.items[i])
+        assert d.titles[i] and data.item_text(d.items[i])
 
 
 def test_markup_and_control_tags_in_titles_are_dropped(tmp_path):

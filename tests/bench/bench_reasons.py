@@ -95,7 +95,7 @@ class World:
         say, rng = lambda text: D.ANSWER.format("by hand", text), np.random.default_rng(0)
         other = {i: next(int(j) for j in rng.permutation(items) if set(truth[j]) != set(truth[i])) for i in items}
         said = (lambda i: D.REASON.format(*truth[i]), lambda i: D.REASON.format(*phrases[self.data.history(shown[i][0])[-1]][:2]),
-                lambda i: D.title(self.data, i), lambda i: "people choose it for " + " and ".join(phrases[i]), lambda i: "", lambda i: D.REASON.format(*truth[other[i]]))
+                lambda i: self.data.titles[i], lambda i: "people choose it for " + " and ".join(phrases[i]), lambda i: "", lambda i: D.REASON.format(*truth[other[i]]))
         people, found = ([shown[i] for i in items], [audience[i] for i in items]), {}
         for name, way in zip(WAYS, said):
             total, parts = self.judge.rewards(items, [say(way(i)) for i in items], *people, self.period, self.s.seed)
