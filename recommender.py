@@ -204,7 +204,7 @@ def train(n_items, train_seqs, valid_items, features=None, start=None, preferenc
 def ranker(n_items, weights: dict) -> SASRec:
     """A trained model from its state dict."""
     parts = {k[6:]: v for k, v in weights.items() if k in ("align.vectors", "align.named", "align.since")}
-    model = SASRec(n_items, weights.get("features"), preferences=parts or None)
+    model = SASRec(n_items, weights.get("features"), preferences=parts or None, width=weights["item.weight"].shape[1])
     model.load_state_dict(weights)
     return model.eval()
 
@@ -224,7 +224,7 @@ def scorer(model: SASRec, device="cpu"):
 def popularity(n_items, train_seqs):
     """Scores every item by its number of train interactions."""
     counts = torch.from_numpy(np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)).float()
-    return lambda sequences, users: counts.repeat(len(sequences), 1)
+    return lambda sequences, users=None: counts.repeat(len(sequences), 1)
 
 def markov(n_items, train_seqs):
     """First-order transition counts from the last item; popularity breaks ties and fills the rest."""
@@ -233,7 +233,7 @@ def markov(n_items, train_seqs):
     pairs = torch.from_numpy(np.concatenate([np.stack([s[:-1], s[1:]]) for s in train_seqs], 1))
     follow = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]).to(fill), (n_items + 1, n_items + 1),
                                      check_invariants=True).coalesce()
-    return lambda sequences, users: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
+    return lambda sequences, users=None: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
 
 COUNTING = {"popularity": popularity, "markov": markov}            # these arms draw nothing: one seed is enough
 

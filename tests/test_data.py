@@ -403,7 +403,7 @@ def test_amazon_2014_meta_is_read_as_literals_and_never_run(tmp_path):
     assert not trap.exists()
     assert item_named(d, "A")["title"] == "Rose & Honey Soap" and item_named(d, "A")["brand"] == "L'Or"
     assert item_named(d, "A")["categories"] == ["Beauty", "Bath", "Soaps"] and item_named(d, "B")["title"] == ""
-    assert any("1 lines" in n and "skipped" in n for n in d.notes) and d.ratings[0].tolist() == [4.0] * 3
+    assert any("line 2" in n and "skipped" in n for n in d.notes) and d.ratings[0].tolist() == [4.0] * 3
 
 
 def test_missing_titles_brands_and_descriptions_are_never_printed(tmp_path):
@@ -707,3 +707,47 @@ def test_gift_cards_has_its_counts_and_ratings():
     assert (len(d.users), d.n_items, sum(map(len, d.seqs))) == (458, 148, 2_965)
     assert all(1 <= r.min() and r.max() <= 5 for r in d.ratings) and any("7 repeated" in n for n in d.notes)
     assert {task_of(p) for p, _ in samples_of(d)} >= {"reason", "rate"}
+
+
+# ----------------------------------------------------------------------------------------------- the two relatives
+@pytest.mark.parametrize("text, names", [
+    ('{"preferences": ["a", "b", "c", "d", "e"]}', list("abcde")),
+    ('Sure! {"preferences": ["a", "b", "c", "d", "<b>e</b>"]} Hope it helps.', list("abcde")),
+    ('{"preferences": ["a", "b", "c", "d"]}', []), ('{"preferences": ["a", "b", "c", "d", "e", "f"]}', []),
+    ('{"preferences": ["a", "b", "c", "d", "A"]}', []), ('{"preferences": ["a", "b", "c", "d", ""]}', []),
+    ('{"preferences": ["a", "b", "c", "d", 5]}', []), ('{"preferences": "abcde"}', []), ('{"other": 1}', []), ('["a", "b", "c", "d", "e"]', []),
+    ("", []), ("{" * 10 ** 6, []), ('{"preferences": ["a", "b", "c", "d", "e"', []), ("{__import__('os').system('true')}", [])])
+def test_preferences_are_read_or_refused_and_nothing_raises(text, names):
+    """Guards: a list cut short or padded that passes; an answer that stops the run."""
+    assert data.parse_preferences(text) == names
+
+
+def test_equal_titles_get_a_number():
+    """Guards: a title that names two items, so that one of them can never be retrieved."""
+    d = data.demo(3, 60, 40)
+    for i, t in enumerate(("Comb", "comb", "Soap", "COMB"), 1):
+        d.items[i]["title"] = t
+    assert d.titles[1:5] == ["Comb", "comb (2)", "Soap", "COMB (3)"] and len(set(map(str.lower, d.titles[1:]))) == d.n_items
+
+
+@pytest.mark.parametrize("tasks", [("mim",), ("mlm",), ("bpr",), ("next", "rank")])
+def test_recommendation_knowledge_names_no_user_and_reads_train_alone(tasks):
+    """Guards: user ids in a prompt; valid or test items that leak into what the LLM is taught."""
+    d = data.demo(3, 60, 40)
+    other = data.demo(3, 60, 40)
+    other.seqs = [np.append(s[:-2], [1, 2]) for s in other.seqs]
+    other.valid, other.test = (np.array([s[k] for s in other.seqs]) for k in (-2, -1))
+    make = lambda d: data.alignment_samples(d, 200, np.random.default_rng(0), reason_share=0.0, tasks=tasks, longest=data.LONGEST)
+    assert make(d) == make(other) and not any("user" in p + a for p, a in make(d))
+    assert data.lane_samples(d, 50, np.random.default_rng(0)) == data.lane_samples(other, 50, np.random.default_rng(0))
+
+
+def test_lane_samples_are_what_the_parser_reads_and_the_prompt_asks():
+    """Guards: a lesson in another form than its parser's; preferences that the history does not say."""
+    d = data.demo(3, 60, 40)
+    samples = data.lane_samples(d, 60, np.random.default_rng(0))
+    asked = [(p, data.parse_preferences(a)) for p, a in samples if "as JSON" in p]
+    assert len(samples) == 60 and len(asked) > 20
+    for prompt, names in asked:
+        assert names == sorted(names) and all(n in prompt.splitlines()[0] for n in names)
+    assert all("fit 1" in a or "fit 0" in a for p, a in samples if "Explain" in p)
