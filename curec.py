@@ -262,15 +262,18 @@ def prefer(s: Settings, data, model, tokenizer):
             names[k] = D.parse_preferences(text)
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
 
-def retrieval(s: Settings, data, model, tokenizer, beams=20):
-    """A score function of the adapter `knowledge`: the beams' titles in their order; every other item is at the end, a miss."""
+def know(s: Settings, data, model, tokenizer, beams=20):
+    """The LLM with its adapter `knowledge` as a recommender: a score function, the beams' titles in their order and every other item at the end,
+    a miss; and what else it knows of held-out choices."""
+    ask, budget = lambda h, *task: D.asked(data, h, *task, longest=D.LONGEST), sampling(s)["budget"]
+
     def score(sequences, users):
         rl.use(model, "knowledge")
-        prompts = [D.asked(data, h, "next", longest=D.LONGEST) for h in sequences]
-        found = rl.retrieve(model, tokenizer, prompts, data.titles[1:], beams=beams, budget=sampling(s)["budget"], name="beam search")
+        found = rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], data.titles[1:], beams=beams, budget=budget, name="beam search")
         order = torch.arange(beams, 0, -1.0).expand(len(sequences), -1)
         return torch.zeros(len(sequences), data.n_items + 1).scatter_(1, torch.from_numpy(found + 1), order)
-    return score
+    rl.use(model, "knowledge")
+    return score, recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs, budget), s.seed)
 
 # --------------------------------------------------------------------------------------------------------- the run
 def open_llm(s: Settings, path: str):
@@ -341,7 +344,7 @@ def pipeline(s: Settings):
         torch.manual_seed(s.seed)
         model.add_adapter("knowledge", model.peft_config["align"])
         taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], reason_share=0.0, longest=D.LONGEST)
-        score = retrieval(s, data, model, tokenizer)
+        score, m["knowledge"] = know(s, data, model, tokenizer)
     print("[5/5] downstream: the arms, same seeds and budget")
     downstream(s, data, encode, out["kinds"], told, score, m)
     if reasons and data.truth:

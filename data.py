@@ -68,9 +68,12 @@ class Dataset:
     @cached_property
     def titles(self):
         """Each item's title in a prompt; equal ones get a number, so that a title names one item."""
-        short = [" ".join((item.get("title") or "untitled").split()[:TITLE_WORDS]) for item in self.items]
-        seen = Counter()
-        return [t + f" ({seen[t.lower()]})" * (seen.update([t.lower()]) or seen[t.lower()] > 1) for t in short]
+        seen, out = Counter(), [""]
+        for item in self.items[1:]:
+            short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
+            seen[short.lower()] += 1
+            out.append(short if seen[short.lower()] == 1 else f"{short} ({seen[short.lower()]})")
+        return out
 
     @cached_property
     def document_frequency(self):

@@ -288,6 +288,24 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
                   "audit": audit(np.concatenate(tops), n_items, train_seqs),
                   "rank_ms_per_user": 1000 * seconds / len(known)}
 
+def knows(data, ask, likelihood, seed: int = 0, people: int = 500) -> dict:
+    """What an LLM knows of held-out choices. ask(history, task, *about) -> prompt; likelihood(list of (prompt, answer)) -> log-probabilities.
+    bpr_accuracy: the test item against one never chosen, in random order (chance .5). Where there are ratings: errors of the expected rating of
+    the test item, and of the mean train rating."""
+    rng = np.random.default_rng([seed, 79])
+    users = rng.permutation(len(data.seqs))[:people]
+    known, goal, first = [data.seqs[u][:-1] for u in users], data.test[users], rng.random(len(users)) < 0.5
+    other = [next(j for j in rng.integers(1, data.n_items + 1, 10_000) if j not in data.seqs[u]) for u in users]
+    told = [[data.titles[i] for i in ((g, o) if f else (o, g))] for g, o, f in zip(goal, other, first)]
+    answers = likelihood([(ask(h, "bpr", *pair), letter) for h, pair in zip(known, told) for letter in "AB"]).view(-1, 2)
+    out = {"bpr_accuracy": float(((answers[:, 0] > answers[:, 1]).numpy() == first).mean())}
+    if data.ratings:
+        p = likelihood([(ask(h, "rate", data.titles[g]), str(r)) for h, g in zip(known, goal) for r in range(1, 6)]).view(-1, 5).softmax(1)
+        true, mean = np.array([data.ratings[u][-1] for u in users]), np.concatenate([r[:-2] for r in data.ratings]).mean()
+        for name, error in (("", (p @ torch.arange(1.0, 6.0)).numpy() - true), ("_of_mean", mean - true)):
+            out |= {"rmse" + name: float((error ** 2).mean() ** 0.5), "mae" + name: float(np.abs(error).mean())}
+    return out
+
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
 def run_arm(arm, data, told, slices, *, seed=0, epochs=60, device="cpu", score=None):
     """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
