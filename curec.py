@@ -127,7 +127,7 @@ def open_run(s: Settings):
         if changed := [k for k, v in old.items() if k != "micro_batch" and getattr(s, k, None) != v]:
             raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {old[changed[0]]}")
     elif os.path.exists(path):
-        for old in (Path(s.out, name) for name in ("state", "align", "policy", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")):
+        for old in (Path(s.out, name) for name in ("state", "align", "policy", "knowledge", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     elif os.path.exists(state):
         raise D.DataError(f"--out {s.out}: holds a folder 'state' but no config.json, so it is no run of ours; choose another folder")

@@ -42,7 +42,7 @@ def metrics_of(cwd, name="demo"):
 
 def test_quick_run_prints_every_arm_and_the_report(finished):
     cwd, done = finished
-    assert all(f"| {arm} |" in done.stdout for arm in curec.ARMS)
+    assert all(f"| {arm} |" in done.stdout for arm in curec.METHODS["curec"])
     assert "mean nothing" in done.stdout and "Traceback" not in done.stderr
     assert str(Path("runs/demo/report.md")) in done.stdout
     report = (cwd / "runs/demo/report.md").read_text()
@@ -403,3 +403,67 @@ def test_truth_feeds_nothing(finished, tmp_path, monkeypatch):
                        {k: {n: x for n, x in v.items() if n not in truth} for k, v in m["reasons"].items()})
     assert strip(a) == strip(b)
     assert a["reasons"]["curec"]["truth_precision"] != b["reasons"]["curec"]["truth_precision"]
+
+
+# ----------------------------------------------------------------------------------------------- the two relatives
+def test_malformed_preferences_are_asked_again_five_times_and_dropped(monkeypatch):
+    """Guards: an answer that stops the run; a user asked again who had answered; a history that shows what is to be predicted."""
+    shop, asked = D.demo(0, 30, 20), []
+    good, s = '{"preferences": ["a", "b", "c", "d", "e"]}', curec.resolve(curec.Settings(method="lane"))
+
+    def answers(model, tokenizer, prompts, **how):
+        asked.append(prompts)
+        return [good if "user" in p else "{" * len(asked) for p in ("user" if len(asked) == 2 and k == 0 else "" for k in range(len(prompts)))], None
+    monkeypatch.setattr(rl, "generate", answers)
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+    told = curec.prefer(s, shop, SimpleNamespace(disable_adapter=nullcontext), None)
+    assert [len(prompts) for prompts in asked] == [60, 60, 59, 59, 59] and told["names"][0] == list("abcde") and told["names"].count([]) == 59
+    for u, seq in enumerate(shop.train):
+        half, last = told["since"][u].tolist()
+        assert (half, last) == (max(1, len(seq) // 2), max(1, len(seq) - 1))
+        assert asked[0][2 * u] == D.asked(shop, seq[:half], "prefer", longest=D.LONGEST)
+    assert asked[0] == asked[1] and "user" not in asked[0][0]
+    inputs = reward.features("lane", shop, lambda texts: torch.randn(len(texts), 12), {}, 0, told)
+    named = inputs["preferences"]["named"]
+    assert named.shape == (30, 2, 5) and named[0].tolist() == [[1, 2, 3, 4, 5]] * 2 and (named[1:] == 0).all(), "a dropped cut keeps the earlier one's"
+
+
+def test_a_users_future_changes_no_preference_and_no_earlier_score():
+    """Guards: LANE's original fault, preferences drawn from the whole train history, told to early positions."""
+    shop = D.demo(0, 30, 20)
+    told = {"names": [sorted(shop.phrases[int(s[0])]) for s in shop.train for _ in range(2)], "since": torch.tensor([[len(s) // 2, len(s) - 1] for s in shop.train])}
+    given = reward.features("lane", shop, lambda texts: torch.randn(len(texts), 12, generator=torch.Generator().manual_seed(0)), {}, 0, told)
+    model = curec.recommender.SASRec(shop.n_items, **given).eval()
+    score, seq = curec.recommender.scorer(model), shop.train[0]
+    early = score([seq[:2]], [0])
+    model.align.named[0] = model.align.named[1:].max()                       # other preferences, known only later
+    assert torch.equal(early, score([seq[:2]], [0])) and not torch.equal(early, score([seq[:-1]], [0]))
+
+
+@pytest.fixture(scope="module")
+def relatives(finished):
+    cwd, _ = finished
+    done = [run("--dataset", "demo", "--quick", *SMALL, "--method", method, "--knowledge-steps", "3", "--out", f"runs/{method}", cwd=cwd) for method in ("lane", "knowledge")]
+    assert all(d.returncode == 0 for d in done), done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    return cwd, done
+
+
+def test_relatives_run_beside_the_arms_and_stand_in_table_and_report(relatives):
+    cwd, done = relatives
+    for method, out in zip(("lane", "knowledge"), done):
+        assert all(f"| {arm} |" in out.stdout for arm in curec.METHODS[method])
+        assert f"| {method} |" in (cwd / f"runs/{method}/report.md").read_text()
+    lane, knowledge = metrics_of(cwd, "lane"), metrics_of(cwd, "knowledge")
+    assert lane["lane"]["asked"] == 400 and 0 <= lane["lane"]["dropped"] <= 400
+    assert ("lane", "text-init") in {(c["a"], c["b"]) for c in lane["comparisons"]}
+    assert 0 <= knowledge["knowledge"]["bpr_accuracy"] <= 1 and "rmse" not in knowledge["knowledge"], "the demo has no ratings"
+
+
+def test_lane_explains_with_the_trained_weights(relatives):
+    cwd, _ = relatives
+    done = run("--run", "runs/lane", "--method", "lane", "--explain", "user3", cwd=cwd)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "user3 chose:" in done.stdout and "Preferences and their weights:" in done.stdout
+    weights = [float(x) for x in re.findall(r" (\d\.\d)", done.stdout.split("Preferences and their weights:")[1].split("\n")[0])]
+    assert not weights or abs(sum(weights) - 1) < 0.3

@@ -69,7 +69,7 @@ def trained(args, arm: str, ties: str, seed: int) -> dict:
 
 
 def content(args) -> torch.Tensor:
-    return kept("features", lambda: reward.features("content", beauty(args), reward.load_encoder(args.encoder), {}, 0))
+    return kept("features", lambda: reward.features("content", beauty(args), reward.load_encoder(args.encoder), {}, 0)["features"])
 
 
 def quality(args):
@@ -121,7 +121,7 @@ def one_epoch(kind: str, data, dropout: float, steps: int = 0):
     torch.manual_seed(0)
     model, rng, losses = rec.SASRec(data.n_items, dropout=dropout), np.random.default_rng(0), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    histories, goals = rec.samples(data.train)
+    histories, goals, _ = rec.samples(data.train)
     if kind == "plain":
         histories, following = zip(*((s[:-1], s[1:]) for s in data.train if len(s) > 1))
     lengths = np.array([min(len(h), rec.MAX_LEN) for h in histories])
