@@ -134,10 +134,9 @@ def open_run(s: Settings):
 
 def describe(s: Settings, cuts) -> dict:
     """config.json: what another machine needs to know to repeat the run."""
-    git = "git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    git = shutil.which("git") and subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in ("resume", "run", "explain", "score", "item")},
-            "windows": cuts, "git_commit": commit or "unknown",
+            "windows": cuts, "git_commit": git and git.stdout.strip() or "unknown",
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
             "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
 
@@ -174,12 +173,10 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
         value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows], (cuts[0], cuts[-1]), s.seed)
         found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
         return value
-
     def save(state):
         state["log"][-1] |= found                                # of the answers judged last: this update's
         keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"]))
         keep(updates, state)
-
     def sample(rows, adapter, name):
         rl.use(model, adapter)
         return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], **sampling(s), seed=s.seed, name=name)[0], rows)
