@@ -77,11 +77,11 @@ def head_start(model, sharp: float = 5.0):
 
 def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter `align`: (PeftModel, tokenizer)."""
+    quiet()                                          # before the imports: bitsandbytes speaks at once
     from peft import LoraConfig, get_peft_model
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
-    quiet()
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     # load_in_4bit as a model argument is gone, and the config's defaults are fp4 without double quantisation (TRAPS 6)
     quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
