@@ -118,34 +118,37 @@ def stage(s: Settings, name: str, times: dict, work, title=""):
     return value
 
 def open_run(s: Settings):
-    """Makes the run folder and clears an older run out of it, or checks that the run to resume was made with the same settings."""
-    path, state = os.path.join(s.out, "config.json"), os.path.join(s.out, "state")
+    """Clears an older run out of the run folder, or checks that the run to resume was made with the same settings, and tells its commits."""
+    path = os.path.join(s.out, "config.json")
     if s.resume:
         if not os.path.exists(path):
             raise D.DataError(f"--resume: {path} does not exist; leave --resume out to start")
-        old = json.loads(Path(path).read_text())["settings"]     # another micro-batch: same method, but other groups and so other samples
-        if changed := [k for k, v in old.items() if k != "micro_batch" and getattr(s, k, None) != v]:
-            raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {old[changed[0]]}")
-    elif os.path.exists(path):
+        begun = json.loads(Path(path).read_text())               # another micro-batch: same method, but other groups and so other samples
+        if changed := [k for k, v in begun["settings"].items() if k != "micro_batch" and getattr(s, k, None) != v]:
+            raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {begun['settings'][changed[0]]}")
+        return begun["git_commit"]
+    if os.path.exists(path):
         for old in (Path(s.out, name) for name in ("state", "align", "policy", "knowledge", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    elif os.path.exists(state):
+    elif os.path.exists(os.path.join(s.out, "state")):
         raise D.DataError(f"--out {s.out}: holds a folder 'state' but no config.json, so it is no run of ours; choose another folder")
+    return ""
 
-def describe(s: Settings, cuts) -> dict:
-    """config.json: what another machine needs to know to repeat the run."""
-    git = shutil.which("git") and subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+def describe(s: Settings, cuts, begun: str) -> dict:
+    """config.json: what another machine needs to know to repeat the run. begun: commits that a resumed run was made at so far."""
+    git = "git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "unknown"
     return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in ("resume", "run", "explain", "score", "item")},
-            "windows": cuts, "git_commit": git and git.stdout.strip() or "unknown",
+            "windows": cuts, "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit or "unknown"))),
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
-            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": torch.cuda.get_device_name() if s.device.startswith("cuda") else None}}
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": torch.cuda.get_device_name() if "cuda" in s.device else None}}
 
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
 def tiny_llm(s: Settings, data) -> str:
     """Path of the tiny LLM trained from nothing on this data set's texts and prompts, a catalogue's words first; cached by what it depends on."""
     rng = np.random.default_rng([s.seed, 41])
     easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
-    spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and not data.truth]
+    spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and s.dataset != "demo"]
     names, shares = ("spelling", "short prompts", "all prompts"), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)
     lessons = [(name, part, round(share * s.tiny_steps))
                for name, part, share in zip(names, (spell, easy, samples + D.lane_samples(data, 3000, rng)), shares) if part]
@@ -260,10 +263,8 @@ def prefer(s: Settings, data, model, tokenizer):
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
 
 def know(s: Settings, data, model, tokenizer, beams=20):
-    """The LLM with its adapter `knowledge` as a recommender: a score function, the beams' titles in their order and every other item at the end,
-    a miss; and what else it knows of held-out choices."""
+    """The adapter `knowledge` as a recommender: a score function (the beams' titles in their order, all else behind, a miss), and what else it knows."""
     ask, budget = lambda h, *task: D.asked(data, h, *task, longest=D.LONGEST), sampling(s)["budget"]
-
     def score(sequences, users):
         rl.use(model, "knowledge")
         found = rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], data.titles[1:], beams=beams, budget=budget, name="beam search")
@@ -289,7 +290,7 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
     m["ppo"] = stage(s, "ppo", m["time_s"], lambda: reinforce(s, data, model, tokenizer, judge, who, cuts), "[3/5] PPO")
     rl.restore(model, s.out, "policy")
     out = stage(s, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts), "[4/5] reasons and chronological correction")
-    m["reward"], m["correction"] = {k: v for k, v in fit["report"].items() if k == "auc_heldout"}, out["correction"]
+    m["reward"], m["correction"] = fit["report"], out["correction"]
     m["reasons"] = {k: {**judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed),
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
     return out, judge
@@ -313,13 +314,12 @@ def downstream(s, data, encode, kinds, told, score, m):
 def pipeline(s: Settings):
     """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
     begin, arms = time.perf_counter(), set(s.arms.split(","))
-    data = load_data(s)
-    open_run(s)
+    data, begun = load_data(s), open_run(s)                      # in this order: data that cannot be loaded costs no older run
     m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
-    config, encode, out, reasons, log, told, score = describe(s, cuts), None, {"kinds": {}}, [], [], None, None
+    config, encode, out, reasons, log, told, score = describe(s, cuts, begun), None, {"kinds": {}}, [], [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
     if LLM_ARMS & arms or ({"text-init", "content", "oracle"} & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")

@@ -31,7 +31,7 @@ STOPWORDS = frozenset(  # the last line: sizes
     "a about above all also an and any are as at be been by can de for from has have how in into is it its la le me more most new no none not of off on one or "
     "other our out over per so than that the their them these they this to too two up use used very was we what when which who will with you your "
     "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
-stem = lambda word: word.rstrip("es")          # nail and nails, brush and brushes: one word
+stem = lambda word: re.sub(r"(?<=ss|sh|ch)es$|(?<=x)es$|(?<=[^s])s$", "", word)                   # nail and nails, brush and brushes: one word
 
 class DataError(ValueError):
     """Bad or missing input; the message says what to do."""

@@ -1,7 +1,7 @@
 """The reward model: how well a reason alone tells who will choose the item.
 
     z(x)   = P . enc(x)                              enc: frozen text encoder, whitened; P starts as the identity
-    h(e)   = mean_j z(title_j) + SASRec(z(title_1) .. z(title_t))     what the person of event e had chosen before
+    h(e)   = mean_j z(item_j) + SASRec(z(item_1) .. z(item_t))        texts of what the person of event e had chosen before
     s(e,r) = cos(h(e), z(r)) / tau                   tau is learnt; the target item is represented by its reason alone
     A(S,r) = mean_{e in S} s(e,r) - logmeanexp_{e in N} s(e,r)        N: states of 256 events of the same period, one draw
     R(r)   = (1 - l) A(shown,r) + l A(audience,r) - format penalty - ungrounded penalty
@@ -323,14 +323,14 @@ def names_new(named: list, truth: dict) -> list:
     return [bool((set(late) - set(early)) & set(n)) for n, early, late in zip(named, truth["early"], truth["late"]) if set(early) != set(late)]
 
 def driver_choice(judge: Judge, truth: list, who: list, period, seed: int) -> dict:
-    """Demo only: how often a true driver pair beats a decoy pair with these people, for items with at least two; {} if none has."""
+    """Demo only: how often a true driver pair beats a decoy pair with these people, and for how many items: at least two people each; {}: none."""
     rng, items = np.random.default_rng([seed, 31]), [i for i in range(1, len(who)) if len(who[i]) >= 2]
     if not items:
         return {}
     decoys = [rng.permutation([p for p in judge.data.phrases[i] if p not in truth[i]])[:2] for i in items]
     a, b = (judge.judge([D.REASON.format(*p) for p in pairs], [who[i][:AUDIENCE] for i in items], period, seed)
             for pairs in ([truth[i] for i in items], decoys))
-    return {"driver_choice": float(np.mean([x.mean() > y.mean() for x, y in zip(a, b)]))}
+    return {"driver_choice": float(np.mean([x.mean() > y.mean() for x, y in zip(a, b)])), "driver_items": len(items)}
 
 def tell_truth(data, judge, who, cuts, kinds, m, seed):
     """Demo only: how true the reasons are and how well the judge knows it, into m. Read after everything else; feeds nothing."""
@@ -390,11 +390,11 @@ def report(m: dict, reasons: list, log: list) -> list:
     low, high = min(r["reward"] for r in log), max(r["reward"] for r in log)
     bar = lambda x: "#" * round(1 + 40 * (x - low) / max(high - low, 1e-9))
     return ["## Reasons", reasons_table(m),
-            "Reward model: " + ", ".join(f"{k} {v:.3f}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: reward "
+            "Reward model: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: reward "
             f"{m['ppo']['reward_before']:+.3f} before, {m['ppo']['reward_after']:+.3f} after {m['ppo']['updates']} updates.",
             "PPO by update, mean reward over the reference reason:\n\n```\n" + "\n".join(
                 f"{r['update']:4d} {r['reward']:+.3f} {bar(r['reward'])}" for r in log[:: max(1, len(log) // 20)]) + "\n```",
             "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
-            "False-accept rate: the same choice and test with the sign of each judge's gains drawn at random.",
-            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by what the judges of their last window gave (without penalties)",
+            "False-accept rate: what would be accepted if every old reason were as good (the sign of each judge's gains drawn at random), not the share of mistakes.",
+            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by what the judges of their last window gave (penalties: an old reason's for malformed only)",
             "\n".join(f"- {standing(r):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]

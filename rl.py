@@ -66,7 +66,7 @@ def head_start(model, sharp: float = 5.0):
 
 def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter `align`: (PeftModel, tokenizer)."""
-    quiet()                                          # before bitsandbytes is imported, which speaks at once
+    quiet()                                          # before the imports: bitsandbytes speaks at once
     from peft import LoraConfig, get_peft_model
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast

@@ -74,7 +74,7 @@ def test_run_folder_keeps_the_contract(finished):
         assert {"hr@10", "ndcg@10", "mrr"} <= set(arm["test"]) and len(arm["test"]["mrr"]) == len(arm["seeds"])
     assert set(m["reasons"]) == {"aligned", "rl", "bestof", "curec"}
     assert {"truth_precision", "truth_recall", "new_driver", "grounded", "format_ok", "mean_tokens", "mean_reward"} == set(m["reasons"]["curec"])
-    assert {"reward_before", "reward_after", "kl", "updates"} == set(m["ppo"]) and {"auc_heldout", "driver_choice"} == set(m["reward"])
+    assert {"reward_before", "reward_after", "kl", "updates"} == set(m["ppo"]) and {"auc_heldout", "epochs", "best_epoch", "driver_choice", "driver_items"} == set(m["reward"])
     assert set(m["time_s"]) == {"load", "tiny_llm", "align", "reward", "ppo", "correct", "downstream", "total"}
     rows = [json.loads(x) for x in (folder / "reasons.jsonl").read_text().splitlines()]
     assert len(rows) == m["dataset"]["items"] and {"item", "title", "aligned", "rl", "timeline", "reason"} == set(rows[0])
@@ -98,6 +98,17 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone_and_a_new_one_clears_i
     (tmp_path / "runs/x/config.json").unlink(), (tmp_path / "runs/x/state").mkdir()
     with pytest.raises(D.DataError, match="another folder"):
         curec.open_run(s)
+
+
+def test_a_run_gone_on_with_at_another_commit_says_so(tmp_path, monkeypatch):
+    """Guards: figures half made by older code under the name of the newest commit."""
+    s, git = curec.resolve(curec.Settings(dataset="demo", out=str(tmp_path))), lambda out: lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=out + "\n")
+    for begun, now, told in (("", "aaa", "aaa"), ("aaa", "aaa", "aaa"), ("aaa", "bbb-dirty", "aaa, bbb-dirty"), ("aaa, bbb-dirty", "bbb", "aaa, bbb-dirty")):
+        monkeypatch.setattr(curec.subprocess, "run", git(now))
+        config = curec.describe(s, [1, 2], begun)
+        assert config["git_commit"] == told
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert curec.open_run(dataclasses.replace(s, resume=True)) == told
 
 
 @pytest.mark.parametrize("adapter", ["align", "policy"])
@@ -228,13 +239,16 @@ def test_bad_flags_end_with_one_line_and_status_2(args, hint, capsys, tmp_path, 
 
 
 def test_a_catalogue_is_spelt_before_it_is_reasoned_about(monkeypatch, tmp_path):
-    """Guards: spelling lessons for the demo, whose figures were measured without; lessons that do not add up to --tiny-steps; valid or test in them."""
+    """Guards: spelling lessons for the demo, whose figures were measured without, or there by whether the truth is known; lessons that do not
+    add up to --tiny-steps; valid or test in them."""
     monkeypatch.chdir(tmp_path)
     made, shop = [], D.demo(0, n_users=60, n_items=40)
     monkeypatch.setattr(rl, "train_tiny", lambda path, texts, lessons, tags, lower, **_: made.append((path, lower, lessons)))
-    for data in (shop, dataclasses.replace(shop, truth=None), dataclasses.replace(shop, truth=None, seqs=[np.append(s[:-2], [1, 2]) for s in shop.seqs])):
-        curec.tiny_llm(curec.resolve(curec.Settings(dataset=data.name, tiny_steps=100, device="cpu")), data)
-    (demo, *others), (real, *plan), (_, *same) = made
+    unknown, other = (dataclasses.replace(shop, truth=None, seqs=seqs) for seqs in (shop.seqs, [np.append(s[:-2], [1, 2]) for s in shop.seqs]))
+    for name, data in (("demo", shop), ("demo", unknown), ("things", unknown), ("things", other)):
+        curec.tiny_llm(curec.resolve(curec.Settings(dataset=name, tiny_steps=100, device="cpu")), data)
+    (demo, *others), blind, (real, *plan), (_, *same) = made
+    assert blind == (demo, *others), "whether the truth is known must not matter to what the LLM is taught"
     assert [others[0], [(name, n) for name, _, n in others[1]]] == [False, [("short prompts", 40), ("all prompts", 60)]] and demo != real
     assert [plan[0], [(name, n) for name, _, n in plan[1]]] == [True, [("spelling", 25), ("short prompts", 30), ("all prompts", 45)]] and same == plan
     prompt, answer = plan[1][0][1][4]

@@ -390,6 +390,10 @@ def test_phrases_name_a_word_once(world):
     titles = ["Nail Brush, Nails and Brushes 3 pcs de luxe"] * data.MIN_ITEMS
     d = replace(world, items=[{}, *({**item, "title": t} for item, t in zip(world.items[1:], titles)), *world.items[1 + len(titles):]])
     assert d.phrases[1] == ["nails", "brushes", "luxe"]
+    for same in (("nail", "nails"), ("brush", "brushes"), ("box", "boxes"), ("glass", "glasses"), ("base", "bases"), ("eye", "eyes")):
+        assert data.stem(same[0]) == data.stem(same[1]), same
+    for other in (("bar", "bare"), ("car", "care"), ("tub", "tube"), ("bass", "base"), ("see", "s"), ("clean", "cleanse")):
+        assert data.stem(other[0]) != data.stem(other[1]), other
 
 
 # --------------------------------------------------------------------------------------------------- Amazon files

@@ -204,6 +204,9 @@ def test_the_line_about_kernels_is_silent(tiny, caplog):
     rl.load(tiny)
     logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load: please pip install kernels")
     assert not caplog.records
+    code = "import sys, rl; rl.load(sys.argv[1])"       # speaks, where it does, when it is first imported
+    assert "kernels" not in subprocess.run([sys.executable, "-c", code, tiny], capture_output=True, text=True, check=True,
+                                        cwd=pathlib.Path(rl.__file__).parent).stderr
 
 
 @pytest.mark.parametrize("empty", [False, True])

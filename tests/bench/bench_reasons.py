@@ -2,8 +2,9 @@
 
     python tests/bench/bench_reasons.py worlds     the whole demo with --seed 0 .. 4: judge, truth, ranking, correction, hacking
     python tests/bench/bench_reasons.py windows    1, 2, 4 and 8 windows with each world's policy and judge
-    python tests/bench/bench_reasons.py think      alignment, PPO and reasons again without <think>, same seeds and steps
+    python tests/bench/bench_reasons.py think      everything again without <think>, from the tiny LLM on: same seeds and steps
     python tests/bench/bench_reasons.py reader     the arm `rl` if its LLM read the prompt perfectly: counted instead of written
+    python tests/bench/bench_reasons.py accepts    how many corrections made a reason truer, of those accepted and of those rejected
 
 Results go to bench_reasons.json beside this file; those of worlds also without world 0, on which choices were made. Resumable:
 what lies in runs/bench/reasons is not repeated. Delete that folder after a change of code. The others need the runs of worlds.
@@ -49,11 +50,16 @@ def save(part: str, value, runs):
     """Into the JSON, with the commits that the runs were made at."""
     known = json.loads(OUT.read_text()) if OUT.exists() else {}
     commits = sorted({json.loads((out / "config.json").read_text())["git_commit"] for out in runs})
-    known[part] = {"command": f"python tests/bench/bench_reasons.py {part}", "commits": commits, "torch": torch.__version__, "cpus": os.cpu_count(),
+    known[part] = {"command": f"python tests/bench/bench_reasons.py {part}", "commits": commits, "judge": [judge_epoch(out) for out in runs], "torch": torch.__version__, "cpus": os.cpu_count(),
                    "machine": platform.machine(), "results": value}
     OUT.with_suffix(".part").write_text(json.dumps(known, indent=1) + "\n")
     os.replace(OUT.with_suffix(".part"), OUT)
     print(json.dumps(value, indent=1))
+
+
+def judge_epoch(out: pathlib.Path) -> int:
+    """The epoch of a run's reward model; 0: the untrained one won on held-out people and items."""
+    return torch.load(out / "state/reward.pt", weights_only=True)["value"]["report"]["best_epoch"]
 
 
 def over_worlds(values) -> dict:
@@ -202,9 +208,26 @@ def reader(args):
                     "recovered": minus("content")["delta"] / float(np.concatenate(room).mean())}, runs)
 
 
+def accepts(args):
+    """Corrections of a reason that had been accepted in an earlier window: do more of its words name drivers at the end of the window than before?"""
+    found, runs = {"accepted": [], "rejected": []}, [run(f"world-{seed}", seed) for seed in args.worlds]
+    for out in runs:
+        config = json.loads((out / "config.json").read_text())
+        truth = D.demo(config["settings"]["seed"]).truth
+        for i, line in enumerate((out / "reasons.jsonl").read_text().splitlines(), 1):
+            standing = ""
+            for t in json.loads(line)["timeline"]:
+                drivers = truth["early" if t["window_end"] <= truth["since"][i] else "late"][i]
+                hits = lambda reason: len({*drivers} & {*D.words(reason)})
+                if standing:
+                    found["accepted" if t["accepted"] else "rejected"].append(hits(t["proposal"]) - hits(standing))
+                standing = t["proposal"] if t["accepted"] else standing
+    save("accepts", {k: {"truer": sum(x > 0 for x in v), "equal": v.count(0), "worse": sum(x < 0 for x in v)} for k, v in found.items()}, runs)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("worlds", "windows", "think", "reader"))
+    parser.add_argument("part", choices=("worlds", "windows", "think", "reader", "accepts"))
     parser.add_argument("--worlds", type=int, nargs="+", default=list(WORLDS), help="seeds of the demo worlds")
     args = parser.parse_args()
     RUNS.mkdir(parents=True, exist_ok=True)
