@@ -263,15 +263,14 @@ def prefer(s: Settings, data, model, tokenizer):
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
 
 def know(s: Settings, data, model, tokenizer, beams=20):
-    """The adapter `knowledge` as a recommender: a score function (the beams' titles in their order, all else behind, a miss), and what else it knows."""
-    ask, budget = lambda h, *task: D.asked(data, h, *task, longest=D.LONGEST), sampling(s)["budget"]
+    """The adapter `knowledge` as a recommender: a score function (the beams' titles in their order, all else behind, a miss); what else it knows, when asked."""
+    ask, budget, paths = lambda h, *task: D.asked(data, h, *task, longest=D.LONGEST), sampling(s)["budget"], rl.title_trie(tokenizer, data.titles[1:])
     def score(sequences, users):
         rl.use(model, "knowledge")
-        found = rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], data.titles[1:], beams=beams, budget=budget, name="beam search")
+        found = rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], *paths, beams=beams, budget=budget, name="beam search")
         order = torch.arange(beams, 0, -1.0).expand(len(sequences), -1)
         return torch.zeros(len(sequences), data.n_items + 1).scatter_(1, torch.from_numpy(found + 1), order)
-    rl.use(model, "knowledge")
-    return score, recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs, budget), s.seed)
+    return score, lambda: rl.use(model, "knowledge") or recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs, budget), s.seed)
 
 # --------------------------------------------------------------------------------------------------------- the run
 def open_llm(s: Settings, path: str):
@@ -341,7 +340,8 @@ def pipeline(s: Settings):
         torch.manual_seed(s.seed)
         model.add_adapter("knowledge", model.peft_config["align"])
         taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], reason_share=0.0, longest=D.LONGEST)
-        score, m["knowledge"] = know(s, data, model, tokenizer)
+        score, knows = know(s, data, model, tokenizer)
+        m["knowledge"] = stage(s, "knows", m["time_s"], knows)
     print("[5/5] downstream: the arms, same seeds and budget")
     downstream(s, data, encode, out["kinds"], told, score, m)
     if reasons and data.truth:
@@ -373,7 +373,7 @@ def look(s: Settings):
         if lane:
             prompt, (model, tokenizer, _) = reward.lane_question(data, kept["model"], load("prefer.pt"), at), open_llm(old, config["llm_path"])
             with model.disable_adapter():
-                print("\n" + prompt, *rl.generate(model, tokenizer, [prompt], **sampling(old) | {"max_new": 8 * old.max_new}, seed=s.seed)[0], sep="\n\n")
+                print("\n" + prompt, *rl.generate(model, tokenizer, [prompt], **sampling(old) | {"max_new": 8 * old.max_new}, seed=old.seed)[0], sep="\n\n")
         return
     judge = reward.Judge(data, reward.load_encoder(old.encoder, old.device) if old.encoder else open_llm(old, config["llm_path"])[2])
     judge.remember(kept["weights"])

@@ -70,9 +70,12 @@ class Dataset:
         """Each item's title in a prompt; equal ones get a number, so that a title names one item."""
         seen, out = Counter(), [""]
         for item in self.items[1:]:
-            short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
-            seen[short.lower()] += 1
-            out.append(short if seen[short.lower()] == 1 else f"{short} ({seen[short.lower()]})")
+            name = short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
+            while seen[name.lower()]:
+                seen[short.lower()] += 1
+                name = f"{short} ({seen[short.lower()]})"
+            seen[name.lower()] += 1
+            out.append(name)
         return out
 
     @cached_property
@@ -206,7 +209,7 @@ def from_rows(name, rows, records, notes) -> Dataset:
     items = [{}] + [record(x, records.get(x, {})) for x in ids]
     notes += [f"{n} items without a title" for n in [sum(not item["title"] for item in items[1:])] if n]
     take = lambda column, as_=lambda x: x: [np.array([as_(r[column]) for r in by_user[u]]) for u in users]
-    rated = all(r[3] is not None for mine in by_user.values() for r in mine)
+    rated = all(r[3] in (1, 2, 3, 4, 5) for mine in by_user.values() for r in mine)
     return Dataset(name, items, users, take(1, number.get), take(2), take(3) if rated else None, notes=notes)
 
 def clean(value) -> str:
@@ -264,15 +267,15 @@ def read_amazon(category: str, data_dir: str):
         download(category, wanted, data_dir)
     rows, notes = interactions(reviews, (parse_line(line) for _, line in lines(reviews)), "reviewerID", "asin", "unixReviewTime", "overall",
                                "is it the 5-core review file?")
-    records, needed, asin = {}, {r[1] for r in rows}, re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
-    for n, line in lines(meta):
+    records, bad, needed, asin = {}, 0, {r[1] for r in rows}, re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
+    for _, line in lines(meta):
         named = asin.search(line)                  # cheap test first: the full meta files have ten times the items
         if named and named[1] in needed and named[1] not in records:
-            if (r := parse_line(line)) is None:
-                notes.append(f"{os.path.basename(meta)} line {n}: cannot be read, skipped")
-            else:
+            r = parse_line(line)
+            bad += r is None
+            if r is not None:
                 records[named[1]] = {k: r.get(k) for k in ("title", "brand", "description", "categories", "category")}
-    return rows, records, notes
+    return rows, records, notes + [f"{bad} lines of {os.path.basename(meta)} that cannot be read: skipped"] * (bad > 0)
 
 def read_folder(folder: str):
     """Your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
@@ -441,8 +444,8 @@ def lane_samples(data: Dataset, n: int, rng) -> list:
             continue
         about, answer = (), json.dumps({"preferences": names})
         if task == "explain":
-            weights, fits = rng.dirichlet(np.full(PREFERENCES, 3.0)), [w in data.phrases[item] for w in names]
-            about = ", ".join(f"{w} {x:.1f}" for w, x in zip(names, weights)), item_text(data.items[item])
+            weights, fits = rng.dirichlet(np.full(PREFERENCES, 3.0)).round(2), [w in data.phrases[item] for w in names]
+            about = ", ".join(f"{w} {x:.2f}" for w, x in zip(names, weights)), item_text(data.items[item])
             shown = [next(data.titles[i] for i in past[::-1] if w in data.phrases[i]) for w in names]
             steps = [f"{w} in {t} , fit {fit:d} , {'low' if not fit else 'medium' if x < 0.2 else 'high'}" for w, t, fit, x in zip(names, shown, fits, weights)]
             answer = " ; ".join(steps) + " ; it has " + " and ".join([w for w, fit in zip(names, fits) if fit] or ["something new"])

@@ -372,7 +372,7 @@ def lane_question(data, weights, told, user: int) -> str:
     model, history, items, _ = top(data, weights, user)
     state, asked = model.states(pad([history]), model.table()), model.align.asked([user], [len(history)])
     names = told["names"][2 * user + 1] or told["names"][2 * user] or ["nothing known"]
-    weighted = ", ".join(f"{n} {w:.1f}" for n, w in zip(names, model.align(state, asked)[1][0].tolist()))
+    weighted = ", ".join(f"{n} {w:.2f}" for n, w in zip(names, model.align(state, asked)[1][0].tolist()))
     return D.asked(data, history, "explain", weighted, D.item_text(data.items[items[0]]), longest=D.LONGEST)
 
 def reasons_table(m: dict) -> str:

@@ -296,22 +296,29 @@ def answer_ids(tokenizer, answer: str) -> list:
     return tokenizer(" " + answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 @torch.no_grad()
-def likelihood(model, tokenizer, samples, budget=32_768, temperature=1.0) -> torch.Tensor:
+def likelihood(model, tokenizer, samples, budget=32_768) -> torch.Tensor:
     """log p(answer | prompt) of (prompt, answer) pairs with the active adapter, (len(samples),) on CPU."""
     prompts, answers = [prompt_ids(tokenizer, p) for p, _ in samples], [answer_ids(tokenizer, a) for _, a in samples]
     out = torch.empty(len(samples))
     for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], budget):
         for part in micro_batches(group, prompts, answers, tokenizer.pad_token_id, next(model.parameters()).device, len(group)):
-            out[part.rows.cpu()] = (token_logps(model, part, temperature)[0] * part.mask).sum(1).cpu()
+            out[part.rows.cpu()] = (token_logps(model, part)[0] * part.mask).sum(1).cpu()
     return out
 
-def retrieve(model, tokenizer, prompts, titles, *, beams=20, budget=32_768, name=None) -> np.ndarray:
-    """The likeliest of the titles by beam search over their token trie: numbers in titles, best first, (len(prompts), beams); -1: none left.
-    No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood."""
-    paths, trie, out = {tuple(answer_ids(tokenizer, t)): k for k, t in enumerate(titles)}, {}, np.full((len(prompts), beams), -1)
+def title_trie(tokenizer, titles):
+    """({token ids of a title with its end: its number}, {ids so far: ids that may follow}). A title that reads like another is refused."""
+    paths, trie = {tuple(answer_ids(tokenizer, t)): k for k, t in enumerate(titles)}, {}
+    if len(paths) < len(titles):
+        raise ValueError("two titles are the same tokens: one of them could never be retrieved")
     for path in paths:
         for k, token in enumerate(path):
             trie.setdefault(path[:k], set()).add(token)
+    return paths, trie
+
+def retrieve(model, tokenizer, prompts, paths, trie, *, beams=20, budget=32_768, name=None) -> np.ndarray:
+    """The likeliest titles of a title_trie by beam search: their numbers, best first, (len(prompts), beams); -1: none left.
+    No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood."""
+    out = np.full((len(prompts), beams), -1)
     # a beam that has left the trie has probability 0, but must name some token
     choices = lambda seen: [*trie.get(seen, [tokenizer.eos_token_id])]
     for i, answers in answered(model, tokenizer, prompts, budget=budget, name=name, beams=beams, max_new=max(map(len, paths)), choices=choices,

@@ -479,5 +479,5 @@ def test_lane_explains_with_the_trained_weights(relatives):
     done = run("--run", "runs/lane", "--method", "lane", "--explain", "user3", cwd=cwd)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "user3 chose:" in done.stdout and "Preferences and their weights:" in done.stdout
-    weights = [float(x) for x in re.findall(r" (\d\.\d)", done.stdout.split("Preferences and their weights:")[1].split("\n")[0])]
+    weights = [float(x) for x in re.findall(r" (\d\.\d\d)", done.stdout.split("Preferences and their weights:")[1].split("\n")[0])]
     assert not weights or abs(sum(weights) - 1) < 0.3

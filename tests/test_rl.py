@@ -1060,10 +1060,22 @@ def test_beam_search_finds_the_titles_that_brute_force_finds(shared, beams):
     """Guards: scores averaged over a title's length, a title cut off at its longest prefix, prompts padded on the wrong side."""
     model, tokenizer = shared
     rl.use(model, "align")
-    found = rl.retrieve(model, tokenizer, PROMPTS[:6], TITLES, beams=beams)
+    found = rl.retrieve(model, tokenizer, PROMPTS[:6], *rl.title_trie(tokenizer, TITLES), beams=beams)
     scores = rl.likelihood(model, tokenizer, [(p, t) for p in PROMPTS[:6] for t in TITLES]).view(6, -1)
     want = scores.argsort(1, descending=True)[:, :beams].numpy()
     if beams < len(TITLES):           # a beam as wide as the catalogue misses nothing; a narrow one may
         assert (found[:, 0] == want[:, 0]).mean() > 0.8 and (found >= 0).all()
     else:
         assert (found[:, :len(TITLES)] == want).all() and (found[:, len(TITLES):] == -1).all()
+
+
+def test_the_trie_admits_exactly_the_catalogue(tiny):
+    """Guards: a prefix that passes for a title, a title that another hides, an end that may come anywhere."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny)
+    paths, trie = rl.title_trie(tokenizer, TITLES)
+
+    def walk(seen=()):
+        return [p for token in trie[seen] for p in ([seen + (token,)] if token == tokenizer.eos_token_id else walk(seen + (token,)))]
+    assert sorted(walk()) == sorted(paths) and sorted(paths.values()) == list(range(len(TITLES)))
+    with pytest.raises(ValueError, match="never be retrieved"):
+        rl.title_trie(tokenizer, ["red", "red"])

@@ -36,7 +36,7 @@ def measured(s, data, path, name: str, tasks) -> dict:
     def work():
         score, knows = C.know(s, data, model, tokenizer)
         known = [np.append(h, v) for h, v in zip(data.train, data.valid)]
-        return {"ranks": torch.from_numpy(rec.ranks(score, known, data.test)), "knows": knows}
+        return {"ranks": torch.from_numpy(rec.ranks(score, known, data.test)), "knows": knows()}
     return C.stage(s, "measured", {}, work)
 
 
