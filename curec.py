@@ -137,9 +137,9 @@ def open_run(s: Settings):
 def describe(s: Settings, cuts, begun: str) -> dict:
     """config.json: what another machine needs to know to repeat the run. begun: commits that a resumed run was made at so far."""
     git = "git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "unknown"
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in ("resume", "run", "explain", "score", "item")},
-            "windows": cuts, "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit or "unknown"))),
+            "windows": cuts, "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit))),
             "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
             "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": torch.cuda.get_device_name() if "cuda" in s.device else None}}
 

@@ -396,5 +396,5 @@ def report(m: dict, reasons: list, log: list) -> list:
                 f"{r['update']:4d} {r['reward']:+.3f} {bar(r['reward'])}" for r in log[:: max(1, len(log) // 20)]) + "\n```",
             "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
             "False-accept rate: what would be accepted if every old reason were as good (the sign of each judge's gains drawn at random), not the share of mistakes.",
-            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by what the judges of their last window gave (penalties: an old reason's for malformed only)",
+            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by what the judges of their last window gave (without penalties, but for a standing reason that is malformed)",
             "\n".join(f"- {standing(r):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]

@@ -103,7 +103,8 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone_and_a_new_one_clears_i
 def test_a_run_gone_on_with_at_another_commit_says_so(tmp_path, monkeypatch):
     """Guards: figures half made by older code under the name of the newest commit."""
     s, git = curec.resolve(curec.Settings(dataset="demo", out=str(tmp_path))), lambda out: lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout=out + "\n")
-    for begun, now, told in (("", "aaa", "aaa"), ("aaa", "aaa", "aaa"), ("aaa", "bbb-dirty", "aaa, bbb-dirty"), ("aaa, bbb-dirty", "bbb", "aaa, bbb-dirty")):
+    for begun, now, told in (("", "aaa", "aaa"), ("aaa", "aaa", "aaa"), ("aaa", "bbb-dirty", "aaa, bbb-dirty"), ("aaa, bbb-dirty", "bbb", "aaa, bbb-dirty"),
+                             ("", "", "unknown"), ("aaa", "", "aaa, unknown")):                   # no repository: git says nothing
         monkeypatch.setattr(curec.subprocess, "run", git(now))
         config = curec.describe(s, [1, 2], begun)
         assert config["git_commit"] == told
