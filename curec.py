@@ -20,9 +20,9 @@ import recommender, reward, rl
 from recommender import ARMS
 
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
-LLM_ARMS = REASON_ARMS | {"lane", "knowledge"}                        # these ask the LLM; text-init, content and oracle need text vectors only
-METHODS = {"curec": [a for a in ARMS if a not in ("text-init", "lane", "knowledge")], "lane": ["id", "text-init", "lane"],
-           "knowledge": ["popularity", "markov", "id", "knowledge"]}
+LLM_ARMS = REASON_ARMS | {"lane", "lane-placebo", "knowledge"}                        # these ask the LLM; text-init, content and oracle need text vectors only
+METHODS = {"lane": ["id", "text-init", "lane-placebo", "lane"], "knowledge": ["popularity", "markov", "id", "knowledge"]}
+METHODS["curec"] = [a for a in ARMS if a not in ("text-init", "lane-placebo", "lane", "knowledge")]
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
 opt = lambda default, group, text, choices=None: field(default=default, metadata={"group": group, "help": text, "choices": choices})
 
@@ -63,7 +63,7 @@ class Settings:
     item: str = opt("", "look at a finished run", "ID of the item that --score is about")
 
 load_data = lambda s: D.load(s.dataset, s.data_dir, small=s.quick, **{k: getattr(s, k) for k in "seed ties k_core limit_items limit_users".split()})
-QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "seeds": 1, "epochs": 3}
+QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "knowledge_steps": 12, "seeds": 1, "epochs": 3}
 sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}   # padded tokens a pass
 
 def parse_args(argv=None):
@@ -157,12 +157,12 @@ def tiny_llm(s: Settings, data) -> str:
         rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device)
     return path
 
-def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times: dict, **mixture):
-    """Supervised training of an adapter on data.alignment_samples, kept in the run folder."""
+def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times: dict, lr: float, **mixture):
+    """Supervised training of an adapter on data.alignment_samples (mixture: its arguments), kept in the run folder."""
     def work():
         rl.use(model, adapter, trainable=True)
-        samples = D.alignment_samples(data, 8000, np.random.default_rng([s.seed, 59]), **mixture)
-        rl.supervise(model, tokenizer, samples, steps=steps, batch=32, micro_batch=s.micro_batch, lr=1e-3 if s.llm == "tiny" else 2e-4, seed=s.seed, name=adapter)
+        samples = D.alignment_samples(data, 32 * steps, np.random.default_rng([s.seed, 59]), **mixture)
+        rl.supervise(model, tokenizer, samples, steps=steps, batch=32, micro_batch=s.micro_batch, lr=lr, seed=s.seed, name=adapter)
         rl.save_adapter(model, s.out, adapter)
     stage(s, adapter, times, work)
     rl.restore(model, s.out, adapter)
@@ -251,26 +251,31 @@ def prefer(s: Settings, data, model, tokenizer):
     """LANE: what the untuned LLM says each user prefers, at two cuts of the train history. {"names": two lists a user, [] where five answers
     in a row were malformed; "since": (users, 2) lengths of the histories it saw}."""
     since = [max(1, n) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
-    prompts = [D.asked(data, data.train[k // 2][:n], "prefer", longest=D.LONGEST) for k, n in enumerate(since)]
+    prompts = [D.question(data, data.train[k // 2][:n], "prefer", longest=D.LONGEST) for k, n in enumerate(since)]
     names, how = [[]] * len(prompts), sampling(s) | {"max_new": max(64, s.max_new)}
     for attempt in range(1, 6):
-        if not (todo := [k for k, told in enumerate(names) if not told]):
-            break
-        with model.disable_adapter():
-            texts = rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt, name=f"preferences, attempt {attempt}")[0]
-        for k, text in zip(todo, texts):
-            names[k] = D.parse_preferences(text)
+        if todo := [k for k, named in enumerate(names) if not named]:
+            with model.disable_adapter():
+                texts = rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt, name=f"preferences, attempt {attempt}")[0]
+            for k, text in zip(todo, texts):
+                names[k] = D.parse_preferences(text)
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
 
-def know(s: Settings, data, model, tokenizer, beams=20):
-    """The adapter `knowledge` as a recommender: a score function (the beams' titles in their order, all else behind, a miss); what else it knows, when asked."""
-    ask, budget, paths = lambda h, *task: D.asked(data, h, *task, longest=D.LONGEST), sampling(s)["budget"], rl.title_trie(tokenizer, data.titles[1:])
+def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
+    """Trains the adapter `knowledge` (half of its samples ask what comes next, the others are of these tasks) and fills m["knowledge"].
+    Returns a score function for recommender.ranks: the titles that beam search finds, in their order; all others are a miss."""
+    torch.manual_seed(s.seed)
+    model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))           # it is to know the titles by heart
+    taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], lr=3e-3 if s.llm == "tiny" else 2e-4,
+           reason_share=0.0, tasks=tasks, next_share=0.5, longest=D.LONGEST, ahead=4)
+    rl.use(model, "knowledge")
+    ask, paths = lambda h, *task: D.question(data, h, *task, longest=D.LONGEST), rl.title_trie(tokenizer, data.titles[1:])
+
     def score(sequences, users):
-        rl.use(model, "knowledge")
-        found = rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], *paths, beams=beams, budget=budget, name="beam search")
-        order = torch.arange(beams, 0, -1.0).expand(len(sequences), -1)
-        return torch.zeros(len(sequences), data.n_items + 1).scatter_(1, torch.from_numpy(found + 1), order)
-    return score, lambda: rl.use(model, "knowledge") or recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs, budget), s.seed)
+        found = 1 + rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], *paths, beams=beams, budget=sampling(s)["budget"], name="beam search")
+        return torch.full((len(found), data.n_items + 1), recommender.MISS).scatter_(1, found, torch.arange(beams, 0, -1.0).expand(found.shape))
+    m["knowledge"] = stage(s, "knows", m["time_s"], lambda: recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs, 4 * s.micro_batch), s.seed))
+    return score
 
 # --------------------------------------------------------------------------------------------------------- the run
 def open_llm(s: Settings, path: str):
@@ -281,7 +286,7 @@ def open_llm(s: Settings, path: str):
 
 def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
-    taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], reason_share=0.8, follow=0.0)
+    taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], lr=1e-3 if s.llm == "tiny" else 2e-4, reason_share=0.8, follow=0.0)
     judge = reward.Judge(data, encode)
     fit = stage(s, "reward", m["time_s"], lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()}, "[2/5] reward model")
     judge.remember(fit["weights"])
@@ -294,12 +299,12 @@ def learn(s, data, model, tokenizer, encode, who, cuts, m):
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
     return out, judge
 
-def downstream(s, data, encode, kinds, told, score, m):
-    """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. told: LANE's preferences; score: the arm knowledge's."""
+def downstream(s, data, encode, kinds, preferences, score, m):
+    """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. preferences: LANE's; score: the arm knowledge's."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
         jobs = {arm: [pool.submit(recommender.run_arm, arm, data, given, slices, seed=s.seed + k, epochs=s.epochs, device=s.device)
-                      for given in [reward.features(arm, data, encode, kinds, s.seed, told)] for k in range(1 if arm in recommender.COUNTING else s.seeds)]
+                      for given in [reward.features(arm, data, encode, kinds, s.seed, preferences)] for k in range(1 if arm in recommender.COUNTING else s.seeds)]
                 for arm in arms if arm != "knowledge" and not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
@@ -318,7 +323,7 @@ def pipeline(s: Settings):
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
-    config, encode, out, reasons, log, told, score = describe(s, cuts, begun), None, {"kinds": {}}, [], [], None, None
+    config, encode, out, reasons, log, preferences, score = describe(s, cuts, begun), None, {"kinds": {}}, [], [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
     if LLM_ARMS & arms or ({"text-init", "content", "oracle"} & arms and not s.encoder):
         print("[1/5] LLM: base and supervised alignment")
@@ -333,25 +338,21 @@ def pipeline(s: Settings):
                     "timeline": out["timelines"][i], "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
         keep(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
         log = [json.loads(line) for _, line in D.lines(os.path.join(s.out, "ppo.jsonl"))]
-    if "lane" in arms:
-        told = stage(s, "prefer", m["time_s"], lambda: prefer(s, data, model, tokenizer), "LANE: preferences of every user")
-        m["lane"] = {"asked": len(told["names"]), "dropped": told["names"].count([])}
+    if {"lane", "lane-placebo"} & arms:
+        preferences = stage(s, "prefer", m["time_s"], lambda: prefer(s, data, model, tokenizer), "LANE: preferences of every user")
+        m["lane"] = {"asked": len(preferences["names"]), "dropped": preferences["names"].count([])}
     if "knowledge" in arms:
-        torch.manual_seed(s.seed)
-        model.add_adapter("knowledge", model.peft_config["align"])
-        taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], reason_share=0.0, longest=D.LONGEST)
-        score, knows = know(s, data, model, tokenizer)
-        m["knowledge"] = stage(s, "knows", m["time_s"], knows)
+        score = know(s, data, model, tokenizer, m)
     print("[5/5] downstream: the arms, same seeds and budget")
-    downstream(s, data, encode, out["kinds"], told, score, m)
+    downstream(s, data, encode, out["kinds"], preferences, score, m)
     if reasons and data.truth:
         reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
     m["time_s"]["total"] = sum(m["time_s"].values())
     m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024} | ({"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if "cuda" in s.device else {})
     keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
-    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes, *["**Quick run: these figures mean nothing.**"] * s.quick]
-    report = recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])
-    keep(os.path.join(s.out, "report.md"), "\n\n".join(report) + "\n")
+    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes, *["**Quick run: these figures mean nothing.**"] * s.quick,
+             *[f"{k}: " + ", ".join(f"{name} {x:.4g}" for name, x in m[k].items()) for k in ("lane", "knowledge") if k in m]]
+    keep(os.path.join(s.out, "report.md"), "\n\n".join(recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])) + "\n")
     print("", recommender.arms_table(m["arms"]), *([recommender.recovered(m)] if "headroom" in m else []), *([reward.reasons_table(m)] if reasons else []),
           *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
 
@@ -362,8 +363,7 @@ def look(s: Settings):
     if missing := [f for f in (os.path.join(s.run, x) for x in ("config.json", *("state/" + f for f in needed))) if not os.path.exists(f)]:
         raise D.DataError(f"--run {s.run}: {missing[0]} is missing; it needs a finished run with the arm {arm}")
     config = json.loads(Path(s.run, "config.json").read_text())
-    old, kept = Settings(**config["settings"]), load(needed[0])
-    data = load_data(old)
+    data, kept = load_data(old := Settings(**config["settings"])), load(needed[0])
     known, name = (data.users, s.explain) if s.explain else ([item["id"] for item in data.items[1:]], s.item)
     if name not in known:
         raise D.DataError(f"{'--explain' if s.explain else '--item'} {name}: not in the data; some there are: {', '.join(known[:5])}")

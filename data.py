@@ -141,8 +141,7 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
             utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             chosen.append(int(np.where(open_items, utility, -np.inf).argmax()))
             open_items[chosen[-1]] = False
-        seqs.append(np.array(chosen) + 1)
-        times.append(when + 1_400_000_000)
+        seqs.append(np.array(chosen) + 1), times.append(when + 1_400_000_000)
     items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s), "categories": [],
                      "brand": BRANDS[rng.integers(len(BRANDS))], "description": ""} for i, s in enumerate(said)]
     names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
@@ -188,10 +187,9 @@ def core(rows: list, k: int) -> list:
     """The k-core: every user and every item left has at least k interactions."""
     while k > 1:
         users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
-        kept = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k]
-        if len(kept) == len(rows):
+        rows, before = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k], len(rows)
+        if len(rows) == before:
             break
-        rows = kept
     return rows
 
 def from_rows(name, rows, records, notes) -> Dataset:
@@ -280,20 +278,18 @@ def read_amazon(category: str, data_dir: str):
 def read_folder(folder: str):
     """Your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
     path, catalogue = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
-    for name in (path, catalogue):
-        if not os.path.exists(name):
-            raise DataError(f"{name} is missing; a folder needs interactions.csv (user,item,timestamp[,rating]) "
-                            "and items.jsonl (id,title[,brand,categories,description])")
+    if missing := [name for name in (path, catalogue) if not os.path.exists(name)]:
+        raise DataError(f"{missing[0]} is missing; a folder needs interactions.csv (user,item,timestamp[,rating]) "
+                        "and items.jsonl (id,title[,brand,categories,description])")
     reader = csv.DictReader(line.replace("\0", "") for _, line in lines(path))
     if not {"user", "item", "timestamp"} <= set(reader.fieldnames or ()):
         raise DataError(f"{path}: the first line must name the columns user,item,timestamp[,rating]")
     rows, notes = interactions(path, reader, "user", "item", "timestamp", "rating", "it must be a number, seconds since 1970")
     records = {}
     for n, line in lines(catalogue):
-        r = parse_line(line) if line.strip() else {}
-        if r is None or (r and "id" not in r):
-            raise DataError(f"{catalogue} line {n}: not a JSON object with an id; mend or remove the line")
-        if r:
+        if line.strip():
+            if "id" not in (r := parse_line(line) or {}):
+                raise DataError(f"{catalogue} line {n}: not a JSON object with an id; mend or remove the line")
             records[str(r["id"])] = r
     return rows, records, notes
 
@@ -328,8 +324,8 @@ ANSWER_PATTERN = re.compile(r"\s*<think>([^<>]{0,2000})</think>\s*<reason>([^<>]
 REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 PROMPT = "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\nWhy do people choose it?"
 TAGS = ("<think>", "</think>", "<reason>", "</reason>")
-TASKS = {"mim": "Which item is blank?", "mlm": "Which word is blank?", "bpr": "Which is preferred, A: {} or B: {}?", "next": "What comes next?",
-         "rank": "Rank these: {}", "rate": "Which rating from 1 to 5 for {}?"}           # recommendation knowledge, after arXiv 2404.00245
+TASKS = {"mim": "Which item is blank?", "mlm": "Which word is blank?", "bpr": "Which is preferred: {}?", "next": "What comes next?",
+         "rank": "Which of these comes next: {}?", "rate": "Which rating from 1 to 5 for {}?"}           # recommendation knowledge, after arXiv 2404.00245
 LANE = {"prefer": f"You know what people look for. Name {PREFERENCES} different preferences, names only, that explain best what this person chooses next, as JSON: "
                   '{{"preferences": ["...", "..."]}}',                                    # after arXiv 2407.02833
         "explain": "Preferences and their weights: {}\nItem: {}\nExplain step by step: which choices show each preference; how well, 0 to 1, the item fits it; "
@@ -384,44 +380,43 @@ def choosers(data: Dataset) -> list:
     order = np.argsort(data.events["item"], kind="stable")
     return np.split(order, np.cumsum(np.bincount(data.events["item"], minlength=data.n_items + 1))[:-1])
 
-def asked(data: Dataset, history, task: str, *about, longest: int = HISTORY) -> str:
+def question(data: Dataset, history, task: str, *about, longest: int = HISTORY) -> str:
     """A question of recommendation knowledge about the last items of a history."""
     return "Chosen in order: " + "; ".join(data.titles[i] for i in history[-longest:]) + "\n" + (TASKS | LANE)[task].format(*about)
 
 def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE, follow: float = 1.0,
-                      tasks=tuple(TASKS), longest: int = HISTORY) -> list:
-    """n (prompt, answer) pairs from the train split alone: reasons and the tasks of recommendation knowledge (arXiv 2404.00245)."""
-    who, out = choosers(data), []
+                      tasks=tuple(TASKS), next_share: float = 0.0, longest: int = HISTORY, ahead: int = 1) -> list:
+    """n (prompt, answer) pairs from the train split alone: reasons and the tasks of recommendation knowledge (arXiv 2404.00245), each train
+    choice once before any again. next_share: more of `next`; its answer goes on for up to `ahead` items, a line each. longest: see question."""
+    who, out, events = choosers(data), [], data.events
     nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
-    users, tasks = [u for u, s in enumerate(data.train) if len(s) >= 2], [t for t in tasks if t != "rate" or data.ratings]
+    choices, tasks = [], [t for t in tasks if t != "rate" or data.ratings]
     for _ in range(n):
-        if nameable and (not users or rng.random() < reason_share):
+        if nameable and (not len(events["user"]) or rng.random() < reason_share):
             item = int(nameable[rng.integers(len(nameable))])
             shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
             current = random_reason(data, item, rng) if rng.random() < 0.5 else ""
             out.append(reason_sample(data, item, shown, rng, current, follow))
             continue
-        s = data.train[u := users[rng.integers(len(users))]]
-        end = int(rng.integers(1, len(s)))                                     # s[end] is the choice to be told
-        past, goal = s[max(0, end - longest): end], data.titles[s[end]]
+        choices = choices or rng.permutation(len(events["user"])).tolist()
+        user, end = (int(events[k][choice]) for choice in [choices.pop()] for k in ("user", "pos"))
+        s, task = data.train[user], "next" if rng.random() < next_share else tasks[rng.integers(len(tasks))]
+        past, goal = s[max(0, end - longest): end], data.titles[s[end]]        # s[end] is the choice to be told
         others = [j for j in dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist()) if j not in s][:2]
-        task = tasks[rng.integers(len(tasks))]
-        prompt = lambda *about: asked(data, past, task, *about, longest=longest)
         if task in ("mim", "mlm"):         # blank an item of the history, or a word of its titles
             parts, gap = ([data.titles[i] for i in past], "; ") if task == "mim" else ("; ".join(data.titles[i] for i in past).split(), " ")
             hide = int(rng.integers(len(parts)))
-            out.append(("Chosen in order: " + gap.join([*parts[:hide], "____", *parts[hide + 1:]] + [goal] * (task == "mim")) + "\n" + TASKS[task], parts[hide].strip(";") or ";"))
-        elif task == "bpr" and others:
-            pair = [goal, data.titles[others[0]]][:: 1 if (first := rng.random() < 0.5) else -1]
-            out.append((prompt(*pair), "A" if first else "B"))
-        elif task == "rank" and len(others) == 2:
-            order = [s[end]] + sorted(others, key=lambda j: -data.counts[j])   # the choice first, then by popularity
-            mixed, best = (("; ".join(data.titles[j] for j in js)) for js in (rng.permutation(order), order))
-            out.append((prompt(mixed), best))
+            shown = gap.join([*parts[:hide], "____", *parts[hide + 1:]] + [goal] * (task == "mim"))
+            out.append((f"Chosen in order: {shown}\n{TASKS[task]}", parts[hide].strip(";") or ";"))
+            continue
+        if task in ("bpr", "rank") and others:
+            some = [s[end], *others[: 1 if task == "bpr" else None]]
+            about, answer = ["; ".join(data.titles[j] for j in rng.permutation(some))], goal
         elif task == "rate":
-            out.append((prompt(goal), f"{data.ratings[u][end]:.0f}"))
+            about, answer = [goal], f"{data.ratings[user][end]:.0f}"
         else:
-            out.append((asked(data, past, "next", longest=longest), goal))
+            task, about, answer = "next", (), "\n".join(data.titles[i] for i in s[end: end + ahead])
+        out.append((question(data, past, task, *about, longest=longest), answer))
     return out
 
 def parse_preferences(text: str) -> list:
@@ -449,5 +444,5 @@ def lane_samples(data: Dataset, n: int, rng) -> list:
             shown = [next(data.titles[i] for i in past[::-1] if w in data.phrases[i]) for w in names]
             steps = [f"{w} in {t} , fit {fit:d} , {'low' if not fit else 'medium' if x < 0.2 else 'high'}" for w, t, fit, x in zip(names, shown, fits, weights)]
             answer = " ; ".join(steps) + " ; it has " + " and ".join([w for w, fit in zip(names, fits) if fit] or ["something new"])
-        out.append((asked(data, past, task, *about, longest=LONGEST), answer))
+        out.append((question(data, past, task, *about, longest=LONGEST), answer))
     return out

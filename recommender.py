@@ -32,10 +32,12 @@ LEAST_STEPS = 250                  # no early stopping before: long features can
 EVERY = 2                          # epochs from one look at validation to the next: averaged weights change slowly
 LOCAL = 4                          # items that the convolution of a block looks at
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
+MISS = -1e9                        # score of an item that an arm did not consider: behind all others, in no list
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
-ARMS = ("popularity", "markov", "id", "text-init", "content", "placebo", "aligned", "rl", "bestof", "curec", "lane", "knowledge", "oracle")
-COMPARISONS = (("text-init", "id"), ("lane", "id"), ("lane", "text-init"), ("knowledge", "markov"), ("content", "id"), ("aligned", "content"), ("rl", "content"), ("rl", "aligned"), ("bestof", "content"), ("curec", "content"),
-               ("curec", "placebo"), ("curec", "rl"), ("curec", "bestof"), ("placebo", "content"), ("oracle", "content"))
+ARMS = tuple("popularity markov id text-init content placebo aligned rl bestof curec lane-placebo lane knowledge oracle".split())
+COMPARISONS = [pair.split(":") for pair in (
+    "text-init:id lane:id lane:text-init lane:lane-placebo knowledge:markov content:id aligned:content rl:content rl:aligned bestof:content "
+    "curec:content curec:placebo curec:rl curec:bestof placebo:content oracle:content").split()]
 
 # ----------------------------------------------------------------------------------------------------------- model
 class Block(nn.Module):
@@ -74,23 +76,22 @@ class Alignment(nn.Module):
 
     def __init__(self, width: int, vectors, named, since, heads: int = 4, dropout: float = 0.3):
         super().__init__()
-        for name, value in (("vectors", vectors), ("named", named), ("since", since)):
-            self.register_buffer(name, value)
+        self.register_buffer("vectors", vectors), self.register_buffer("named", named), self.register_buffer("since", since)
         self.attention = nn.MultiheadAttention(width, heads, dropout, kdim=vectors.shape[1], vdim=vectors.shape[1], batch_first=True)
         self.norm1, self.norm2, self.drop = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def asked(self, users, lengths) -> torch.Tensor:
+    def known(self, users, lengths) -> torch.Tensor:
         """The preferences that histories of these lengths (B,) of these users (B,) may know: the latest cut's (B, M), 0: none."""
         users, lengths = (torch.as_tensor(x, device=self.since.device) for x in (users, lengths))
         cut = (self.since[users] <= lengths[:, None]).sum(1) - 1
         return self.named[users, cut] * (cut >= 0)[:, None]
 
-    def forward(self, states: torch.Tensor, asked: torch.Tensor):
-        """states (B, D), asked (B, M) -> states (B, D) and the attention's weights, mean of the heads (B, M)."""
-        told = F.embedding(asked, self.vectors)
-        told, weights = self.attention(states[:, None], told, told)
-        x = self.norm1(states + self.drop(told[:, 0]) * (asked[:, :1] > 0))
+    def forward(self, states: torch.Tensor, known: torch.Tensor):
+        """states (B, D), known (B, M) -> states (B, D) and the attention's weights, mean of the heads (B, M)."""
+        wishes = F.embedding(known, self.vectors)
+        found, weights = self.attention(states[:, None], wishes, wishes)
+        x = self.norm1(states + self.drop(found[:, 0]) * (known[:, :1] > 0))
         return self.norm2(x + self.drop(self.down(F.gelu(self.up(x))))), weights[:, 0]
 
 class SASRec(nn.Module):
@@ -121,8 +122,8 @@ class SASRec(nn.Module):
 
     def table(self) -> torch.Tensor:
         """The fused item table of unit vectors, (n_items + 1, D): what input and output share."""
-        told = self.drop(self.project(self.features)) if self.project is not None else 0.0
-        return F.normalize(self.item.weight + told, dim=-1)
+        content = self.drop(self.project(self.features)) if self.project is not None else 0.0
+        return F.normalize(self.item.weight + content, dim=-1)
 
     def states(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """ids (B, T), right-padded with 0; table (n_items + 1, D) -> states after the last item (B, D)."""
@@ -134,21 +135,20 @@ class SASRec(nn.Module):
             x = block(x, last if block is self.blocks[-1] else None)
         return self.norm(x)
 
-    def forward(self, ids: torch.Tensor, table: torch.Tensor, asked=None) -> torch.Tensor:
-        """What states gives, aligned with the preferences asked (B, M) where there are any, of length 1 / tau."""
+    def forward(self, ids: torch.Tensor, table: torch.Tensor, known=None) -> torch.Tensor:
+        """What states gives, aligned with the preferences known (B, M) where there are any, of length 1 / tau."""
         h = self.states(ids, table)
-        h = h if self.align is None else self.align(h, asked)[0]
-        return F.normalize(h, dim=-1) / self.log_tau.exp()
+        return F.normalize(h if self.align is None else self.align(h, known)[0], dim=-1) / self.log_tau.exp()
 
 def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
     """The last max_len items of each sequence, right-padded with 0: (B, longest)."""
     return nn.utils.rnn.pad_sequence([torch.as_tensor(s[-max_len:]) for s in sequences], batch_first=True)
 
 # -------------------------------------------------------------------------------------------------------- training
-def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor, asked=None) -> torch.Tensor:
+def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor, known=None) -> torch.Tensor:
     """Mean cross-entropy of the next items, targets (B,), after the histories ids (B, T); see SASRec.forward."""
     table = model.table()
-    return F.cross_entropy(model(ids, table, asked) @ table[1:].T, targets - 1)             # padding is never predicted
+    return F.cross_entropy(model(ids, table, known) @ table[1:].T, targets - 1)             # padding is never predicted
 
 def samples(sequences):
     """Every history with its next item, each a sample of its own: list of arrays, (samples,) item and user numbers."""
@@ -172,7 +172,7 @@ def train(n_items, train_seqs, valid_items, features=None, start=None, preferenc
     model = SASRec(n_items, features, start, preferences, width=width, blocks=blocks, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     histories, targets, users = samples(train_seqs)
-    asked = model.align.asked(users, [len(h) for h in histories]) if model.align else None
+    known = model.align.known(users, [len(h) for h in histories]) if model.align else None
     lengths, padded, targets = np.array([min(len(h), MAX_LEN) for h in histories]), pad(histories), torch.from_numpy(targets)
     batch = min(batch, -(-len(targets) // 8))               # few events: eight steps an epoch all the same
     # the average reaches back about an epoch, less at the start
@@ -183,7 +183,7 @@ def train(n_items, train_seqs, valid_items, features=None, start=None, preferenc
         model.train()
         for rows in batches(lengths, batch, rng):
             loss = next_item_loss(model, padded[rows, : lengths[rows].max()].to(device), targets[rows].to(device),
-                                  None if asked is None else asked[rows])
+                                  None if known is None else known[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -217,8 +217,8 @@ def scorer(model: SASRec, device="cpu"):
 
     @torch.no_grad()
     def score(sequences, users=None):
-        asked = model.align.asked(users, [len(s) for s in sequences]) if model.align else None
-        return (model(pad(sequences).to(device), table, asked) @ table.T).float().cpu()
+        known = model.align.known(users, [len(s) for s in sequences]) if model.align else None
+        return (model(pad(sequences).to(device), table, known) @ table.T).float().cpu()
     return score
 
 def popularity(n_items, train_seqs):
@@ -254,7 +254,7 @@ def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
         out[start: start + len(part)] = (scores >= goal).sum(1).numpy()
         if lists is not None:
             best = scores.topk(min(10, scores.shape[1] - 1))
-            lists.append(best.indices.masked_fill(best.values == -torch.inf, 0).numpy())         # 0: nothing left to show
+            lists.append(best.indices.masked_fill(best.values <= MISS, 0).numpy())         # 0: nothing left to show
     return out
 
 def metrics(rank: np.ndarray) -> dict:
@@ -290,31 +290,32 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
 
 def knows(data, ask, likelihood, seed: int = 0, people: int = 500) -> dict:
     """What an LLM knows of held-out choices. ask(history, task, *about) -> prompt; likelihood(list of (prompt, answer)) -> log-probabilities.
-    bpr_accuracy: the test item against one never chosen, in random order (chance .5). Where there are ratings: errors of the expected rating of
-    the test item, and of the mean train rating."""
-    rng = np.random.default_rng([seed, 79])
-    users = rng.permutation(len(data.seqs))[:people]
-    known, goal, first = [data.seqs[u][:-1] for u in users], data.test[users], rng.random(len(users)) < 0.5
-    other = [next(j for j in rng.integers(1, data.n_items + 1, 10_000) if j not in data.seqs[u]) for u in users]
-    told = [[data.titles[i] for i in ((g, o) if f else (o, g))] for g, o, f in zip(goal, other, first)]
-    answers = likelihood([(ask(h, "bpr", *pair), letter) for h, pair in zip(known, told) for letter in "AB"]).view(-1, 2)
-    out = {"bpr_accuracy": float(((answers[:, 0] > answers[:, 1]).numpy() == first).mean())}
+    ranking_accuracy: of five titles, four of them never chosen, the test item's is the likeliest to come next (chance .2). bpr_accuracy: asked which
+    of two is preferred, it is the likelier answer (.5). Where there are ratings: errors of its expected rating, and of the mean train rating."""
+    rng, everything = np.random.default_rng([seed, 79]), np.arange(1, data.n_items + 1)
+    users = [u for u in rng.permutation(len(data.seqs))[:people] if len(data.seqs[u]) < data.n_items]
+    known = [data.seqs[u][:-1] for u in users]
+    titles = [[data.titles[i] for i in (data.test[u], *rng.choice(np.setdiff1d(everything, data.seqs[u]), 4))] for u in users]
+    pairs = [(ask(h, "bpr", "; ".join(pair)), t) for h, some in zip(known, titles) for pair in [rng.permutation(some[:2])] for t in some[:2]]
+    likely = likelihood([(ask(h, "next"), t) for h, some in zip(known, titles) for t in some]).view(-1, 5)
+    out = {"ranking_accuracy": (likely[:, :1] > likely[:, 1:]).all(1).float().mean().item(),
+           "bpr_accuracy": likelihood(pairs).view(-1, 2).diff(dim=1).lt(0).float().mean().item()}
     if data.ratings:
-        p = likelihood([(ask(h, "rate", data.titles[g]), str(r)) for h, g in zip(known, goal) for r in range(1, 6)]).view(-1, 5).softmax(1)
+        p = likelihood([(ask(h, "rate", some[0]), str(r)) for h, some in zip(known, titles) for r in range(1, 6)]).view(-1, 5).softmax(1)
         true, mean = np.array([data.ratings[u][-1] for u in users]), np.concatenate([r[:-2] for r in data.ratings]).mean()
         for name, error in (("", (p @ torch.arange(1.0, 6.0)).numpy() - true), ("_of_mean", mean - true)):
             out |= {"rmse" + name: float((error ** 2).mean() ** 0.5), "mae" + name: float(np.abs(error).mean())}
     return out
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, told, slices, *, seed=0, epochs=60, device="cpu", score=None):
+def run_arm(arm, data, inputs, slices, *, seed=0, epochs=60, device="cpu", score=None):
     """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
-    data: n_items, train, valid, test (see data.Dataset). told: the arm's arguments of SASRec. score: of an arm that is trained elsewhere."""
+    data: n_items, train, valid, test (see data.Dataset). inputs: the arm's arguments of SASRec. score: of an arm that is trained elsewhere."""
     start, model = time.perf_counter(), None
     if arm in COUNTING:
         score = COUNTING[arm](data.n_items, data.train)
     elif score is None:
-        model, _ = train(data.n_items, data.train, data.valid, **told, seed=seed, epochs=epochs, device=device, name=f"{arm}, seed {seed}")
+        model, _ = train(data.n_items, data.train, data.valid, **inputs, seed=seed, epochs=epochs, device=device, name=f"{arm}, seed {seed}")
         score = scorer(model, device)
     seconds = time.perf_counter() - start
     rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
@@ -364,8 +365,8 @@ def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
     value = {a: float(np.mean(e["test"][metric])) for a, e in arms.items()}
     if not {"oracle", "content"} <= set(value):
         return {}
-    room, told = value["oracle"] - value["content"], {"placebo", "aligned", "rl", "bestof", "curec"}
-    return {"headroom": {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in told and room > 0}}}
+    room, shown = value["oracle"] - value["content"], {"placebo", "aligned", "rl", "bestof", "curec"}
+    return {"headroom": {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in shown and room > 0}}}
 
 def recovered(m: dict) -> str:
     """One line of the headroom in metrics.json."""
@@ -385,12 +386,13 @@ def arms_table(arms: dict) -> str:
 
 def report(m: dict, notes: list) -> list:
     """The evaluation in metrics.json as Markdown paragraphs."""
-    told = "# CURec on {name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}".format(**m["dataset"])
+    title = "# CURec on {name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}".format(**m["dataset"])
     cost = "Time: " + ", ".join(f"{k} {v:.0f} s" for k, v in m["time_s"].items()) + ". Peak memory: " + ", ".join(
         f"{k} {v:,.0f} MB" for k, v in m["peak_memory_mb"].items()) + "."
     slices, audits = (list(dict.fromkeys(n for e in m["arms"].values() for n in e[k])) for k in ("slices", "audit"))
     difference = lambda c: [f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}", "{:+.4f} .. {:+.4f}".format(*c["ci95"])]
-    return [told, "\n".join(f"- {n}" for n in [*notes, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds.",
+    return [title, "\n".join(f"- {n}" for n in [*notes, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds."
+            + " `knowledge`: a title outside its beams is a miss, ranked last." * ("knowledge" in m["arms"]),
             arms_table(m["arms"]), "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
             markdown(["a - b", "delta", "95 % interval"], [difference(c) for c in m["comparisons"] if c["metric"] == "ndcg@10"]),
             *([recovered(m)] if "headroom" in m else []), "## Slices and popularity audit", markdown(

@@ -185,8 +185,7 @@ class Judge:
         parsed = [D.parse_answer(a) for a in answers]
         reasons, ok = [p[0] for p in parsed], np.array([p[2] for p in parsed], bool)
         mean = lambda values: np.array([v.mean() if len(v) else 0.0 for v in values])
-        a_shown = mean(self.judge(reasons, shown, period, seed))
-        a_audience = mean(self.judge(reasons, audience, period, seed))
+        a_shown, a_audience = (mean(self.judge(reasons, people, period, seed)) for people in (shown, audience))
         weight = np.array([AUDIENCE_WEIGHT if len(a) and len(s) else float(len(a) > 0) for s, a in zip(shown, audience)])
         ground = np.array([D.grounded(self.data, i, r) for i, r in zip(items, reasons)])
         total = (1 - weight) * a_shown + weight * a_audience - FORMAT_PENALTY * ~ok - UNGROUNDED_PENALTY * (1 - ground)
@@ -228,21 +227,22 @@ class Judge:
         return f"{len(shown)} people as shown, {len(audience)} as audience\n\n" + markdown(
             ["reason", "reward", *parts], [[r, float(x), *(v[k].item() for v in parts.values())] for k, (r, x) in enumerate(zip(reasons, total))])
 
-def features(arm, data, encode, kinds, seed, told=None) -> dict:
-    """What an arm's SASRec is given: nothing, or item features (n_items + 1, F), whitened vectors of the item's text beside those of its
-    reason; the relatives' first ID vectors, from titles; LANE's preferences, told (see curec.prefer).
-    kinds: decoded answers by kind, index 0 unused. placebo: the final reasons, shuffled among items."""
+def features(arm, data, encode, kinds, seed, preferences=None) -> dict:
+    """What an arm's SASRec is given, as its arguments: whitened vectors of the item's text beside those of its reason; first ID vectors, from titles;
+    LANE's preferences (see curec.prefer). kinds: decoded answers by kind, index 0 unused. The placebos shuffle reasons among items, preferences among users."""
     if arm in ("popularity", "markov", "id", "knowledge"):
         return {}
-    if arm in ("text-init", "lane"):
+    if arm in ("text-init", "lane-placebo", "lane"):
         titles = encode(data.titles[1:])
-        start = whitening(titles, WIDTH)(titles)
+        start = (whiten := whitening(titles, WIDTH))(titles)
         inputs = {"start": START * F.pad(start, (0, WIDTH - start.shape[1], 1, 0))}
-        if arm == "lane":
-            number = {n: k + 1 for k, n in enumerate(sorted({n for names in told["names"] for n in names}))}
-            named = torch.tensor([[number[n] for n in names] or [0] * D.PREFERENCES for names in told["names"]]).view(len(data.users), 2, -1)
-            named[:, 1] = torch.where(named[:, 1] > 0, named[:, 1], named[:, 0])           # dropped: the earlier cut's stay
-            inputs["preferences"] = {"vectors": F.pad(whitening(titles)(encode([*number] or ["none"])), (0, 0, 1, 0)), "named": named, "since": told["since"]}
+        if arm != "text-init":
+            names = [mine or preferences["names"][k - k % 2] for k, mine in enumerate(preferences["names"])]         # dropped: the earlier cut's stay
+            number = {n: k + 1 for k, n in enumerate(sorted({n for mine in names for n in mine}))}
+            named = torch.tensor([[number[n] for n in mine] or [0] * D.PREFERENCES for mine in names]).view(len(data.users), 2, -1)
+            users = np.random.default_rng([seed, 83]).permutation(len(named)) if arm == "lane-placebo" else np.arange(len(named))
+            inputs["preferences"] = {"vectors": F.pad(whiten(encode([*number] or ["none"])), (0, 0, 1, 0)),
+                                     "named": named[users], "since": preferences["since"]}
         return inputs
     texts = [[D.item_text(item) for item in data.items[1:]]]
     if arm == "oracle":
@@ -367,13 +367,13 @@ def explain(data, weights, user: int, tell) -> str:
     return "\n\n".join([chose] + [f"{x:+.2f}  {tell(i)}" for x, i in zip(scores, items)])
 
 @torch.no_grad()
-def lane_question(data, weights, told, user: int) -> str:
-    """LANE's prompt for why a user's top item is recommended, with the trained attention's weights of the preferences told."""
+def lane_question(data, weights, preferences, user: int) -> str:
+    """LANE's prompt for why a user's top item is recommended, with the trained attention's weights of the preferences."""
     model, history, items, _ = top(data, weights, user)
-    state, asked = model.states(pad([history]), model.table()), model.align.asked([user], [len(history)])
-    names = told["names"][2 * user + 1] or told["names"][2 * user] or ["nothing known"]
-    weighted = ", ".join(f"{n} {w:.2f}" for n, w in zip(names, model.align(state, asked)[1][0].tolist()))
-    return D.asked(data, history, "explain", weighted, D.item_text(data.items[items[0]]), longest=D.LONGEST)
+    state, known = model.states(pad([history]), model.table()), model.align.known([user], [len(history)])
+    names = preferences["names"][2 * user + 1] or preferences["names"][2 * user] or ["nothing known"]
+    weighted = ", ".join(f"{n} {w:.2f}" for n, w in zip(names, model.align(state, known)[1][0].tolist()))
+    return D.question(data, history, "explain", weighted, D.item_text(data.items[items[0]]), longest=D.LONGEST)
 
 def reasons_table(m: dict) -> str:
     """The kinds of reasons in metrics.json, truth first where it is known, and how much more often correction found a new driver than `bestof` did."""

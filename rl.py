@@ -293,16 +293,15 @@ def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------- the LLM as a recommender
 def answer_ids(tokenizer, answer: str) -> list:
-    return tokenizer(" " + answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    """Token ids of an answer, EOS after each of its lines: generation stops at the first."""
+    return [i for line in answer.split("\n") for i in (*tokenizer(" " + line, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)]
 
 @torch.no_grad()
-def likelihood(model, tokenizer, samples, budget=32_768) -> torch.Tensor:
-    """log p(answer | prompt) of (prompt, answer) pairs with the active adapter, (len(samples),) on CPU."""
-    prompts, answers = [prompt_ids(tokenizer, p) for p, _ in samples], [answer_ids(tokenizer, a) for _, a in samples]
-    out = torch.empty(len(samples))
-    for group in by_length([len(p) + len(a) for p, a in zip(prompts, answers)], budget):
-        for part in micro_batches(group, prompts, answers, tokenizer.pad_token_id, next(model.parameters()).device, len(group)):
-            out[part.rows.cpu()] = (token_logps(model, part)[0] * part.mask).sum(1).cpu()
+def likelihood(model, tokenizer, samples, size=64) -> torch.Tensor:
+    """log p(answer | prompt) of (prompt, answer) pairs with the active adapter, `size` pairs a pass: (len(samples),) on CPU."""
+    prompts, answers, out = [prompt_ids(tokenizer, p) for p, _ in samples], [answer_ids(tokenizer, a) for _, a in samples], torch.empty(len(samples))
+    for part in micro_batches(range(len(samples)), prompts, answers, tokenizer.pad_token_id, next(model.parameters()).device, size):
+        out[part.rows.cpu()] = (token_logps(model, part)[0] * part.mask).sum(1).cpu()
     return out
 
 def title_trie(tokenizer, titles):
@@ -310,21 +309,18 @@ def title_trie(tokenizer, titles):
     paths, trie = {tuple(answer_ids(tokenizer, t)): k for k, t in enumerate(titles)}, {}
     if len(paths) < len(titles):
         raise ValueError("two titles are the same tokens: one of them could never be retrieved")
-    for path in paths:
-        for k, token in enumerate(path):
-            trie.setdefault(path[:k], set()).add(token)
+    for path, k in ((path, k) for path in paths for k in range(len(path))):
+        trie.setdefault(path[:k], set()).add(path[k])
     return paths, trie
 
-def retrieve(model, tokenizer, prompts, paths, trie, *, beams=20, budget=32_768, name=None) -> np.ndarray:
+def retrieve(model, tokenizer, prompts, paths, trie, *, beams=20, budget=32_768, name=None) -> torch.Tensor:
     """The likeliest titles of a title_trie by beam search: their numbers, best first, (len(prompts), beams); -1: none left.
     No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood."""
-    out = np.full((len(prompts), beams), -1)
-    # a beam that has left the trie has probability 0, but must name some token
-    choices = lambda seen: [*trie.get(seen, [tokenizer.eos_token_id])]
-    for i, answers in answered(model, tokenizer, prompts, budget=budget, name=name, beams=beams, max_new=max(map(len, paths)), choices=choices,
-                               do_sample=False, length_penalty=0.0):
-        found = dict.fromkeys(paths.get(tuple(a), -1) for a in answers)
-        out[i, : len(found)] = [*found]
+    out = torch.full((len(prompts), beams), -1)
+    choices = lambda seen: [*trie.get(seen, [tokenizer.eos_token_id])]       # a beam outside has probability 0, but must name some token
+    for i, answers in answered(model, tokenizer, prompts, budget=budget, name=name, beams=beams, max_new=max(map(len, paths)),
+                               choices=choices, do_sample=False, length_penalty=0.0):
+        out[i] = torch.tensor([paths.get(tuple(a), -1) for a in answers])
     return out
 
 # ------------------------------------------------------------------------------------------------ the maths of PPO

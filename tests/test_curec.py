@@ -437,11 +437,14 @@ def test_malformed_preferences_are_asked_again_five_times_and_dropped(monkeypatc
     for u, seq in enumerate(shop.train):
         half, last = told["since"][u].tolist()
         assert (half, last) == (max(1, len(seq) // 2), max(1, len(seq) - 1))
-        assert asked[0][2 * u] == D.asked(shop, seq[:half], "prefer", longest=D.LONGEST)
+        assert asked[0][2 * u] == D.question(shop, seq[:half], "prefer", longest=D.LONGEST)
     assert asked[0] == asked[1] and "user" not in asked[0][0]
     inputs = reward.features("lane", shop, lambda texts: torch.randn(len(texts), 12), {}, 0, told)
     named = inputs["preferences"]["named"]
     assert named.shape == (30, 2, 5) and named[0].tolist() == [[1, 2, 3, 4, 5]] * 2 and (named[1:] == 0).all(), "a dropped cut keeps the earlier one's"
+    told["names"] = [list("abcde")[u % 5:] + list("fghij")[: u % 5] for u in range(30) for _ in range(2)]
+    mixed, own = (reward.features(arm, shop, lambda texts: torch.randn(len(texts), 12), {}, 0, told)["preferences"]["named"] for arm in ("lane-placebo", "lane"))
+    assert not torch.equal(mixed, own) and sorted(mixed.tolist()) == sorted(own.tolist()), "the placebo: the same preferences, of other users"
 
 
 def test_a_users_future_changes_no_preference_and_no_earlier_score():

@@ -25,7 +25,7 @@ import recommender
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 QUESTIONS = {"Which item is blank": "mim", "Which word is blank": "mlm", "Which is preferred": "bpr", "What comes next": "next",
-             "Rank these": "rank", "Which rating": "rate", "Why do people choose": "reason"}
+             "Which of these": "rank", "Which rating": "rate", "Why do people choose": "reason"}
 TAGS = ("<think>", "</think>", "<reason>", "</reason>")
 
 
@@ -200,19 +200,18 @@ def test_every_task_appears_and_rating_only_with_ratings():
 
 
 def test_answers_of_the_recommendation_tasks_are_what_the_person_did():
-    """Guards: off-by-one in the choice to be told, wrong A/B letter, wrong blank, another event's rating."""
+    """Guards: off-by-one in the choice to be told, a choice that stands first always, wrong blank, another event's rating."""
     d = blocks(rated=True)
     runs = lambda shown, goal: shown == list(range(shown[0], shown[0] + len(shown))) and goal == shown[-1] + 1
-    seen = Counter()
+    seen, places = Counter(), Counter()
     for prompt, answer in samples_of(d, 1500):
         kind, first, last = task_of(prompt), prompt.splitlines()[0], prompt.splitlines()[-1]
         seen[kind] += 1
         if kind == "next":
             assert runs(tokens(first), tokens(answer)[0])
-        elif kind == "bpr":
-            assert runs(tokens(first), tokens(last)[answer == "B"])
-        elif kind == "rank":
-            assert runs(tokens(first), tokens(answer)[0]) and sorted(tokens(answer)) == sorted(tokens(last))
+        elif kind in ("bpr", "rank"):
+            assert runs(tokens(first), tokens(answer)[0]) and len(tokens(last)) == {"bpr": 2, "rank": 3}[kind] and len(tokens(answer)) == 1
+            places[kind, tokens(last).index(tokens(answer)[0])] += 1
         elif kind == "rate":
             goal = tokens(last)[0]
             assert runs(tokens(first), goal) and int(answer) == goal % 5 + 1
@@ -220,7 +219,21 @@ def test_answers_of_the_recommendation_tasks_are_what_the_person_did():
             assert prompt.count("____") == 1
             told = tokens(first.replace("____", answer))
             assert told == list(range(told[0], told[0] + len(told))) and max(told) in d.train[(told[0] - 1) // 8]
-    assert min(seen[k] for k in ("next", "bpr", "rank", "rate", "mim", "mlm")) > 20
+    assert min(seen[k] for k in ("next", "bpr", "rank", "rate", "mim", "mlm")) > 20 and len(places) == 5 and min(places.values()) > 10
+
+
+def test_next_goes_on_for_some_items_and_every_choice_comes_before_any_comes_again():
+    """Guards: an answer that runs into validation, items joined to one title, choices that are never told."""
+    d = blocks()
+    samples = data.alignment_samples(d, 90, np.random.default_rng(0), reason_share=0.0, next_share=1.0, longest=10, ahead=4)
+    for prompt, answer in samples:
+        shown, told = tokens(prompt), tokens(answer)
+        assert shown + told == list(range(shown[0], told[-1] + 1)) and len(answer.split("\n")) == len(told)
+        assert len(told) == 4 or told[-1] == d.train[(shown[0] - 1) // 8][-1], "to the end of train and no further"
+    first = [tokens(answer)[0] for _, answer in samples]
+    assert sorted(first[:30]) == sorted(int(i) for s in d.train for i in s[1:]) == sorted(first[30:60])
+    half = [task_of(p) for p, _ in data.alignment_samples(d, 1000, np.random.default_rng(0), reason_share=0.0, tasks=("rank", "rate", "mim"), next_share=0.5)]
+    assert 430 < half.count("next") < 570 and {*half} == {"next", "rank", "mim"}
 
 
 def test_weak_reasons_name_their_thought_and_are_filled_up_at_random(world):

@@ -3,6 +3,7 @@
     pytest tests/test_recommender.py             a few seconds
 """
 import inspect
+import re
 import subprocess
 import sys
 import time
@@ -546,9 +547,9 @@ def test_alignment_is_attention_over_the_preferences_by_brute_force():
     """Guards: keys for values, a scale of the wrong width, weights of another head, a norm before the residual."""
     torch.manual_seed(0)
     layer, states = rec.Alignment(8, **told(), heads=2).eval(), torch.randn(3, 8)
-    asked = layer.asked([0, 1, 3], [2, 5, 4])
-    got, weights = layer(states, asked)
-    m, given = layer.attention, layer.vectors[asked]                                       # (3, 5, 6)
+    known = layer.known([0, 1, 3], [2, 5, 4])
+    got, weights = layer(states, known)
+    m, given = layer.attention, layer.vectors[known]                                       # (3, 5, 6)
     bias = m.in_proj_bias.chunk(3)
     for b in range(3):
         q, k, v = m.q_proj_weight @ states[b] + bias[0], given[b] @ m.k_proj_weight.T + bias[1], given[b] @ m.v_proj_weight.T + bias[2]
@@ -565,13 +566,13 @@ def test_a_position_knows_the_latest_cut_before_it_and_no_later_one():
     """Guards: preferences that were drawn from what is to be predicted."""
     given = told()
     layer = rec.Alignment(8, **given)
-    asked = layer.asked([1] * 5, [1, 2, 3, 4, 9])
-    assert (asked[0] == 0).all() and torch.equal(asked[1:], given["named"][1][[0, 0, 1, 1]])
+    known = layer.known([1] * 5, [1, 2, 3, 4, 9])
+    assert (known[0] == 0).all() and torch.equal(known[1:], given["named"][1][[0, 0, 1, 1]])
     states = torch.randn(2, 8)
     layer.vectors[1:] += 1                                                                 # without preferences nothing of them is told
-    before = layer.eval()(states, asked[[0, 0]])[0]
+    before = layer.eval()(states, known[[0, 0]])[0]
     layer.vectors[1:] -= 2
-    assert torch.equal(before, layer(states, asked[[0, 0]])[0])
+    assert torch.equal(before, layer(states, known[[0, 0]])[0])
 
 
 def test_lane_trains_ranks_and_comes_back_from_its_weights():
@@ -592,3 +593,38 @@ def test_first_id_vectors_are_those_given_and_train_on():
     start = torch.randn(13, 16)
     assert torch.equal(rec.SASRec(12, start=start, width=16).item.weight[1:], start[1:])
     assert not torch.equal(quick(ring(), start=start)[0].item.weight[1:], start[1:])
+
+
+# --------------------------------------------------------------------------------------------- recommendation knowledge
+def test_what_an_llm_knows_by_hand():
+    """Guards: a negative the person has chosen, a choice that always stands first, an expected rating of unnormalised shares, errors of train."""
+    d = ring(n_users=60)
+    d.seqs = [np.concatenate([s, [v, t]]) for s, v, t in zip(d.train, d.valid, d.test)]
+    d.titles, d.ratings = [f"t{i}" for i in range(13)], [np.array([1.0] * (len(s) - 2) + [5.0, 4.0]) for s in d.seqs]
+    goals, firsts = {f"{s[:-1]}": s[-1] for s in d.seqs}, []
+
+    def likelihood(pairs):
+        out = []
+        for (history, task, *about), answer in pairs:
+            goal = f"t{goals[history]}"
+            if task == "bpr":
+                firsts.append(about[0].split("; ")[0] == goal)
+            right = answer == goal or (task == "rate" and answer == "4")
+            seen = answer[1:] in re.findall(r"\d+", history) and task != "rate"
+            assert not seen, "a negative that the person has chosen"
+            out.append(-1.0 if right else -3.0)
+        return torch.tensor(out)
+    found = rec.knows(d, lambda history, *task: (f"{history}", *task), likelihood)
+    assert found["ranking_accuracy"] == found["bpr_accuracy"] == 1 and 0.3 < np.mean(firsts[::2]) < 0.7 and firsts[::2] == firsts[1::2]
+    p = np.exp(-3.0 + 2.0 * (np.arange(1, 6) == 4))
+    assert found["rmse"] == pytest.approx(abs(p @ np.arange(1, 6) / p.sum() - 4), abs=1e-5) == found["mae"] and found["rmse_of_mean"] == pytest.approx(3)
+    d.ratings = None
+    assert set(rec.knows(d, lambda history, *task: (f"{history}", *task), likelihood)) == {"ranking_accuracy", "bpr_accuracy"}
+
+
+def test_items_that_an_arm_did_not_consider_stand_behind_all_others_and_in_no_list():
+    """Guards: a miss that beats something, a list filled up with misses in the order of their numbers."""
+    scores, lists = np.full((1, 31), rec.MISS), []
+    scores[0, [4, 9]] = 2, 1
+    assert rec.ranks(fixed(scores), [np.array([1, 2])], [9], lists=lists).tolist() == [2] and sorted(lists[0][0])[-2:] == [4, 9] and sum(lists[0][0] > 0) == 2
+    assert rec.ranks(fixed(scores), [np.array([1, 2])], [5]).tolist() == [28], "all thirty but the two seen, ties against us"

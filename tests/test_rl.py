@@ -1069,6 +1069,13 @@ def test_beam_search_finds_the_titles_that_brute_force_finds(shared, beams):
         assert (found[:, :len(TITLES)] == want).all() and (found[:, len(TITLES):] == -1).all()
 
 
+def test_every_line_of_an_answer_ends_with_eos(tiny):
+    """Guards: an answer of several titles that is learnt as one, so that generation runs on."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny)
+    assert rl.answer_ids(tokenizer, "red green\nblue") == rl.answer_ids(tokenizer, "red green") + rl.answer_ids(tokenizer, "blue")
+    assert rl.answer_ids(tokenizer, "blue").count(tokenizer.eos_token_id) == 1 and rl.answer_ids(tokenizer, "blue")[-1] == tokenizer.eos_token_id
+
+
 def test_the_trie_admits_exactly_the_catalogue(tiny):
     """Guards: a prefix that passes for a title, a title that another hides, an end that may come anywhere."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny)
