@@ -41,7 +41,7 @@ class Settings:
     temperature: float = opt(0.7, "LLM", "of reasons and PPO's answers; proposals to choose from are sampled at 1")
     max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = opt(0, "LLM", "rows a pass with gradients holds; lower it if memory runs out; 0: 16 for tiny, else 4")
-    knowledge_steps: int = opt(300, "LLM", "supervised LoRA steps of the arm knowledge, 32 prompts each")
+    knowledge_steps: int = opt(600, "LLM", "supervised LoRA steps of the arm knowledge, 32 prompts each")
     ppo_updates: int = opt(20, "method", "PPO updates (sample, score, learn)")
     ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
     ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
@@ -262,12 +262,12 @@ def prefer(s: Settings, data, model, tokenizer):
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
 
 def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
-    """Trains the adapter `knowledge` (half of its samples ask what comes next, the others are of these tasks) and fills m["knowledge"].
+    """Trains the adapter `knowledge` (three of four samples ask what comes next, the others are of these tasks) and fills m["knowledge"].
     Returns a score function for recommender.ranks: the titles that beam search finds, in their order; all others are a miss."""
     torch.manual_seed(s.seed)
     model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))           # it is to know the titles by heart
     taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], lr=3e-3 if s.llm == "tiny" else 2e-4,
-           reason_share=0.0, tasks=tasks, next_share=0.5, longest=D.LONGEST, ahead=4)
+           reason_share=0.0, tasks=tasks, next_share=0.75, longest=D.LONGEST, ahead=D.LONGEST)
     rl.use(model, "knowledge")
     ask, paths = lambda h, *task: D.question(data, h, *task, longest=D.LONGEST), rl.title_trie(tokenizer, data.titles[1:])
 

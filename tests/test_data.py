@@ -747,14 +747,16 @@ def test_equal_titles_get_a_number():
     assert d.titles[1:7] == ["Comb", "comb (2)", "Soap", "COMB (3)", "Comb (2) (2)", "untitled"] and len(set(map(str.lower, d.titles[1:]))) == d.n_items
 
 
-@pytest.mark.parametrize("tasks", [("mim",), ("mlm",), ("bpr",), ("next", "rank")])
+@pytest.mark.parametrize("tasks", [("mim",), ("mlm",), ("bpr",), ("next", "rank"), ("rate",)])
 def test_recommendation_knowledge_names_no_user_and_reads_train_alone(tasks):
     """Guards: user ids in a prompt; valid or test items that leak into what the LLM is taught."""
     d = data.demo(3, 60, 40)
     other = data.demo(3, 60, 40)
     other.seqs = [np.append(s[:-2], [1, 2]) for s in other.seqs]
     other.valid, other.test = (np.array([s[k] for s in other.seqs]) for k in (-2, -1))
-    make = lambda d: data.alignment_samples(d, 200, np.random.default_rng(0), reason_share=0.0, tasks=tasks, longest=data.LONGEST)
+    d.ratings = [np.arange(len(s)) % 5 + 1.0 for s in d.seqs]
+    other.ratings = [np.append(r[:-2], [9.0, 9.0]) for r in d.ratings]
+    make = lambda d: data.alignment_samples(d, 200, np.random.default_rng(0), reason_share=0.0, tasks=tasks, longest=data.LONGEST, ahead=4)
     assert make(d) == make(other) and not any("user" in p + a for p, a in make(d))
     assert data.lane_samples(d, 50, np.random.default_rng(0)) == data.lane_samples(other, 50, np.random.default_rng(0))
 

@@ -2,8 +2,8 @@
 
     python tests/bench/bench_knowledge.py               five demo worlds, the tiny LLM, one adapter a mixture; about an hour on one core
 
-Recommendation tasks (half next item, half ranking and rating) alone, or with masked items (MIM), masked words (MLM), pairwise preference (BPR), or
-all of them in the other half: the same steps, the same share of `next`, the same seeds. Choices were made on validation of a world outside.
+Recommendation tasks alone (three of four samples ask for the next items, the others for the best of three, or a rating), or masked items (MIM), masked
+words (MLM), pairwise preference (BPR) or all of them beside the latter: the same steps, share of next items and seeds. Chosen on validation of another world.
 Results go to bench_knowledge.json beside this file; resumable: what lies in runs/bench/knowledge is not repeated.
 """
 import argparse
