@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 import data as D
 import recommender, reward, rl
-from recommender import ARMS
+from recommender import ARMS, COUNTING
 
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
 LLM_ARMS = REASON_ARMS | {"lane", "lane-placebo", "knowledge"}                        # these ask the LLM; text-init, content and oracle need text vectors only
 METHODS = {"lane": ["id", "text-init", "lane-placebo", "lane"], "knowledge": ["popularity", "markov", "id", "knowledge"]}
 METHODS["curec"] = [a for a in ARMS if a not in ("text-init", "lane-placebo", "lane", "knowledge")]
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
-opt = lambda default, group, text, choices=None: field(default=default, metadata={"group": group, "help": text, "choices": choices})
+opt = lambda default, group, text, choices=None: field(default=default, metadata={
+    "group": group, "help": text + f" [{default}]" * (default not in ("", False)), "choices": choices})
 
 @dataclass(frozen=True)
 class Settings:
@@ -64,7 +65,7 @@ class Settings:
 
 load_data = lambda s: D.load(s.dataset, s.data_dir, small=s.quick, **{k: getattr(s, k) for k in "seed ties k_core limit_items limit_users".split()})
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "knowledge_steps": 12, "seeds": 1, "epochs": 3}
-sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}   # padded tokens a pass
+sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}  # tokens a pass
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -75,9 +76,8 @@ def parse_args(argv=None):
     groups = {}
     for f in fields(Settings):
         group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
-        text = f.metadata["help"] + ("" if f.default in ("", False) else f" [{f.default}]")
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper(), "choices": f.metadata["choices"]}
-        group.add_argument("--" + f.name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
+        group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"].replace("%", "%%"), **kind)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
     if sorted({*given} & {"run", "explain", "score", "item"}) not in ([], ["explain", "run"], ["item", "run", "score"]):
         raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
@@ -138,10 +138,11 @@ def describe(s: Settings, cuts, begun: str) -> dict:
     """config.json: what another machine needs to know to repeat the run. begun: commits that a resumed run was made at so far."""
     git = "git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    gpu = torch.cuda.get_device_name() if "cuda" in s.device else None
     return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in ("resume", "run", "explain", "score", "item")},
             "windows": cuts, "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit))),
-            "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")},
-            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": torch.cuda.get_device_name() if "cuda" in s.device else None}}
+            "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft bitsandbytes accelerate numpy tqdm".split()},
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": gpu}}
 
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
 def tiny_llm(s: Settings, data) -> str:
@@ -237,7 +238,7 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
         return [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", shown[i]) for i in items], **sampling(s), seed=s.seed, name=name)[0]
     kinds = {"aligned": one_shot("align", "reasons: aligned"), "rl": one_shot("policy", "reasons: rl")}
     first, kinds["curec"], timelines, groups, ears, rows = correct(s, data, model, tokenizer, judge, who, cuts)
-    # the control for correction: curec's first reason and as many proposals, to the same groups of people without a reason so far; all of curec's judges at once
+    # the control for correction: curec's first reason and as many proposals, to the same groups of people, no reason so far; all judges at once
     asked = [(i, p) for i in items for p in groups[i] for _ in range(s.proposals)]
     texts = propose(s, model, tokenizer, [D.reason_prompt(data, i, "", p) for i, p in asked], s.seed + 91, "best of one-shot proposals")
     many, texts = np.array([*items, *(i for i, _ in asked)]), [*first[1:], *texts]
@@ -252,29 +253,27 @@ def prefer(s: Settings, data, model, tokenizer):
     in a row were malformed; "since": (users, 2) lengths of the histories it saw}."""
     since = [max(1, n) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
     prompts = [D.question(data, data.train[k // 2][:n], "prefer", longest=D.LONGEST) for k, n in enumerate(since)]
-    names, how = [[]] * len(prompts), sampling(s) | {"max_new": max(64, s.max_new)}
+    names, how = [[]] * len(prompts), sampling(s) | {"max_new": max(64, s.max_new), "name": "preferences"}
     for attempt in range(1, 6):
         if todo := [k for k, named in enumerate(names) if not named]:
             with model.disable_adapter():
-                texts = rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt, name=f"preferences, attempt {attempt}")[0]
-            for k, text in zip(todo, texts):
-                names[k] = D.parse_preferences(text)
+                for k, text in zip(todo, rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt)[0]):
+                    names[k] = D.parse_preferences(text)
     return {"names": names, "since": torch.tensor(since).view(-1, 2)}
 
 def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
-    """Trains the adapter `knowledge` (three of four samples ask what comes next, the others are of these tasks) and fills m["knowledge"].
-    Returns a score function for recommender.ranks: the titles that beam search finds, in their order; all others are a miss."""
+    """Trains the adapter `knowledge` (three of four samples ask what comes next, the others are of these tasks), fills m["knowledge"] and returns
+    a score function for recommender.ranks: the titles that beam search finds, in their order; all others are a miss."""
     torch.manual_seed(s.seed)
     model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))           # it is to know the titles by heart
     taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], lr=3e-3 if s.llm == "tiny" else 2e-4,
            reason_share=0.0, tasks=tasks, next_share=0.75, longest=D.LONGEST, ahead=D.LONGEST)
     rl.use(model, "knowledge")
     ask, paths = lambda h, *task: D.question(data, h, *task, longest=D.LONGEST), rl.title_trie(tokenizer, data.titles[1:])
-
     def score(sequences, users):
         found = 1 + rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], *paths, beams=beams, budget=sampling(s)["budget"], name="beam search")
         return torch.full((len(found), data.n_items + 1), recommender.MISS).scatter_(1, found, torch.arange(beams, 0, -1.0).expand(found.shape))
-    m["knowledge"] = stage(s, "knows", m["time_s"], lambda: recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs, 4 * s.micro_batch), s.seed))
+    m["knowledge"] = stage(s, "knows", m["time_s"], lambda: recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs), s.seed))
     return score
 
 # --------------------------------------------------------------------------------------------------------- the run
@@ -303,8 +302,8 @@ def downstream(s, data, encode, kinds, preferences, score, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. preferences: LANE's; score: the arm knowledge's."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        jobs = {arm: [pool.submit(recommender.run_arm, arm, data, given, slices, seed=s.seed + k, epochs=s.epochs, device=s.device)
-                      for given in [reward.features(arm, data, encode, kinds, s.seed, preferences)] for k in range(1 if arm in recommender.COUNTING else s.seeds)]
+        jobs = {arm: [pool.submit(recommender.run_arm, arm, data, inputs, slices, seed=s.seed + k, epochs=s.epochs, device=s.device)
+                      for inputs in [reward.features(arm, data, encode, kinds, s.seed, preferences)] for k in range(1 if arm in COUNTING else s.seeds)]
                 for arm in arms if arm != "knowledge" and not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
@@ -340,20 +339,21 @@ def pipeline(s: Settings):
         log = [json.loads(line) for _, line in D.lines(os.path.join(s.out, "ppo.jsonl"))]
     if {"lane", "lane-placebo"} & arms:
         preferences = stage(s, "prefer", m["time_s"], lambda: prefer(s, data, model, tokenizer), "LANE: preferences of every user")
-        m["lane"] = {"asked": len(preferences["names"]), "dropped": preferences["names"].count([])}
+        m["lane"] = {"lists_asked": len(preferences["names"]), "lists_dropped": preferences["names"].count([])}
     if "knowledge" in arms:
         score = know(s, data, model, tokenizer, m)
     print("[5/5] downstream: the arms, same seeds and budget")
     downstream(s, data, encode, out["kinds"], preferences, score, m)
     if reasons and data.truth:
         reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
-    m["time_s"]["total"] = sum(m["time_s"].values())
-    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024} | ({"gpu": torch.cuda.max_memory_allocated() / 2 ** 20} if "cuda" in s.device else {})
+    used = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "gpu": torch.cuda.max_memory_allocated() / 2 ** 20}
+    m["time_s"]["total"], m["peak_memory_mb"] = sum(m["time_s"].values()), {k: v for k, v in used.items() if v}
     keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
-    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes, *["**Quick run: these figures mean nothing.**"] * s.quick,
-             *[f"{k}: " + ", ".join(f"{name} {x:.4g}" for name, x in m[k].items()) for k in ("lane", "knowledge") if k in m]]
+    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
+             *(f"`{k}`: " + ", ".join(f"{name} {x:.4g}" for name, x in m[k].items()) for k in ("lane", "knowledge") if k in m),
+             *["**Quick run: these figures mean nothing.**"] * s.quick]
     keep(os.path.join(s.out, "report.md"), "\n\n".join(recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])) + "\n")
-    print("", recommender.arms_table(m["arms"]), *([recommender.recovered(m)] if "headroom" in m else []), *([reward.reasons_table(m)] if reasons else []),
+    print("", recommender.arms_table(m["arms"]), *recommender.recovered(m), *([reward.reasons_table(m)] if reasons else []),
           *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
 
 def look(s: Settings):

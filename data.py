@@ -325,7 +325,7 @@ REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 PROMPT = "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\nWhy do people choose it?"
 TAGS = ("<think>", "</think>", "<reason>", "</reason>")
 TASKS = {"mim": "Which item is blank?", "mlm": "Which word is blank?", "bpr": "Which is preferred: {}?", "next": "What comes next?",
-         "rank": "Which of these comes next: {}?", "rate": "Which rating from 1 to 5 for {}?"}           # recommendation knowledge, after arXiv 2404.00245
+         "rank": "Which of these comes next: {}?", "rate": "Which rating from 1 to 5 for {}?"}                   # after arXiv 2404.00245
 LANE = {"prefer": f"You know what people look for. Name {PREFERENCES} different preferences, names only, that explain best what this person chooses next, as JSON: "
                   '{{"preferences": ["...", "..."]}}',                                    # after arXiv 2407.02833
         "explain": "Preferences and their weights: {}\nItem: {}\nExplain step by step: which choices show each preference; how well, 0 to 1, the item fits it; "

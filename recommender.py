@@ -368,10 +368,10 @@ def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
     room, shown = value["oracle"] - value["content"], {"placebo", "aligned", "rl", "bestof", "curec"}
     return {"headroom": {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in shown and room > 0}}}
 
-def recovered(m: dict) -> str:
-    """One line of the headroom in metrics.json."""
-    shares = ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing"
-    return f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: {shares}."
+def recovered(m: dict) -> list:
+    """The headroom in metrics.json as one line; none without it."""
+    shares = ", ".join(f"{a} {r:.0%}" for a, r in m.get("headroom", {}).get("recovered", {}).items()) or "no share of nothing"
+    return [f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: {shares}."] if "headroom" in m else []
 
 def markdown(header: list, rows) -> str:
     """A Markdown table; floats with four digits."""
@@ -395,6 +395,6 @@ def report(m: dict, notes: list) -> list:
             + " `knowledge`: a title outside its beams is a miss, ranked last." * ("knowledge" in m["arms"]),
             arms_table(m["arms"]), "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
             markdown(["a - b", "delta", "95 % interval"], [difference(c) for c in m["comparisons"] if c["metric"] == "ndcg@10"]),
-            *([recovered(m)] if "headroom" in m else []), "## Slices and popularity audit", markdown(
+            *recovered(m), "## Slices and popularity audit", markdown(
                 ["arm", *(f"NDCG@10, {n}" for n in slices), *audits],
                 [[arm, *(float(np.mean(e["slices"][n]["ndcg@10"])) for n in slices), *(e["audit"][k] for k in audits)] for arm, e in m["arms"].items()])]

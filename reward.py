@@ -240,9 +240,8 @@ def features(arm, data, encode, kinds, seed, preferences=None) -> dict:
             names = [mine or preferences["names"][k - k % 2] for k, mine in enumerate(preferences["names"])]         # dropped: the earlier cut's stay
             number = {n: k + 1 for k, n in enumerate(sorted({n for mine in names for n in mine}))}
             named = torch.tensor([[number[n] for n in mine] or [0] * D.PREFERENCES for mine in names]).view(len(data.users), 2, -1)
-            users = np.random.default_rng([seed, 83]).permutation(len(named)) if arm == "lane-placebo" else np.arange(len(named))
-            inputs["preferences"] = {"vectors": F.pad(whiten(encode([*number] or ["none"])), (0, 0, 1, 0)),
-                                     "named": named[users], "since": preferences["since"]}
+            inputs["preferences"] = {"vectors": F.pad(whiten(encode([*number] or ["none"])), (0, 0, 1, 0)), "since": preferences["since"],
+                                     "named": named if arm == "lane" else named[np.random.default_rng([seed, 83]).permutation(len(named))]}
         return inputs
     texts = [[D.item_text(item) for item in data.items[1:]]]
     if arm == "oracle":
@@ -390,11 +389,12 @@ def report(m: dict, reasons: list, log: list) -> list:
     low, high = min(r["reward"] for r in log), max(r["reward"] for r in log)
     bar = lambda x: "#" * round(1 + 40 * (x - low) / max(high - low, 1e-9))
     return ["## Reasons", reasons_table(m),
-            "Reward model: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: reward "
-            f"{m['ppo']['reward_before']:+.3f} before, {m['ppo']['reward_after']:+.3f} after {m['ppo']['updates']} updates.",
+            "Reward model: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: "
+            f"reward {m['ppo']['reward_before']:+.3f} before, {m['ppo']['reward_after']:+.3f} after {m['ppo']['updates']} updates.",
             "PPO by update, mean reward over the reference reason:\n\n```\n" + "\n".join(
                 f"{r['update']:4d} {r['reward']:+.3f} {bar(r['reward'])}" for r in log[:: max(1, len(log) // 20)]) + "\n```",
             "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
-            "False-accept rate: what would be accepted if every old reason were as good (the sign of each judge's gains drawn at random), not the share of mistakes.",
-            "## Two reasons and how they came about", *map(timeline, moved), "## Best and worst reasons, by what the judges of their last window gave (without penalties, but for a standing reason that is malformed)",
+            "False-accept rate: what would be accepted if every old reason were as good (each judge's gains with a random sign), no share of mistakes.",
+            "## Two reasons and how they came about", *map(timeline, moved),
+            "## Best and worst reasons, by what the judges of their last window gave (no penalties, but for an old reason that is malformed)",
             "\n".join(f"- {standing(r):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]

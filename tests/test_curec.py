@@ -473,7 +473,7 @@ def test_relatives_run_beside_the_arms_and_stand_in_table_and_report(relatives):
         assert all(f"| {arm} |" in out.stdout for arm in curec.METHODS[method])
         assert f"| {method} |" in (cwd / f"runs/{method}/report.md").read_text()
     lane, knowledge = metrics_of(cwd, "lane"), metrics_of(cwd, "knowledge")
-    assert lane["lane"]["asked"] == 400 and 0 <= lane["lane"]["dropped"] <= 400
+    assert lane["lane"]["lists_asked"] == 400 and 0 <= lane["lane"]["lists_dropped"] <= 400
     assert ("lane", "text-init") in {(c["a"], c["b"]) for c in lane["comparisons"]}
     assert 0 <= knowledge["knowledge"]["bpr_accuracy"] <= 1 and "rmse" not in knowledge["knowledge"], "the demo has no ratings"
 
