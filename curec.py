@@ -20,7 +20,6 @@ import recommender, reward, rl
 from recommender import ARMS, COUNTING
 
 REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
-LLM_ARMS = REASON_ARMS | {"lane", "lane-placebo", "knowledge"}                        # these ask the LLM; text-init, content and oracle need text vectors only
 METHODS = {"lane": ["id", "text-init", "lane-placebo", "lane"], "knowledge": ["popularity", "markov", "id", "knowledge"]}
 METHODS["curec"] = [a for a in ARMS if a not in ("text-init", "lane-placebo", "lane", "knowledge")]
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
@@ -87,12 +86,13 @@ def resolve(s: Settings) -> Settings:
     """Fills what depends on the machine and refuses what contradicts itself."""
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arms = s.arms.split(",") if s.arms not in ("", "all") else [a for a in (ARMS if s.arms else METHODS[s.method]) if a != "oracle" or demo]
-    least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps proposals".split(), 1)
+    least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps knowledge_steps proposals".split(), 1)
     low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
     for wrong, message in (
             (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
             (demo and (s.limit_items or s.limit_users or s.ties != "file"), "--limit-items, --limit-users and --ties are for real data"),
             (set(arms) - set(ARMS), f"--arms: unknown {', '.join(set(arms) - set(ARMS))}; choose from {', '.join(ARMS)}"),
+            (s.arms and s.method != "curec", "--method and --arms both choose arms: give one of them"),
             ("oracle" in arms and not demo, "--arms oracle: only the demo world knows its truth"),
             (low, f"--{''.join(low[:1]).replace('_', '-')}: too small")):
         if wrong:
@@ -172,7 +172,6 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
     """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt."""
     items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
     train, updates, found = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt"), {}   # more is never drawn
-
     def total(texts, rows):
         value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows], (cuts[0], cuts[-1]), s.seed)
         found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
@@ -251,29 +250,30 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
 def prefer(s: Settings, data, model, tokenizer):
     """LANE: what the untuned LLM says each user prefers, at two cuts of the train history. {"names": two lists a user, [] where five answers
     in a row were malformed; "since": (users, 2) lengths of the histories it saw}."""
-    since = [max(1, n) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
-    prompts = [D.question(data, data.train[k // 2][:n], "prefer", longest=D.LONGEST) for k, n in enumerate(since)]
+    cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
+    prompts = [D.question(data, seq[:n], "prefer", longest=D.LONGEST) for seq, n in cuts]
     names, how = [[]] * len(prompts), sampling(s) | {"max_new": max(64, s.max_new), "name": "preferences"}
     for attempt in range(1, 6):
         if todo := [k for k, named in enumerate(names) if not named]:
             with model.disable_adapter():
                 for k, text in zip(todo, rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt)[0]):
                     names[k] = D.parse_preferences(text)
-    return {"names": names, "since": torch.tensor(since).view(-1, 2)}
+    return {"names": names, "since": torch.tensor([n for _, n in cuts]).view(-1, 2)}
 
 def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
     """Trains the adapter `knowledge` (three of four samples ask what comes next, the others are of these tasks), fills m["knowledge"] and returns
     a score function for recommender.ranks: the titles that beam search finds, in their order; all others are a miss."""
+    ask, paths = lambda h, *task: D.question(data, h, *task, longest=D.LONGEST), rl.title_trie(tokenizer, data.titles[1:])
     torch.manual_seed(s.seed)
     model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))           # it is to know the titles by heart
     taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], lr=3e-3 if s.llm == "tiny" else 2e-4,
            reason_share=0.0, tasks=tasks, next_share=0.75, longest=D.LONGEST, ahead=D.LONGEST)
     rl.use(model, "knowledge")
-    ask, paths = lambda h, *task: D.question(data, h, *task, longest=D.LONGEST), rl.title_trie(tokenizer, data.titles[1:])
     def score(sequences, users):
         found = 1 + rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], *paths, beams=beams, budget=sampling(s)["budget"], name="beam search")
         return torch.full((len(found), data.n_items + 1), recommender.MISS).scatter_(1, found, torch.arange(beams, 0, -1.0).expand(found.shape))
-    m["knowledge"] = stage(s, "knows", m["time_s"], lambda: recommender.knows(data, ask, lambda pairs: rl.likelihood(model, tokenizer, pairs), s.seed))
+    likelihood = lambda pairs: rl.likelihood(model, tokenizer, pairs, 4 * s.micro_batch)
+    m["knowledge"] = stage(s, "knows", m["time_s"], lambda: recommender.knows(data, ask, likelihood, s.seed))
     return score
 
 # --------------------------------------------------------------------------------------------------------- the run
@@ -308,7 +308,7 @@ def downstream(s, data, encode, kinds, preferences, score, m):
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
             done = stage(s, f"arm-{arm}", seconds, lambda: recommender.together([job.result() for job in jobs[arm]] if arm in jobs else [
-                recommender.run_arm(arm, data, {}, slices, seed=s.seed, score=score)]))
+                recommender.run_arm(arm, data, {}, slices, seed=s.seed, score=score, seconds=m["time_s"]["knowledge"])]))
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
@@ -324,7 +324,7 @@ def pipeline(s: Settings):
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
     config, encode, out, reasons, log, preferences, score = describe(s, cuts, begun), None, {"kinds": {}}, [], [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    if LLM_ARMS & arms or ({"text-init", "content", "oracle"} & arms and not s.encoder):
+    if arms - {"popularity", "markov", "id"} - ({"text-init", "content", "oracle"} if s.encoder else set()):      # these need text vectors only
         print("[1/5] LLM: base and supervised alignment")
         path = stage(s, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
@@ -358,10 +358,10 @@ def pipeline(s: Settings):
 
 def look(s: Settings):
     """Prints a user's top items with their reasons (--method lane: with LANE's explanation of the first), or what a reason written by hand earns."""
-    lane, load = s.method == "lane", lambda name: torch.load(os.path.join(s.run, "state", name), weights_only=True)["value"]
+    lane, load = bool(s.explain) and s.method == "lane", lambda name: torch.load(os.path.join(s.run, "state", name), weights_only=True)["value"]
     arm, needed = ("lane", ["arm-lane.pt", "prefer.pt"]) if lane else ("curec", ["arm-curec.pt" if s.explain else "reward.pt"])
     if missing := [f for f in (os.path.join(s.run, x) for x in ("config.json", *("state/" + f for f in needed))) if not os.path.exists(f)]:
-        raise D.DataError(f"--run {s.run}: {missing[0]} is missing; it needs a finished run with the arm {arm}")
+        raise D.DataError(f"--run {s.run}: {missing[0]} is missing; it needs a finished run with the arm {arm} (--method lane: with the arm lane)")
     config = json.loads(Path(s.run, "config.json").read_text())
     data, kept = load_data(old := Settings(**config["settings"])), load(needed[0])
     known, name = (data.users, s.explain) if s.explain else ([item["id"] for item in data.items[1:]], s.item)

@@ -10,7 +10,7 @@ of your own. Everything that trains a model reads `train`, `events` and `items` 
 Left out: images, prices.  Try it alone:
     python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
 """
-import ast, csv, gzip, html, http.client, json, os, re, urllib.request, zlib
+import ast, csv, gzip, html, http.client, json, os, re, unicodedata, urllib.request, zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,13 +68,13 @@ class Dataset:
     @cached_property
     def titles(self):
         """Each item's title in a prompt; equal ones get a number, so that a title names one item."""
-        seen, out = Counter(), [""]
+        seen, out, same = Counter(), [""], lambda title: unicodedata.normalize("NFKC", title).lower()
         for item in self.items[1:]:
             name = short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
-            while seen[name.lower()]:
-                seen[short.lower()] += 1
-                name = f"{short} ({seen[short.lower()]})"
-            seen[name.lower()] += 1
+            while seen[same(name)]:
+                seen[same(short)] += 1
+                name = f"{short} ({seen[same(short)]})"
+            seen[same(name)] += 1
             out.append(name)
         return out
 
@@ -207,7 +207,8 @@ def from_rows(name, rows, records, notes) -> Dataset:
     items = [{}] + [record(x, records.get(x, {})) for x in ids]
     notes += [f"{n} items without a title" for n in [sum(not item["title"] for item in items[1:])] if n]
     take = lambda column, as_=lambda x: x: [np.array([as_(r[column]) for r in by_user[u]]) for u in users]
-    rated = all(r[3] in (1, 2, 3, 4, 5) for mine in by_user.values() for r in mine)
+    rated, some = (how(r[3] in (1, 2, 3, 4, 5) for mine in by_user.values() for r in mine) for how in (all, any))
+    notes += ["not every rating is 1, 2, 3, 4 or 5: ratings are left out"] * (some and not rated)
     return Dataset(name, items, users, take(1, number.get), take(2), take(3) if rated else None, notes=notes)
 
 def clean(value) -> str:
@@ -239,7 +240,7 @@ def parse_line(line: str) -> dict | None:
         try:
             value = parse(line)
             return value if isinstance(value, dict) else None
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return None
 
@@ -429,7 +430,7 @@ def parse_preferences(text: str) -> list:
 def lane_samples(data: Dataset, n: int, rng) -> list:
     """n (prompt, answer) pairs that teach a model from nothing the form of LANE's answers; a pretrained LLM needs none.
     Weak targets: preferences are the most frequent words of the history's items, and an item fits one if it says it."""
-    out, rich = [], [s for s in data.train if len({w for i in s for w in data.phrases[i]}) >= PREFERENCES]
+    out, rich = [], [s for s in data.train if len({w for i in s[-LONGEST:] for w in data.phrases[i]}) >= PREFERENCES]
     while rich and len(out) < n:
         s, item, task = rich[rng.integers(len(rich))], int(rng.integers(1, data.n_items + 1)), ("prefer", "prefer", "explain")[rng.integers(3)]
         past = s[: rng.integers(1, len(s) + 1)][-LONGEST:]

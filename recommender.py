@@ -36,7 +36,7 @@ MISS = -1e9                        # score of an item that an arm did not consid
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
 ARMS = tuple("popularity markov id text-init content placebo aligned rl bestof curec lane-placebo lane knowledge oracle".split())
 COMPARISONS = [pair.split(":") for pair in (
-    "text-init:id lane:id lane:text-init lane:lane-placebo knowledge:markov content:id aligned:content rl:content rl:aligned bestof:content "
+    "text-init:id lane:id lane:text-init lane:lane-placebo knowledge:id knowledge:markov content:id aligned:content rl:content rl:aligned bestof:content "
     "curec:content curec:placebo curec:rl curec:bestof placebo:content oracle:content").split()]
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -308,16 +308,16 @@ def knows(data, ask, likelihood, seed: int = 0, people: int = 500) -> dict:
     return out
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, inputs, slices, *, seed=0, epochs=60, device="cpu", score=None):
+def run_arm(arm, data, inputs, slices, *, seed=0, epochs=60, device="cpu", score=None, seconds=0.0):
     """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
-    data: n_items, train, valid, test (see data.Dataset). inputs: the arm's arguments of SASRec. score: of an arm that is trained elsewhere."""
+    data: n_items, train, valid, test (see data.Dataset). inputs: the arm's arguments of SASRec. score: of an arm that was trained elsewhere in `seconds`."""
     start, model = time.perf_counter(), None
     if arm in COUNTING:
         score = COUNTING[arm](data.n_items, data.train)
     elif score is None:
         model, _ = train(data.n_items, data.train, data.valid, **inputs, seed=seed, epochs=epochs, device=device, name=f"{arm}, seed {seed}")
         score = scorer(model, device)
-    seconds = time.perf_counter() - start
+    seconds += time.perf_counter() - start
     rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
     return {"ranks": torch.from_numpy(rank), "row": row | {"seed": seed, "train_s": seconds}, "model": model.cpu().state_dict() if model else {}}
 

@@ -238,8 +238,8 @@ def features(arm, data, encode, kinds, seed, preferences=None) -> dict:
         inputs = {"start": START * F.pad(start, (0, WIDTH - start.shape[1], 1, 0))}
         if arm != "text-init":
             names = [mine or preferences["names"][k - k % 2] for k, mine in enumerate(preferences["names"])]         # dropped: the earlier cut's stay
-            number = {n: k + 1 for k, n in enumerate(sorted({n for mine in names for n in mine}))}
-            named = torch.tensor([[number[n] for n in mine] or [0] * D.PREFERENCES for mine in names]).view(len(data.users), 2, -1)
+            number = {n: k + 1 for k, n in enumerate(sorted({n.lower() for mine in names for n in mine}))}
+            named = torch.tensor([[number[n.lower()] for n in mine] or [0] * D.PREFERENCES for mine in names]).view(len(data.users), 2, -1)
             inputs["preferences"] = {"vectors": F.pad(whiten(encode([*number] or ["none"])), (0, 0, 1, 0)), "since": preferences["since"],
                                      "named": named if arm == "lane" else named[np.random.default_rng([seed, 83]).permutation(len(named))]}
         return inputs
@@ -370,8 +370,8 @@ def lane_question(data, weights, preferences, user: int) -> str:
     """LANE's prompt for why a user's top item is recommended, with the trained attention's weights of the preferences."""
     model, history, items, _ = top(data, weights, user)
     state, known = model.states(pad([history]), model.table()), model.align.known([user], [len(history)])
-    names = preferences["names"][2 * user + 1] or preferences["names"][2 * user] or ["nothing known"]
-    weighted = ", ".join(f"{n} {w:.2f}" for n, w in zip(names, model.align(state, known)[1][0].tolist()))
+    names = preferences["names"][2 * user + 1] or preferences["names"][2 * user]
+    weighted = ", ".join(f"{n} {w:.2f}" for n, w in zip(names, model.align(state, known)[1][0].tolist())) or "none known"
     return D.question(data, history, "explain", weighted, D.item_text(data.items[items[0]]), longest=D.LONGEST)
 
 def reasons_table(m: dict) -> str:

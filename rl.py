@@ -4,7 +4,7 @@
     A_t      = sum_k lambda^k (score_{t+k} + V_{t+k+1} - V_{t+k})    GAE, gamma = 1, V after the last token = 0
     L        = mean_t max(-A_t ratio_t, -A_t clip(ratio_t)) + c_v * clipped value loss,  ratio_t = exp(logp_t - old_t)
 
-One base model in memory, two named LoRA adapters: `align` (frozen after alignment: PPO's reference) and `policy`.
+One base model in memory, named LoRA adapters: `align` (frozen after alignment: PPO's reference), `policy`; `knowledge` of a relative.
 Layout of a batch: padding comes last, where a causal model never sees it; only generation pads on the left.
 
     ids    [ p p p r r r eos pad ]      answer tokens at `starts`, `starts` + 1, ...; the logits before each predict it

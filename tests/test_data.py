@@ -539,6 +539,13 @@ def test_duplicates_keep_the_first_and_short_users_are_counted(tmp_path):
     assert any(n.startswith("2 repeated") for n in d.notes) and any(n.startswith("2 users with fewer than 3") for n in d.notes)
 
 
+@pytest.mark.parametrize("odd", ["4.5", "", "0"])
+def test_ratings_that_are_not_one_to_five_are_left_out_and_told(tmp_path, odd):
+    """Guards: a rating task without its answer; ratings that vanish without a word."""
+    d = data.load(folder(tmp_path, [("a", x, k, r) for k, (x, r) in enumerate(zip("xyz", (5, 4, odd)))], "user,item,timestamp,rating"), k_core=0)
+    assert d.ratings is None and any("ratings are left out" in n for n in d.notes)
+
+
 def test_nothing_left_is_an_error_with_advice(tmp_path):
     """Guards: an empty data set that fails later in numpy."""
     with pytest.raises(data.DataError, match="k-core"):
@@ -733,7 +740,7 @@ def test_gift_cards_has_its_counts_and_ratings():
     ('{"preferences": ["a", "b", "c", "d"]}', []), ('{"preferences": ["a", "b", "c", "d", "e", "f"]}', []),
     ('{"preferences": ["a", "b", "c", "d", "A"]}', []), ('{"preferences": ["a", "b", "c", "d", ""]}', []),
     ('{"preferences": ["a", "b", "c", "d", 5]}', []), ('{"preferences": "abcde"}', []), ('{"other": 1}', []), ('["a", "b", "c", "d", "e"]', []),
-    ("", []), ("{" * 10 ** 6, []), ('{"preferences": ["a", "b", "c", "d", "e"', []), ("{__import__('os').system('true')}", [])])
+    ('{["a", "b", "c", "d", "e"]}', []), ("{[1]: 2}", []), ("", []), ("{" * 10 ** 6, []), ('{"preferences": ["a", "b", "c", "d", "e"', []), ("{__import__('os').system('true')}", [])])
 def test_preferences_are_read_or_refused_and_nothing_raises(text, names):
     """Guards: a list cut short or padded that passes; an answer that stops the run."""
     assert data.parse_preferences(text) == names
@@ -742,9 +749,9 @@ def test_preferences_are_read_or_refused_and_nothing_raises(text, names):
 def test_equal_titles_get_a_number():
     """Guards: a title that names two items, so that one of them can never be retrieved."""
     d = data.demo(3, 60, 40)
-    for i, t in enumerate(("Comb", "comb", "Soap", "COMB", "Comb (2)", ""), 1):
+    for i, t in enumerate(("Comb", "comb", "Soap", "COMB", "Comb (2)", "", "Cr\u00e8me", "Cre\u0300me"), 1):
         d.items[i]["title"] = t
-    assert d.titles[1:7] == ["Comb", "comb (2)", "Soap", "COMB (3)", "Comb (2) (2)", "untitled"] and len(set(map(str.lower, d.titles[1:]))) == d.n_items
+    assert d.titles[1:9] == ["Comb", "comb (2)", "Soap", "COMB (3)", "Comb (2) (2)", "untitled", "Cr\u00e8me", "Cre\u0300me (2)"] and len(set(map(str.lower, d.titles[1:]))) == d.n_items
 
 
 @pytest.mark.parametrize("tasks", [("mim",), ("mlm",), ("bpr",), ("next", "rank"), ("rate",)])

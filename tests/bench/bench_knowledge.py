@@ -3,7 +3,7 @@
     python tests/bench/bench_knowledge.py               five demo worlds, the tiny LLM, one adapter a mixture: an hour and a half on one core
 
 Recommendation tasks alone (three of four samples ask for the next items, the others for the best of three, or a rating), or masked items (MIM), masked
-words (MLM), pairwise preference (BPR) or all of them beside the latter: the same steps, share of next items and seeds. Chosen on validation of another world.
+words (MLM), pairwise preference (BPR) or all of them beside the latter: the same steps, share of next items and seeds. Chosen by hand on validation of world 5.
 Results go to bench_knowledge.json beside this file; resumable: what lies in runs/bench/knowledge is not repeated.
 """
 import argparse
