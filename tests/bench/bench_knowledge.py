@@ -51,8 +51,8 @@ def row(fits: dict, base: dict) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=curec.Settings.knowledge_steps)
-    parser.add_argument("--worlds", type=int, default=5, help="worlds for recommendation tasks alone and for all tasks, each with its own tiny LLM [5]")
-    parser.add_argument("--single", type=int, default=5, help="of these, worlds for one auxiliary task alone [5]")
+    parser.add_argument("--worlds", type=int, default=5, choices=range(1, 6), help="worlds for recommendation tasks alone and for all tasks, each with its own tiny LLM [5]")
+    parser.add_argument("--single", type=int, default=5, choices=range(1, 6), help="of these, worlds for one auxiliary task alone [5]")
     args, found = parser.parse_args(), {name: {} for name in MIXTURES}
     for name, seed in [*((n, w) for w in range(args.worlds) for n in ("recommendation", "all")), *((n, w) for w in range(args.single) for n in MIXTURES if "+" in n)]:
         s = curec.resolve(curec.parse_args(["--dataset", "demo", "--seed", str(seed), "--knowledge-steps", str(args.steps), "--out", f"runs/bench/knowledge/{seed}-{args.steps}"]))
