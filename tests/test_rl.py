@@ -1060,7 +1060,7 @@ def test_beam_search_finds_the_titles_that_brute_force_finds(shared, beams):
     """Guards: scores averaged over a title's length, a title cut off at its longest prefix, prompts padded on the wrong side."""
     model, tokenizer = shared
     rl.use(model, "align")
-    found = rl.retrieve(model, tokenizer, PROMPTS[:6], *rl.title_trie(tokenizer, TITLES), beams=beams)
+    found = rl.retrieve(model, tokenizer, PROMPTS[:6], *rl.title_trie(tokenizer, TITLES), beams=beams).numpy()
     scores = rl.likelihood(model, tokenizer, [(p, t) for p in PROMPTS[:6] for t in TITLES]).view(6, -1)
     want = scores.argsort(1, descending=True)[:, :beams].numpy()
     if beams < len(TITLES):           # a beam as wide as the catalogue misses nothing; a narrow one may

@@ -34,7 +34,7 @@ import rl  # noqa: E402
 WORLDS, RUNS, OUT = range(5), pathlib.Path("runs/bench/reasons"), HERE.with_suffix(".json")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t by number of worlds
 WAYS = "truth", "echo of a history", "the title alone", "every aspect", "empty", "another item's reason"
-PAIRS = [*rec.COMPARISONS, ("rl", "placebo")]
+PAIRS = [p for p in (*rec.COMPARISONS, ("rl", "placebo")) if {*p} <= {*curec.METHODS["curec"]}]
 
 
 def run(name: str, seed: int, *flags) -> pathlib.Path:
