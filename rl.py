@@ -315,12 +315,12 @@ def title_trie(tokenizer, titles):
 
 def retrieve(model, tokenizer, prompts, paths, trie, *, beams=20, budget=32_768, name=None) -> torch.Tensor:
     """The likeliest titles of a title_trie by beam search: their numbers, best first, (len(prompts), beams); -1: none left.
-    No other text can come out. The score is the whole title's log-probability, its end included, as in likelihood."""
-    out = torch.full((len(prompts), beams), -1)
-    choices = lambda seen: [*trie.get(seen, [tokenizer.eos_token_id])]       # a beam outside has probability 0, but must name some token
+    No other text can come out: a beam outside the trie has probability 0, but has to go on. Scores are log-probabilities as in likelihood."""
+    out, choices = torch.full((len(prompts), beams), -1), lambda seen: [*trie.get(seen, [tokenizer.eos_token_id])]
     for i, answers in answered(model, tokenizer, prompts, budget=budget, name=name, beams=beams, max_new=max(map(len, paths)),
                                choices=choices, do_sample=False, length_penalty=0.0):
-        out[i] = torch.tensor([paths.get(tuple(a), -1) for a in answers])
+        found = dict.fromkeys(paths.get(tuple(a), -1) for a in answers)        # with few titles left, beams repeat some
+        out[i, : len(found)] = torch.tensor([*found])
     return out
 
 # ------------------------------------------------------------------------------------------------ the maths of PPO
