@@ -569,7 +569,7 @@ def test_a_position_knows_the_latest_cut_before_it_and_no_later_one():
     known = layer.known([1] * 5, [1, 2, 3, 4, 9])
     assert (known[0] == 0).all() and torch.equal(known[1:], given["named"][1][[0, 0, 1, 1]])
     states, m = torch.randn(2, 8), layer.eval().attention
-    torch.nn.init.ones_(m.out_proj.bias)                                                   # without preferences attention adds nothing, not even a bias
+    torch.nn.init.normal_(m.out_proj.bias)                                                 # without preferences attention adds nothing, not even a bias
     x = layer.norm1(states)
     torch.testing.assert_close(layer(states, known[[0, 0]])[0], layer.norm2(x + layer.down(F.gelu(layer.up(x)))))
 

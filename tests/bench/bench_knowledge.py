@@ -43,8 +43,8 @@ def row(fits: dict, base: dict) -> dict:
     hits, others = ([rec.metrics(x[w]["ranks"].numpy())["hr@10"] for w in fits] for x in (fits, base))               # by world, (users,)
     delta, people = rec.paired_bootstrap(*(np.concatenate(x)[None] for x in (hits, others)))
     by_world = [float(a.mean() - b.mean()) for a, b in zip(hits, others)]
-    half = T_975[len(fits)] * np.std(by_world, ddof=1) / len(fits) ** 0.5 if len(fits) > 1 else float("nan")
-    return {"worlds": len(fits), "hr@10": float(np.mean(np.concatenate(hits))), "less_recommendation": delta, "people_95": people, "worlds_95": [delta - half, delta + half],
+    half = T_975[len(fits)] * np.std(by_world, ddof=1) / len(fits) ** 0.5 if len(fits) > 1 else None
+    return {"worlds": len(fits), "hr@10": float(np.mean(np.concatenate(hits))), "less_recommendation": delta, "people_95": people, "worlds_95": half and [delta - half, delta + half],
             "by_world": by_world, **{k: float(np.mean([f[k] for f in fits.values()])) for k in ("ranking_accuracy", "bpr_accuracy")}}
 
 
@@ -61,7 +61,7 @@ def main():
         print(f"world {seed}, {name}: HR@10 {np.mean(found[name][seed]['ranks'].numpy() <= 10):.4f}", flush=True)
     rows, interval = {name: row(fits, found["recommendation"]) for name, fits in found.items() if fits}, "{:+.4f} .. {:+.4f}".format
     print(rec.markdown(["tasks", "worlds", "HR@10", "less recommendation alone", "people: 95 %", "worlds: 95 %", "best of five (.2)", "BPR (.5)"],
-                       [[k, r["worlds"], r["hr@10"], f"{r['less_recommendation']:+.4f}", interval(*r["people_95"]), interval(*r["worlds_95"]), r["ranking_accuracy"], r["bpr_accuracy"]]
+                       [[k, r["worlds"], r["hr@10"], f"{r['less_recommendation']:+.4f}", interval(*r["people_95"]), interval(*r["worlds_95"]) if r["worlds_95"] else "", r["ranking_accuracy"], r["bpr_accuracy"]]
                         for k, r in rows.items()]))
     HERE.with_suffix(".json").write_text(json.dumps({"command": "python tests/bench/bench_knowledge.py", "steps": args.steps, "torch": torch.__version__, "cpus": os.cpu_count(),
                                                      "commit": curec.describe(s, [], "")["git_commit"], "results": rows}, indent=1) + "\n")
