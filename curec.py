@@ -361,7 +361,7 @@ def look(s: Settings):
     lane, load = bool(s.explain) and s.method == "lane", lambda name: torch.load(os.path.join(s.run, "state", name), weights_only=True)["value"]
     arm, needed = ("lane", ["arm-lane.pt", "prefer.pt"]) if lane else ("curec", ["arm-curec.pt" if s.explain else "reward.pt"])
     if missing := [f for f in (os.path.join(s.run, x) for x in ("config.json", *("state/" + f for f in needed))) if not os.path.exists(f)]:
-        raise D.DataError(f"--run {s.run}: {missing[0]} is missing; it needs a finished run with the arm {arm} (--method lane: with the arm lane)")
+        raise D.DataError(f"--run {s.run}: {missing[0]} is missing; it needs a finished run with the arm {arm}" + "; for a run of LANE add --method lane" * (not lane))
     config = json.loads(Path(s.run, "config.json").read_text())
     data, kept = load_data(old := Settings(**config["settings"])), load(needed[0])
     known, name = (data.users, s.explain) if s.explain else ([item["id"] for item in data.items[1:]], s.item)

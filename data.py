@@ -145,7 +145,7 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s), "categories": [],
                      "brand": BRANDS[rng.integers(len(BRANDS))], "description": ""} for i, s in enumerate(said)]
     names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
-    return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times, 
+    return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times,
                    truth={"early": names[0], "late": names[1], "since": [span // 2 + 1_400_000_000] * (n_items + 1)})
 
 # --------------------------------------------------------------------------------------------------- real data sets
@@ -382,7 +382,7 @@ def choosers(data: Dataset) -> list:
     return np.split(order, np.cumsum(np.bincount(data.events["item"], minlength=data.n_items + 1))[:-1])
 
 def question(data: Dataset, history, task: str, *about, longest: int = HISTORY) -> str:
-    """A question of recommendation knowledge about the last items of a history."""
+    """A question of one of the two relatives (TASKS, LANE) about the last items of a history."""
     return "Chosen in order: " + "; ".join(data.titles[i] for i in history[-longest:]) + "\n" + (TASKS | LANE)[task].format(*about)
 
 def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE, follow: float = 1.0,
@@ -400,7 +400,8 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
             out.append(reason_sample(data, item, shown, rng, current, follow))
             continue
         choices = choices or rng.permutation(len(events["user"])).tolist()
-        user, end = (int(events[k][choice]) for choice in [choices.pop()] for k in ("user", "pos"))
+        choice = choices.pop()
+        user, end = int(events["user"][choice]), int(events["pos"][choice])
         s, task = data.train[user], "next" if rng.random() < next_share else tasks[rng.integers(len(tasks))]
         past, goal = s[max(0, end - longest): end], data.titles[s[end]]        # s[end] is the choice to be told
         others = [j for j in dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist()) if j not in s][:2]

@@ -20,10 +20,10 @@ import torch  # noqa: E402
 
 import curec  # noqa: E402
 import recommender as rec  # noqa: E402
+from bench_reasons import T_975  # noqa: E402
 
 REC = ("rank", "rate")
 MIXTURES = {"recommendation": REC, "+ MIM": (*REC, "mim"), "+ MLM": (*REC, "mlm"), "+ BPR": (*REC, "bpr"), "all": (*REC, "mim", "mlm", "bpr")}
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}                  # Student's t by number of worlds
 
 
 def measured(s, data, path, name: str, tasks) -> dict:
