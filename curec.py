@@ -4,12 +4,13 @@
 
     data -> LLM (align) -> reward model -> PPO (policy) -> chronological correction -> SASRec with reasons -> report
 
-Each stage leaves its result in the run folder, from where --resume goes on. The hidden truth of the demo world is read in two places
-of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else. Read on: reward.py, rl.py, recommender.py, data.py.
+Each stage leaves its result in the run folder, long ones after every update, epoch or window: from there --resume goes on. The hidden truth
+of the demo world is read in two places of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else.
 """
-import argparse, hashlib, importlib.metadata, json, os, platform, re, resource, shutil, subprocess, sys, time
+import argparse, fcntl, hashlib, importlib.metadata, json, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -56,7 +57,9 @@ class Settings:
     seed: int = opt(0, "run", "seed of everything, the demo world included")
     device: str = opt("", "run", "cpu | cuda | cuda:1; default: cuda where there is one")
     quick: bool = opt(False, "run", "a tiny run of every stage, for CI: its figures mean nothing")
-    resume: bool = opt(False, "run", "go on with the run folder from its last finished stage or PPO update")
+    resume: bool = opt(False, "run", "go on with the run folder after its last finished unit of work")
+    dry_run: bool = opt(False, "run", "only print what would be downloaded, asked and learnt, and the memory it takes")
+    debug: bool = opt(False, "run", "show the traceback of an error")
     run: str = opt("", "look at a finished run", "the run folder to look at")
     explain: str = opt("", "look at a finished run", "USER: this user's top items, each with its reason and the reason's history")
     score: str = opt("", "look at a finished run", "TEXT: the reward of a reason written by hand, as 'people choose it for X and Y'")
@@ -64,6 +67,7 @@ class Settings:
 
 load_data = lambda s: D.load(s.dataset, s.data_dir, small=s.quick, **{k: getattr(s, k) for k in "seed ties k_core limit_items limit_users".split()})
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "knowledge_steps": 12, "seeds": 1, "epochs": 3}
+UNSAVED = "resume", "dry_run", "debug", "run", "explain", "score", "item"            # flags that are no setting of a run
 sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}  # tokens a pass
 
 def parse_args(argv=None):
@@ -87,14 +91,16 @@ def resolve(s: Settings) -> Settings:
     demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     arms = s.arms.split(",") if s.arms not in ("", "all") else [a for a in (ARMS if s.arms else METHODS[s.method]) if a != "oracle" or demo]
     least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps knowledge_steps proposals".split(), 1)
-    low = [f.name for f in fields(Settings) if f.type in (int, float) and getattr(s, f.name) < least.get(f.name, 0)]
+    odd = [f.name for f in fields(Settings) if f.type in (int, float) and not least.get(f.name, 0) <= getattr(s, f.name) < 2 ** 31]      # nan too
+    gpus = torch.cuda.device_count()
     for wrong, message in (
-            (device.startswith("cuda") and not torch.cuda.is_available(), "--device cuda: PyTorch sees no CUDA GPU; use --device cpu"),
+            (not re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cpu, cuda or cuda:N"),
+            (device != "cpu" and int((device + ":0").split(":")[1]) >= gpus, f"--device {device}: PyTorch sees {gpus} CUDA GPUs; use --device cpu"),
             (demo and (s.limit_items or s.limit_users or s.ties != "file"), "--limit-items, --limit-users and --ties are for real data"),
             (set(arms) - set(ARMS), f"--arms: unknown {', '.join(set(arms) - set(ARMS))}; choose from {', '.join(ARMS)}"),
             (s.arms and s.method != "curec", "--method and --arms both choose arms: give one of them"),
             ("oracle" in arms and not demo, "--arms oracle: only the demo world knows its truth"),
-            (low, f"--{''.join(low[:1]).replace('_', '-')}: too small")):
+            (odd, f"--{''.join(odd[:1]).replace('_', '-')}: too small or too large")):
         if wrong:
             raise D.DataError(message)
     tiny = (llm := s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)) == "tiny"
@@ -103,23 +109,49 @@ def resolve(s: Settings) -> Settings:
 
 # ------------------------------------------------------------------------------------------------------ run folder
 def keep(path: str, value):
-    """Writes a text or what torch.save takes; atomic: a reader, or a killed run, sees the old file or the new one."""
+    """Writes a text or what torch.save takes; atomic: a reader, a killed run or a full disk leaves the old file or the new one."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    Path(path + ".part").write_text(value, encoding="utf-8") if isinstance(value, str) else torch.save(value, path + ".part")
-    os.replace(path + ".part", path)
+    with open(part := f"{path}.{os.getpid()}.part", "wb") as file:
+        file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
+    os.replace(part, path)
 
-def stage(s: Settings, name: str, times: dict, work, title=""):
-    """The result of work() (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again."""
-    print(title, end="\n" * bool(title))
-    path, start, stage.now = os.path.join(s.out, "state", name + ".pt"), time.perf_counter(), name      # main names it where memory runs out
+def stage(s: Settings, name: str, times: dict, work, of=""):
+    """The result of work(units) (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again. Its time is added to times[of or name].
+    units: state, what an unfinished one had kept of its units of work, or None; save, to be called after each; seconds, what they took."""
+    start, stage.now, (path, part) = time.perf_counter(), name, (os.path.join(s.out, "state", name + x) for x in (".pt", "-units.pt"))
     if not os.path.exists(path):
-        keep(path, {"value": work(), "seconds": time.perf_counter() - start})
-    value, times[name] = torch.load(path, weights_only=True).values()
+        units = SimpleNamespace(**torch.load(part, "cpu", weights_only=True) if os.path.exists(part) else {"state": None, "seconds": 0.0})
+        spent = lambda: units.seconds + time.perf_counter() - start
+        units.save = lambda state: keep(part, {"state": state, "seconds": spent()})
+        keep(path, {"value": work(units), "seconds": spent()})
+    Path(part).unlink(missing_ok=True)
+    value, seconds = torch.load(path, weights_only=True).values()
+    times[of or name] = times.get(of or name, 0.0) + seconds
     return value
+
+def needed(s: Settings) -> list:
+    """The stages that the arms need, in their order."""
+    arms, texts = set(s.arms.split(",")), {"text-init", "content", "oracle"} if s.encoder else set()      # these need text vectors only
+    own = {"LLM": arms - {"popularity", "markov", "id"} - texts, "preferences": {"lane", "lane-placebo"} & arms, "knowledge": {"knowledge"} & arms, "arms": arms}
+    return [name for name in ("LLM", "reward model", "PPO", "reasons", "preferences", "knowledge", "arms") if own.get(name, REASON_ARMS & arms)]
+
+def headline(s: Settings, name: str) -> bool:
+    """Prints the name of a stage that is needed, and its number; tells whether it is."""
+    if name in (todo := needed(s)):
+        print(f"[{todo.index(name) + 1}/{len(todo)}] {name}")
+    return name in todo
 
 def open_run(s: Settings):
     """Clears an older run out of the run folder, or checks that the run to resume was made with the same settings, and tells its commits."""
     path = os.path.join(s.out, "config.json")
+    os.makedirs(s.out, exist_ok=True)
+    open_run.lock = open(os.path.join(s.out, ".lock"), "w")
+    try:
+        fcntl.lockf(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                        # goes with the process, however that ends
+    except BlockingIOError:
+        raise D.DataError(f"--out {s.out}: another run is at work there; wait until it has ended, or choose another folder") from None
+    for part in Path(s.out).rglob("*.part"):                     # what a killed run was writing
+        part.unlink()
     if s.resume:
         if not os.path.exists(path):
             raise D.DataError(f"--resume: {path} does not exist; leave --resume out to start")
@@ -139,13 +171,18 @@ def describe(s: Settings, cuts, begun: str) -> dict:
     git = "git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     gpu = torch.cuda.get_device_name() if "cuda" in s.device else None
-    return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in ("resume", "run", "explain", "score", "item")},
+    return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in UNSAVED},
             "windows": cuts, "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit))),
             "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft bitsandbytes accelerate numpy tqdm".split()},
             "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": gpu}}
 
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
-def tiny_llm(s: Settings, data) -> str:
+def ask(s: Settings, model, tokenizer, adapter: str, prompts: list, name: str, **how) -> list:
+    """An answer a prompt, as text. adapter: who answers; how: in place of the run's settings."""
+    rl.use(model, adapter)
+    return rl.generate(model, tokenizer, prompts, **sampling(s) | {"seed": s.seed, "name": name} | how)[0]
+
+def tiny_llm(s: Settings, data, state=None, save=lambda state: None) -> str:
     """Path of the tiny LLM trained from nothing on this data set's texts and prompts, a catalogue's words first; cached by what it depends on."""
     rng = np.random.default_rng([s.seed, 41])
     easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
@@ -155,109 +192,115 @@ def tiny_llm(s: Settings, data) -> str:
                for name, part, share in zip(names, (spell, easy, samples + D.lane_samples(data, 3000, rng)), shares) if part]
     path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
     if not os.path.exists(path):
-        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device)
+        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device,
+                      state=state, save=save)
     return path
 
 def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times: dict, lr: float, **mixture):
     """Supervised training of an adapter on data.alignment_samples (mixture: its arguments), kept in the run folder."""
-    def work():
+    def work(units):
         rl.use(model, adapter, trainable=True)
         samples = D.alignment_samples(data, 32 * steps, np.random.default_rng([s.seed, 59]), **mixture)
-        rl.supervise(model, tokenizer, samples, steps=steps, batch=32, micro_batch=s.micro_batch, lr=lr, seed=s.seed, name=adapter)
+        rl.supervise(model, tokenizer, samples, steps=steps, batch=32, micro_batch=s.micro_batch, lr=lr, seed=s.seed, name=adapter,
+                     state=units.state, save=units.save)
         rl.save_adapter(model, s.out, adapter)
     stage(s, adapter, times, work)
     rl.restore(model, s.out, adapter)
 
-def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts):
-    """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt."""
+def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict) -> dict:
+    """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt. Returns m["ppo"]."""
     items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
-    train, updates, found = train[: s.ppo_updates * s.ppo_batch], os.path.join(s.out, "state", "ppo-updates.pt"), {}   # more is never drawn
+    train, found = train[: s.ppo_updates * s.ppo_batch], {}                   # more is never drawn
     def total(texts, rows):
         value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows], (cuts[0], cuts[-1]), s.seed)
         found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
-        return value
-    def save(state):
-        state["log"][-1] |= found                                # of the answers judged last: this update's
-        keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"]))
-        keep(updates, state)
-    def sample(rows, adapter, name):
-        rl.use(model, adapter)
-        return total(rl.generate(model, tokenizer, [prompts[k] for k in rows], **sampling(s), seed=s.seed, name=name)[0], rows)
-    before = stage(s, "before", {}, lambda: torch.from_numpy(sample(held, "align", "held-out prompts before PPO")))
-    reference = stage(s, "reference", {}, lambda: torch.from_numpy(sample(np.repeat(train, 2), "align", "reference: two answers a prompt").reshape(-1, 2).mean(1)))
-    stage.now = "ppo"
-    log = rl.ppo(model, tokenizer, [prompts[k] for k in train],
-                 lambda texts, rows: torch.from_numpy(total(texts, train[rows])) - reference[rows],
-                 updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
-                 lr=s.ppo_lr, **sampling(s), seed=s.seed, save=save,               # one epoch: fresh answers beat reused ones here
-                 state=torch.load(updates, "cpu", weights_only=True) if os.path.exists(updates) else None)
-    rl.save_adapter(model, s.out, "policy")
-    return {"reward_before": before.mean().item(), "reward_after": float(sample(held, "policy", "held-out prompts after PPO").mean()),
-            "kl": log[-1]["kl"], "updates": len(log)}
+        return torch.from_numpy(value)
+    sample = lambda rows, adapter, name: total(ask(s, model, tokenizer, adapter, [prompts[k] for k in rows], name), rows)
+    def updates(units):
+        def save(state):
+            state["log"][-1] |= found                            # of the answers judged last: this update's
+            keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"]))
+            units.save(state)
+        log = rl.ppo(model, tokenizer, [prompts[k] for k in train], lambda texts, rows: total(texts, train[rows]) - reference[rows],
+                     updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
+                     lr=s.ppo_lr, **sampling(s), seed=s.seed, state=units.state, save=save)        # one epoch: fresh answers beat reused ones here
+        rl.save_adapter(model, s.out, "policy")
+        return log
+    before = stage(s, "before", times, lambda _: sample(held, "align", "held-out prompts before PPO"), "ppo")
+    reference = stage(s, "reference", times, lambda _: sample(np.repeat(train, 2), "align", "reference: two answers a prompt").view(-1, 2).mean(1), "ppo")
+    log = stage(s, "ppo", times, updates)
+    rl.restore(model, s.out, "policy")
+    after = stage(s, "after", times, lambda _: sample(held, "policy", "held-out prompts after PPO"), "ppo")
+    return {"reward_before": before.mean().item(), "reward_after": after.mean().item(), "kl": log[-1]["kl"], "updates": len(log)}
 
 # ----------------------------------------------------------------------------- stage 5: chronological correction
 def propose(s: Settings, model, tokenizer, prompts, seed, name):
     """An answer a prompt for the judge to choose from: at temperature 1, every third by `align`, whose guesses PPO has not narrowed down."""
     out = {}
     for adapter, rows in (("align", range(0, len(prompts), 3)), ("policy", [k for k in range(len(prompts)) if k % 3])):
-        rl.use(model, adapter)
-        how = sampling(s) | {"temperature": 1.0, "seed": seed, "name": f"{name}, by {adapter}"}
-        out |= zip(rows, rl.generate(model, tokenizer, [prompts[k] for k in rows], **how)[0])
+        out |= zip(rows, ask(s, model, tokenizer, adapter, [prompts[k] for k in rows], f"{name}, by {adapter}", seed=seed, temperature=1.0))
     return [out[k] for k in range(len(prompts))]
 
-def correct(s: Settings, data, model, tokenizer, judge, who, cuts):
+def correct(s: Settings, data, model, tokenizer, judge, who, cuts, state=None, save=lambda state: None):
     """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of a window's choosers
-    are shown, the others judge. Returns (first answers, last answers, timelines, people shown in each prompt and judges by item, rows a window)."""
-    rl.use(model, "policy")
-    first = [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)], **sampling(s),
-                               seed=s.seed, name="first reasons, from the text alone")[0]
-    answers, rows, (timelines, groups, ears) = [*first], [], ([[] for _ in first] for _ in range(3))
-    for w, period, items, shown, judges in reward.windows(data, who, cuts, s.seed):
-        prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
-        proposals = propose(s, model, tokenizer, [p for p in prompts for _ in range(s.proposals)], s.seed + w, f"correction, window {w} of {len(cuts) - 1}")
-        chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
-        for i, p, c, j in zip(items, shown, chosen, judges):
+    are shown, the others judge. state, save: what is done so far, window by window, as in rl.ppo.
+    Returns (first answers, last answers, timelines, people shown in each prompt and judges by item, rows a window)."""
+    texts_alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
+    done = state or {"first": ["", *ask(s, model, tokenizer, "policy", texts_alone, "first reasons, from the text alone")], "windows": []}
+    save(done)
+    answers, rows, (timelines, groups, ears) = [*done["first"]], [], ([[] for _ in done["first"]] for _ in range(3))
+    for n, (w, period, items, shown, judges) in enumerate(reward.windows(data, who, cuts, s.seed)):
+        if n == len(done["windows"]):
+            prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
+            proposals = propose(s, model, tokenizer, [p for p in prompts for _ in range(s.proposals)], s.seed + w, f"correction, window {w} of {len(cuts) - 1}")
+            chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
+            done["windows"].append((len(proposals), [proposals[c["best"]] for c in chosen], chosen, false))
+            save(done)
+        proposed, best, chosen, false = done["windows"][n]
+        for i, p, c, j, proposal in zip(items, shown, chosen, judges, best):
             timelines[i].append({"window_end": period[1], "people": [data.users[u] for u in data.events["user"][p]], "judges": len(j),
-                                 "shared": D.shared_words(data, i, p)[:3], "proposal": D.parse_answer(proposals[c["best"]])[0],
+                                 "shared": D.shared_words(data, i, p)[:3], "proposal": D.parse_answer(proposal)[0],
                                  "reward_before": c["before"], "reward_after": c["after"], "accepted": c["accepted"]})
-            answers[i] = proposals[c["best"]] if c["accepted"] else answers[i]
-            groups[i].append(p), ears[i].extend(j.tolist())
+            answers[i] = proposal if c["accepted"] else answers[i]
+            groups[i].append(p.tolist()), ears[i].extend(j.tolist())
         gains, mean = [c["after"] - c["before"] for c in chosen if c["accepted"]], lambda x: float(np.mean(x)) if len(x) else 0.0
-        rows.append({"window": w, "items": len(items), "proposed": len(proposals), "accepted": len(gains), "rejected": len(items) - len(gains),
+        rows.append({"window": w, "items": len(items), "proposed": proposed, "accepted": len(gains), "rejected": len(items) - len(gains),
                      "mean_gain": mean(gains), "false_accept_rate": false, "reward_before": mean([c["before"] for c in chosen]),
                      "reward_after": mean([c["after" if c["accepted"] else "before"] for c in chosen])})
-    return first, answers, timelines, groups, ears, rows
+    return done["first"], answers, timelines, groups, ears, rows
 
-def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts):
+def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict):
     """All kinds of reasons: {KIND: decoded answers, index 0 empty}, the timelines and the correction's rows."""
     shown, items = reward.one_shot_people(who, s.seed)[0], list(range(1, data.n_items + 1))
 
-    def one_shot(adapter, name):
-        rl.use(model, adapter)
-        return [""] + rl.generate(model, tokenizer, [D.reason_prompt(data, i, "", shown[i]) for i in items], **sampling(s), seed=s.seed, name=name)[0]
-    kinds = {"aligned": one_shot("align", "reasons: aligned"), "rl": one_shot("policy", "reasons: rl")}
-    first, kinds["curec"], timelines, groups, ears, rows = correct(s, data, model, tokenizer, judge, who, cuts)
-    # the control for correction: curec's first reason and as many proposals, to the same groups of people, no reason so far; all judges at once
-    asked = [(i, p) for i in items for p in groups[i] for _ in range(s.proposals)]
-    texts = propose(s, model, tokenizer, [D.reason_prompt(data, i, "", p) for i, p in asked], s.seed + 91, "best of one-shot proposals")
-    many, texts = np.array([*items, *(i for i, _ in asked)]), [*first[1:], *texts]
-    people = [np.concatenate([*x, []]).astype(int) for x in groups], [np.array(x, int) for x in ears]
-    total, _ = judge.rewards(many, texts, *([x[i] for i in many] for x in people), (cuts[0], cuts[-1]), s.seed)
-    kinds["bestof"] = [""] + [texts[max(np.flatnonzero(many == i), key=lambda k: total[k])] for i in items]
+    one_shot = lambda adapter, name: ["", *ask(s, model, tokenizer, adapter, [D.reason_prompt(data, i, "", shown[i]) for i in items], name)]
+    def best(_):
+        """The control for correction: its first reason and as many proposals, to the same groups of people, no reason so far; all judges at once."""
+        asked = [(i, p) for i in items for p in groups[i] for _ in range(s.proposals)]
+        texts = propose(s, model, tokenizer, [D.reason_prompt(data, i, "", p) for i, p in asked], s.seed + 91, "best of one-shot proposals")
+        many, texts = np.array([*items, *(i for i, _ in asked)]), [*first[1:], *texts]
+        people = [np.concatenate([*x, []]).astype(int) for x in groups], [np.array(x, int) for x in ears]
+        total, _ = judge.rewards(many, texts, *([x[i] for i in many] for x in people), (cuts[0], cuts[-1]), s.seed)
+        return [""] + [texts[max(np.flatnonzero(many == i), key=lambda k: total[k])] for i in items]
+    kinds = {kind: stage(s, kind, times, lambda _: one_shot(adapter, f"reasons: {kind}"), "correct") for kind, adapter in (("aligned", "align"), ("rl", "policy"))}
+    first, kinds["curec"], timelines, groups, ears, rows = stage(s, "curec", times, lambda units: correct(
+        s, data, model, tokenizer, judge, who, cuts, units.state, units.save), "correct")
+    kinds["bestof"] = stage(s, "bestof", times, best, "correct")
     return {"kinds": kinds, "timelines": timelines, "correction": rows}
 
 # ------------------------------------------------------------------------------------------------- the two relatives
-def prefer(s: Settings, data, model, tokenizer):
+def prefer(s: Settings, data, model, tokenizer, state=None, save=lambda state: None):
     """LANE: what the untuned LLM says each user prefers, at two cuts of the train history. {"names": two lists a user, [] where five answers
-    in a row were malformed; "since": (users, 2) lengths of the histories it saw}."""
+    in a row were malformed; "since": (users, 2) lengths of the histories it saw}. state, save: as in rl.ppo, after every time of asking."""
     cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
     prompts = [D.question(data, seq[:n], "prefer", longest=D.LONGEST) for seq, n in cuts]
-    names, how = [[]] * len(prompts), sampling(s) | {"max_new": max(64, s.max_new), "name": "preferences"}
-    for attempt in range(1, 6):
+    (asked, names), how = state or (0, [[]] * len(prompts)), sampling(s) | {"max_new": max(64, s.max_new), "name": "preferences"}
+    for attempt in range(asked + 1, 6):
         if todo := [k for k, named in enumerate(names) if not named]:
             with model.disable_adapter():
                 for k, text in zip(todo, rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt)[0]):
                     names[k] = D.parse_preferences(text)
+            save((attempt, names))
     return {"names": names, "since": torch.tensor([n for _, n in cuts]).view(-1, 2)}
 
 def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
@@ -273,7 +316,7 @@ def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "m
         found = 1 + rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], *paths, beams=beams, budget=sampling(s)["budget"], name="beam search")
         return torch.full((len(found), data.n_items + 1), recommender.MISS).scatter_(1, found, torch.arange(beams, 0, -1.0).expand(found.shape))
     likelihood = lambda pairs: rl.likelihood(model, tokenizer, pairs, 4 * s.micro_batch)
-    m["knowledge"] = stage(s, "knows", m["time_s"], lambda: recommender.knows(data, ask, likelihood, s.seed))
+    m["knowledge"] = stage(s, "knows", m["time_s"], lambda _: recommender.knows(data, ask, likelihood, s.seed))
     return score
 
 # --------------------------------------------------------------------------------------------------------- the run
@@ -286,29 +329,38 @@ def open_llm(s: Settings, path: str):
 def learn(s, data, model, tokenizer, encode, who, cuts, m):
     """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
     taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], lr=1e-3 if s.llm == "tiny" else 2e-4, reason_share=0.8, follow=0.0)
+    headline(s, "reward model")
     judge = reward.Judge(data, encode)
-    fit = stage(s, "reward", m["time_s"], lambda: {"report": judge.fit(seed=s.seed), "weights": judge.model.state_dict()}, "[2/5] reward model")
+    fit = stage(s, "reward", m["time_s"], lambda units: {"report": judge.fit(seed=s.seed, state=units.state, save=units.save), "weights": judge.model.state_dict()})
     judge.remember(fit["weights"])
     rl.add_policy(model)
-    m["ppo"] = stage(s, "ppo", m["time_s"], lambda: reinforce(s, data, model, tokenizer, judge, who, cuts), "[3/5] PPO")
-    rl.restore(model, s.out, "policy")
-    out = stage(s, "correct", m["time_s"], lambda: write_reasons(s, data, model, tokenizer, judge, who, cuts), "[4/5] reasons and chronological correction")
+    headline(s, "PPO")
+    m["ppo"] = reinforce(s, data, model, tokenizer, judge, who, cuts, m["time_s"])
+    headline(s, "reasons")
+    out = write_reasons(s, data, model, tokenizer, judge, who, cuts, m["time_s"])
     m["reward"], m["correction"] = fit["report"], out["correction"]
     m["reasons"] = {k: {**judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed),
                         "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
     return out, judge
 
+def fit_arm(s: Settings, arm: str, data, inputs: dict, slices: dict, seed: int):
+    """One fit of an arm, kept like a stage: it may run in a worker process."""
+    return stage(s, f"fit-{seed}-{arm}", {}, lambda units: recommender.run_arm(
+        arm, data, inputs, slices, seed=seed, epochs=s.epochs, device=s.device, seconds=units.seconds, state=units.state, save=units.save))
+
 def downstream(s, data, encode, kinds, preferences, score, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. preferences: LANE's; score: the arm knowledge's."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        jobs = {arm: [pool.submit(recommender.run_arm, arm, data, inputs, slices, seed=s.seed + k, epochs=s.epochs, device=s.device)
+        jobs = {arm: [pool.submit(fit_arm, s, arm, data, inputs, slices, s.seed + k)
                       for inputs in [reward.features(arm, data, encode, kinds, s.seed, preferences)] for k in range(1 if arm in COUNTING else s.seeds)]
                 for arm in arms if arm != "knowledge" and not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
-            done = stage(s, f"arm-{arm}", seconds, lambda: recommender.together([job.result() for job in jobs[arm]] if arm in jobs else [
+            done = stage(s, f"arm-{arm}", seconds, lambda _: recommender.together([job.result() for job in jobs[arm]] if arm in jobs else [
                 recommender.run_arm(arm, data, {}, slices, seed=s.seed, score=score, seconds=m["time_s"]["knowledge"])]))
+            for fit in Path(s.out, "state").glob(f"fit-*[0-9]-{arm}.pt"):
+                fit.unlink()                                     # its results stand in the arm's file
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
@@ -316,33 +368,31 @@ def downstream(s, data, encode, kinds, preferences, score, m):
 
 def pipeline(s: Settings):
     """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
-    begin, arms = time.perf_counter(), set(s.arms.split(","))
+    begin = time.perf_counter()
     data, begun = load_data(s), open_run(s)                      # in this order: data that cannot be loaded costs no older run
     m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
-    config, encode, out, reasons, log, preferences, score = describe(s, cuts, begun), None, {"kinds": {}}, [], [], None, None
+    config, encode, out, reasons, preferences, score = describe(s, cuts, begun), None, {"kinds": {}}, [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    if arms - {"popularity", "markov", "id"} - ({"text-init", "content", "oracle"} if s.encoder else set()):      # these need text vectors only
-        print("[1/5] LLM: base and supervised alignment")
-        path = stage(s, "tiny_llm", m["time_s"], lambda: tiny_llm(s, data)) if s.llm == "tiny" else s.llm
+    if headline(s, "LLM"):
+        path = stage(s, "tiny_llm", m["time_s"], lambda units: tiny_llm(s, data, units.state, units.save)) if s.llm == "tiny" else s.llm
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
         model, tokenizer, encode = open_llm(s, path)
     encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
-    if REASON_ARMS & arms:
+    if "PPO" in needed(s):
         out, judge = learn(s, data, model, tokenizer, encode, who, cuts, m)
         said = lambda kind, i: D.parse_answer(out["kinds"][kind][i])[0]
         reasons = [{"item": item["id"], "title": item["title"], "aligned": said("aligned", i), "rl": said("rl", i),
                     "timeline": out["timelines"][i], "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
         keep(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
-        log = [json.loads(line) for _, line in D.lines(os.path.join(s.out, "ppo.jsonl"))]
-    if {"lane", "lane-placebo"} & arms:
-        preferences = stage(s, "prefer", m["time_s"], lambda: prefer(s, data, model, tokenizer), "LANE: preferences of every user")
+    if headline(s, "preferences"):
+        preferences = stage(s, "prefer", m["time_s"], lambda units: prefer(s, data, model, tokenizer, units.state, units.save))
         m["lane"] = {"lists_asked": len(preferences["names"]), "lists_dropped": preferences["names"].count([])}
-    if "knowledge" in arms:
+    if headline(s, "knowledge"):
         score = know(s, data, model, tokenizer, m)
-    print("[5/5] downstream: the arms, same seeds and budget")
+    headline(s, "arms")
     downstream(s, data, encode, out["kinds"], preferences, score, m)
     if reasons and data.truth:
         reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
@@ -352,9 +402,26 @@ def pipeline(s: Settings):
     notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
              *(f"`{k}`: " + ", ".join(f"{name} {x:.4g}" for name, x in m[k].items()) for k in ("lane", "knowledge") if k in m),
              *["**Quick run: these figures mean nothing.**"] * s.quick]
-    keep(os.path.join(s.out, "report.md"), "\n\n".join(recommender.report(m, notes) + (reward.report(m, reasons, log) if reasons else [])) + "\n")
+    keep(os.path.join(s.out, "report.md"), "\n\n".join(recommender.report(m, notes) + (reward.report(m, reasons) if reasons else [])) + "\n")
     print("", recommender.arms_table(m["arms"]), *recommender.recovered(m), *([reward.reasons_table(m)] if reasons else []),
           *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
+
+def plan(s: Settings):
+    """--dry-run: prints downloads, memory, and what each stage learns, reads and writes; downloads and writes nothing."""
+    todo, absent = needed(s), D.absent(s.dataset, s.data_dir)
+    print(*(f"download {url} to {path}" for path, url in absent.items()), rl.forecast(s.llm, s.micro_batch, s.max_new) if "LLM" in todo and s.llm != "tiny"
+          else "memory: 1 to 2 GB of RAM are enough for the tiny LLM and the recommender", sep="\n")
+    if absent:
+        return print("prompts and tokens are counted when these files are there")
+    data = load_data(s)
+    who, cuts, n, drawn = D.choosers(data), reward.window_cuts(data, s.windows), data.n_items, s.ppo_updates * s.ppo_batch
+    _, prompts, *_, held, train = reward.practice(data, who, cuts, s.seed)
+    length = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in prompts])          # in words and signs: a token each, or a little more
+    proposed = s.proposals * sum(len(items) for _, _, items, *_ in reward.windows(data, who, cuts, s.seed))
+    rows = {"LLM": (16 * s.tiny_steps * (s.llm == "tiny") + 32 * s.align_steps * ("PPO" in todo), 0), "PPO": (0, 2 * len(held) + 2 * min(len(train), drawn) + drawn),
+            "reasons": (0, 3 * n + 2 * proposed), "preferences": (0, 2 * len(data.users)), "knowledge": (32 * s.knowledge_steps, 2 * len(data.users))}
+    print(recommender.markdown(["stage", "texts learnt", "answers", "tokens read, about", "tokens written, at most"], [
+        [name, f"{a:,}", f"{b:,}", f"{(a + b) * length:,.0f}", f"{b * s.max_new:,}"] for name, (a, b) in rows.items() if name in todo]))
 
 def look(s: Settings):
     """Prints a user's top items with their reasons (--method lane: with LANE's explanation of the first), or what a reason written by hand earns."""
@@ -379,22 +446,34 @@ def look(s: Settings):
     judge.remember(kept["weights"])
     print(D.item_text(data.items[at + 1]) + "\n\n" + judge.table(at + 1, [s.score, reasons[at]["reason"]], D.choosers(data), config["windows"], old.seed))
 
+def told(e: Exception, s) -> str:
+    """What went wrong and what to do, in one line (a list of files may follow)."""
+    where = f"in or after stage {getattr(stage, 'now', 'load')}"
+    if isinstance(e, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):
+        return (f"out of memory on {s.device} {where} with --micro-batch {s.micro_batch}. What is finished is kept: "
+                f"go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items")
+    if re.search("No space left|quota exceeded|File too large|iostream error|inline_container", str(e)):
+        return f"the disk is full ({e}) {where}. What is finished is kept: make room and go on with --resume"
+    return str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e} ({where}); --debug shows where, --resume goes on"
+
 def main(argv=None) -> int:
     sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
+    s = None
     try:
-        look(s) if (s := parse_args(argv)).run else pipeline(s := resolve(s))
+        look(s) if (s := parse_args(argv)).run else (plan if s.dry_run else pipeline)(s := resolve(s))
         return 0
-    except (D.DataError, OSError, RuntimeError, MemoryError) as e:
-        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):
+    except Exception as e:
+        if getattr(s, "debug", False):
             raise
-        if isinstance(e, (RuntimeError, MemoryError)):
-            e = (f"out of memory on {s.device} in or after stage {getattr(stage, 'now', 'load')} with --micro-batch {s.micro_batch}. What is finished is kept: "
-                 f"go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items")
-        print(f"curec.py: error: {e}", file=sys.stderr)
+        print(f"curec.py: error: {told(e, s)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last finished stage", file=sys.stderr)
-        return 130
+
+def stop(number, frame):
+    """Ctrl-C or a polite kill: every file is whole at any time, so nothing needs to be put in order."""
+    print(f"\ninterrupted; go on with: python {shlex.join(a for a in sys.argv if a != '--resume')} --resume", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

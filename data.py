@@ -3,10 +3,8 @@
     interactions -> one chronological sequence a user -> train | valid (last but one) | test (last)
     event e = (user, position >= 1) of a train choice: who chose which item when, and what that person had chosen before
 
-Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, whose hidden truth (why each item is chosen)
-sits in Dataset.truth and is read by reward.py's truth figures and oracle arm alone; Amazon 2014 and 2018 files; a folder
-of your own. Everything that trains a model reads `train`, `events` and `items` only: never valid, test or truth.
-
+Items are numbered 1..n; 0 is padding. Sources: Amazon 2014 and 2018 files; a folder of your own; the made-up `demo` world, whose hidden truth
+(why each item is chosen) only reward.py's truth figures and oracle arm read. All that trains a model reads `train`, `events` and `items` alone.
 Left out: images, prices.  Try it alone:
     python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
 """
@@ -14,23 +12,29 @@ import ast, csv, gzip, html, http.client, json, os, re, unicodedata, urllib.requ
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from tqdm import tqdm
 
 ALIASES = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors"}
-FILES = (("reviews_{}_5.json.gz", "meta_{}.json.gz"), ("{}_5.json.gz", "meta_{}.json.gz"))        # Amazon 2014 | 2018
-SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
-UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"
-URLS = ((SNAP + FILES[0][0], SNAP + FILES[0][1]), (UCSD + "categoryFilesSmall/" + FILES[1][0], UCSD + "metaFiles2/" + FILES[1][1]))
+SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"                         # Amazon 2014
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"                               # and 2018
+URLS = (SNAP + "reviews_{}_5.json.gz", SNAP + "meta_{}.json.gz"), (UCSD + "categoryFilesSmall/{}_5.json.gz", UCSD + "metaFiles2/meta_{}.json.gz")
 HISTORY, PEOPLE = 3, 4             # items shown of each person's history; people shown in a prompt (H)
 PREFERENCES, LONGEST = 5, 10       # preferences a user (LANE's m); items of a history that the two relatives show
 TITLE_WORDS, TEXT_WORDS = 12, 40   # longest title and item text in a prompt, in words
 MIN_ITEMS = 5                      # a word found in fewer items identifies an item: it is masked from rewards
-STOPWORDS = frozenset(  # the last line: sizes
+LONGEST_LINE, LONGEST_WORD = 1 << 20, 60                   # of a file, of an item's text; characters
+UNPACKED, RATIO, MAX_DOWNLOAD = 100 << 20, 200, 8 << 30    # most that a .gz file unpacks to, whatever its size; most times its size; bytes
+ID = re.compile(r"[^\0-\x1f\x7f-\x9f\ud800-\udfff\ufffd]{1,200}")
+MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800-\udfff]"         # tags, and the control tokens
+                    r"|\[(?=/?(?:INST|CLS|SEP|PAD|UNK|[gs]?MASK|[A-Z]+_[A-Z_]+)\])")              # of chat templates and encoders
+STOPWORDS = frozenset(  # the last line: of all reasons; sizes
     "a about above all also an and any are as at be been by can de for from has have how in into is it its la le me more most new no none not of off on one or "
     "other our out over per so than that the their them these they this to too two up use used very was we what when which who will with you your "
-    "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
+    "people choose count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
+words = lambda text: re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
 stem = lambda word: re.sub(r"(?<=ss|sh|ch)es$|(?<=x)es$|(?<=[^s])s$", "", word)                   # nail and nails, brush and brushes: one word
 
 class DataError(ValueError):
@@ -52,18 +56,16 @@ class Dataset:
         self.n_items, self.train = len(self.items) - 1, [s[:-2] for s in self.seqs]
         self.valid, self.test = (np.array([s[k] for s in self.seqs]) for k in (-2, -1))
 
+    counts = cached_property(lambda self: np.bincount(np.concatenate(self.train), minlength=self.n_items + 1))      # train choices, (n_items + 1,)
+    document_frequency = cached_property(lambda self: Counter(w for item in self.items[1:] for w in set(words(item_text(item)))))
+    common_words = cached_property(lambda self: {w for w, n in self.document_frequency.items() if n > self.n_items / 2} | STOPWORDS)
+
     @cached_property
     def events(self):
         """Train choices that have a history: dict of (E,) arrays user, pos, item, time, sorted by time (stable)."""
         rows = [(u, p, s[p], t[p]) for u, (s, t) in enumerate(zip(self.train, self.times)) for p in range(1, len(s))]
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        table = table[np.argsort(table[:, 3], kind="stable")]
-        return dict(zip(("user", "pos", "item", "time"), table.T))
-
-    @cached_property
-    def counts(self):
-        """Train interactions of each item, (n_items + 1,)."""
-        return np.bincount(np.concatenate(self.train), minlength=self.n_items + 1)
+        return dict(zip(("user", "pos", "item", "time"), table[np.argsort(table[:, 3], kind="stable")].T))
 
     @cached_property
     def titles(self):
@@ -79,18 +81,10 @@ class Dataset:
         return out
 
     @cached_property
-    def document_frequency(self):
-        return Counter(w for item in self.items[1:] for w in set(words(item_text(item))))
-
-    @cached_property
     def masked_words(self):
         """Words that tell which item it is (in fewer than MIN_ITEMS items, brands): never shown to the reward's encoder."""
         branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
         return {w for w, n in self.document_frequency.items() if n < MIN_ITEMS or branded[w] > n / 2}
-
-    @cached_property
-    def common_words(self):
-        return {w for w, n in self.document_frequency.items() if n > self.n_items / 2} | STOPWORDS | {"people", "choose"}
 
     @cached_property
     def phrases(self):
@@ -105,9 +99,6 @@ class Dataset:
     def history(self, event: int) -> np.ndarray:
         """What the person of a train event had chosen before it, oldest first."""
         return self.train[self.events["user"][event]][: self.events["pos"][event]]
-
-def words(text: str) -> list:
-    return re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
 
 def item_text(item: dict) -> str:
     """All that an item says about itself, one line."""
@@ -135,188 +126,211 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
         wants = rng.permutation(K)[:4]
         needs = [wants[:3], wants[1:] if rng.random() < 0.3 else wants[:3]]
         when = np.sort(rng.integers(0, span, rng.integers(9, 14)))
-        open_items, chosen = np.ones(n_items, bool), []
+        chosen = []
         for t in when:
             matches = drives[half := int(t > span // 2)][:, needs[half]].sum(1)
             utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
-            chosen.append(int(np.where(open_items, utility, -np.inf).argmax()))
-            open_items[chosen[-1]] = False
+            utility[chosen] = -np.inf
+            chosen.append(int(utility.argmax()))
         seqs.append(np.array(chosen) + 1), times.append(when + 1_400_000_000)
-    items = [{}] + [{"id": f"D{i + 1:04d}", "title": " ".join(ASPECTS[a] for a in s), "categories": [],
-                     "brand": BRANDS[rng.integers(len(BRANDS))], "description": ""} for i, s in enumerate(said)]
+    texts = [{"title": " ".join(ASPECTS[a] for a in s), "brand": BRANDS[rng.integers(len(BRANDS))]} for s in said]
     names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
-    return Dataset("demo", items, [f"user{u}" for u in range(n_users)], seqs, times,
+    return Dataset("demo", [{}] + [record(f"D{i:04d}", r) for i, r in enumerate(texts, 1)], [f"user{u}" for u in range(n_users)], seqs, times,
                    truth={"early": names[0], "late": names[1], "since": [span // 2 + 1_400_000_000] * (n_items + 1)})
 
 # --------------------------------------------------------------------------------------------------- real data sets
-def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, limit_items=0, limit_users=0,
-         small=False) -> Dataset:
-    """`demo`, an Amazon category (2014 or 2018 files, found in data_dir or downloaded there), or a folder's path.
-    ties: "file" keeps the source's order within a timestamp, "shuffle" draws it by seed. k_core: -1 = 5 for a folder, else
-    0; limit_items, limit_users: 0 = off. Raises DataError with what to do."""
+def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, limit_items=0, limit_users=0, small=False) -> Dataset:
+    """`demo`, an Amazon category (its 2014 or 2018 files, found in data_dir or downloaded there) or a folder's path. DataError says what to do.
+    ties: "file" keeps the source's order within a timestamp, "shuffle" draws it by seed. k_core: -1 = 5 for a folder, else 0; limits: 0 = off."""
     if name == "demo":
         return demo(seed, *(200, 120) if small else (1000, 500))
     if os.path.isdir(name):
         rows, records, notes = read_folder(name)
         k_core = 5 if k_core < 0 else k_core
-    elif os.sep in name:
+    elif not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
     else:
         rows, records, notes = read_amazon(ALIASES.get(name.lower(), name), data_dir)
     if ties == "shuffle":
         rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
     rows.sort(key=lambda r: r[2])                                              # list.sort is stable
-    unique = {}
-    for r in rows:
-        unique.setdefault(r[:2], r)
-    notes += [f"{n} repeated user-item pairs: the first is kept" for n in [len(rows) - len(unique)] if n]
-    rows = core(list(unique.values()), k_core)
-    if limit_items:
-        left, train = Counter(r[0] for r in rows), Counter()
-        for r in rows:                             # rows are chronological: a user's last two are valid and test
-            left[r[0]] -= 1
-            train[r[1]] += left[r[0]] >= 2
-        keep = {i for i, _ in sorted(train.items(), key=lambda kv: (-kv[1], kv[0]))[:limit_items]}
+    first = {r[:2]: r for r in reversed(rows)}
+    notes += counted((len(rows) - len(first), "repeated user-item pairs: the first is kept"))
+    rows = core([r for r in rows if r is first[r[:2]]], k_core)
+    notes += counted((len(first) - len(rows), f"interactions outside the {k_core}-core: left out"))
+    if limit_items:                                # rows are chronological: a user's last two are valid and test
+        train = Counter(r[1] for mine in by_user(rows).values() for r in mine[:-2])
+        keep = set(sorted({r[1] for r in rows}, key=lambda i: (-train[i], i))[:limit_items])
         rows = core([r for r in rows if r[1] in keep], 5)
     if limit_users:
         keep = set(np.random.default_rng([seed, 13]).permutation(sorted({r[0] for r in rows}))[:limit_users].tolist())
         rows = [r for r in rows if r[0] in keep]
     return from_rows(os.path.basename(os.path.normpath(name)), rows, records, notes)
 
+identity = lambda value: (ID.fullmatch(str(value).strip() if type(value) in (str, int) else "") or [""])[0]          # an id as text, "" if it is none
+counted = lambda *found: [f"{n} {what}" for n, what in found if n]                                 # notes from (number, what it counts)
+by_user = lambda rows: {u: [*mine] for u, mine in groupby(sorted(rows, key=lambda r: r[0]), lambda r: r[0])}
+
 def core(rows: list, k: int) -> list:
     """The k-core: every user and every item left has at least k interactions."""
-    while k > 1:
-        users, items = Counter(r[0] for r in rows), Counter(r[1] for r in rows)
-        rows, before = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k], len(rows)
-        if len(rows) == before:
-            break
+    before = None
+    while k > 1 and len(rows) != before:
+        users, items, before = Counter(r[0] for r in rows), Counter(r[1] for r in rows), len(rows)
+        rows = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k]
     return rows
 
 def from_rows(name, rows, records, notes) -> Dataset:
-    """rows: (user id, item id, time, rating or None), sorted; records: item id -> record."""
-    by_user = {}
-    for r in rows:
-        by_user.setdefault(r[0], []).append(r)
-    if short := [u for u, mine in by_user.items() if len(mine) < 3]:
-        notes.append(f"{len(short)} users with fewer than 3 interactions: left out")
-        by_user = {u: mine for u, mine in by_user.items() if len(mine) >= 3}
-    if not by_user:
-        raise DataError(f"{name}: no user has 3 interactions left; lower --k-core or the limits, or check the files")
-    users, ids = sorted(by_user), sorted({r[1] for mine in by_user.values() for r in mine})
-    number = {x: i + 1 for i, x in enumerate(ids)}
-    items = [{}] + [record(x, records.get(x, {})) for x in ids]
-    notes += [f"{n} items without a title" for n in [sum(not item["title"] for item in items[1:])] if n]
-    take = lambda column, as_=lambda x: x: [np.array([as_(r[column]) for r in by_user[u]]) for u in users]
-    rated, some = (how(r[3] in (1, 2, 3, 4, 5) for mine in by_user.values() for r in mine) for how in (all, any))
-    notes += ["not every rating is 1, 2, 3, 4 or 5: ratings are left out"] * (some and not rated)
-    return Dataset(name, items, users, take(1, number.get), take(2), take(3) if rated else None, notes=notes)
+    """rows: (user id, item id, time, rating or None), sorted by time; records: item id -> record."""
+    everyone = by_user(rows)
+    people = {u: mine for u, mine in everyone.items() if len(mine) >= 3}
+    notes += counted((len(everyone) - len(people), "users with fewer than 3 interactions: left out"))
+    if not people:
+        raise DataError("; ".join([f"{name}: no user has 3 interactions left; lower --k-core or the limits, or check the files", *notes]))
+    number = {x: i for i, x in enumerate(sorted({r[1] for mine in people.values() for r in mine}), 1)}
+    items, given = [{}] + [record(x, records.get(x, {})) for x in number], {r[3] for mine in people.values() for r in mine}
+    take, rated = lambda column, as_=lambda x: x: [np.array([as_(r[column]) for r in mine]) for mine in people.values()], given <= {1, 2, 3, 4, 5}
+    notes += counted((sum(item["id"] in records and not item["title"] for item in items[1:]), "items without a title"),
+                     (sum("\ufffd" in str(item) for item in items), "items with bytes that are no UTF-8: shown as \ufffd"))
+    notes += ["not every rating is 1, 2, 3, 4 or 5: ratings are left out"] * (not rated and given != {None})
+    return Dataset(name, items, [*people], take(1, number.get), take(2), take(3) if rated else None, notes=notes)
 
 def clean(value) -> str:
-    """One line of plain text: entities unescaped, markup and control tokens dropped, 'None' and 'nan' read as empty."""
-    if isinstance(value, (list, tuple)):
-        value = " ".join(str(v) for v in value)
-    text = html.unescape(html.unescape("" if value is None else str(value)))
-    text = " ".join(re.sub(r"<[^<>]*>", " ", text).replace("<", " ").replace(">", " ").split())
+    """One line of plain text of a text, a number or a list of them: entities unescaped; markup, control tokens and characters dropped; words cut
+    at LONGEST_WORD (one could be a million tokens); 'None' and 'nan' read as empty."""
+    parts = value if isinstance(value, list) else [value]
+    text = html.unescape(html.unescape(" ".join(str(v) for v in parts if type(v) in (str, int, float))))
+    text = " ".join(word[:LONGEST_WORD] for word in MARKUP.sub(" ", text).split())
     return "" if text.lower() in ("nan", "none", "null") else text
 
 def record(id, r: dict) -> dict:
     """An item from any source's fields; Amazon's categories are a list of paths in 2014, one path in 2018."""
-    path = r.get("categories") or r.get("category") or []
-    path = path if isinstance(path, list) else [path]
-    path = path[0] if path and isinstance(path[0], list) else path
+    path = r.get("categories") or r.get("category")
+    path = [path] if not isinstance(path, list) else path[0] if path and isinstance(path[0], list) else path
     return {"id": str(id), **{k: clean(r.get(k)) for k in ("title", "brand", "description")}, "categories": [c for c in map(clean, path) if c]}
 
 def lines(path: str):
-    """(number, text) of each line of a text or gzip file, with progress; DataError if the file is not what its name says."""
+    """(number, text) of each line that is not blank of a text or gzip file, lazily, with progress; U+FFFD for bytes that are no UTF-8.
+    DataError names the line that could not be read: broken or no gzip file, longer than LONGEST_LINE, a decompression bomb."""
+    n, unpacked, packed = 0, 0, path.removesuffix(".part").endswith(".gz")
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", errors="replace") as f:
-            yield from enumerate(tqdm(f, "reading " + os.path.basename(path), unit=" lines", leave=False, disable=None, delay=1), 1)
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", errors="replace") as f:
+            most, texts = max(UNPACKED, RATIO * os.path.getsize(path)), iter(lambda: f.readline(LONGEST_LINE + 1), "")
+            for text in tqdm(texts, "reading " + os.path.basename(path), unit=" lines", leave=False, disable=None, delay=1):
+                unpacked += len(text)
+                if len(text) > LONGEST_LINE:
+                    raise OSError(f"longer than {LONGEST_LINE:,} characters")
+                if packed and unpacked > most:
+                    raise OSError(f"unpacks to more than {RATIO} times its size, like a decompression bomb")
+                n += 1
+                if not text.isspace():
+                    yield n, text
     except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"{path}: cannot be read to its end ({e}); delete it and download it again") from e
+        raise DataError(f"{path} line {n + 1}: cannot be read ({e}); mend the line, or delete the file and copy or download it again") from e
 
 def parse_line(line: str) -> dict | None:
-    """A JSON object or, in Amazon 2014 meta files, a Python dict literal (literal_eval runs no code)."""
-    for parse in (json.loads, ast.literal_eval):
+    """A JSON object or, in Amazon 2014 meta files, a Python dict literal (literal_eval runs no code) of JSON values alone."""
+    for parse in (json.loads, lambda line: json.loads(json.dumps(ast.literal_eval(line)))):
         try:
             value = parse(line)
             return value if isinstance(value, dict) else None
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-    return None
 
-def interactions(path: str, found, user: str, item: str, when: str, rating: str, advice: str):
-    """Rows (user, item, time, rating or None) of a source's dicts, or what else its lines held, and a note of what was skipped."""
-    rows, bad = [], 0
-    for r in found:
+def interactions(path: str, found, parse, columns: str, advice: str):
+    """Rows (user, item, time, rating or None) of the lines found, which parse makes dicts of, and a note of what was skipped."""
+    (user, item, when, rating), rows, bad, late, first = columns.split(), [], 0, 0, 0
+    for n, line in found:
         try:
-            given = r.get(rating)
-            rows.append((str(r[user]), str(r[item]), int(float(r[when])), None if given in (None, "") else float(given)))
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            bad += 1
+            r = parse(line)
+            who, what, time, given = identity(r[user]), identity(r[item]), float(r[when]), r.get(rating)
+            late += 1e11 < time < 1e15
+            if not (who and what and -62_135_596_800 <= time < 253_402_300_800):                               # the years 1 to 9999
+                raise ValueError
+            rows.append((who, what, int(time), None if given in (None, "") else float(given)))
+        except (csv.Error, KeyError, TypeError, ValueError, OverflowError):
+            bad, first = bad + 1, first or n
+    where, needed = f" (the first: line {first})" * (bad > 0), f"{user}, {item} and a readable {when}"
     if not rows:
-        raise DataError(f"{path}: no line has {user}, {item} and a readable {when}; {advice}")
-    return rows, [f"{bad} lines of {os.path.basename(path)} without {user}, {item} or a readable {when}: skipped"] * (bad > 0)
+        raise DataError(f"{path}: no line{where} has {needed}; " + ("are they milliseconds? divide them by 1000" if late == bad > 0 else advice))
+    return rows, counted((bad, f"lines of {os.path.basename(path)}{where} without {needed}, or with a {rating} that is no number: skipped"))
+
+def catalogue(path: str, key: str, rows: list, notes: list) -> dict:
+    """{item id: record} of the items of rows; notes on the others. key: "id" in a folder's file, all of whose lines must be good, else "asin"."""
+    chosen, records, skipped, asin = {r[1] for r in rows}, {}, Counter(), re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
+    for n, line in lines(path):
+        if key == "id" or (named := asin.search(line)) and named[1].strip() in chosen:          # cheap test first: Amazon has ten times the items
+            id = identity((r := parse_line(line) or {}).get(key))
+            if not id and key == "id":
+                raise DataError(f"{path} line {n}: not a JSON object with an id; mend or remove the line")
+            skip = ("lines of {} that cannot be read: skipped" if not id else "items of {} that nobody chose: left out" if id not in chosen
+                    else "items described twice in {}: the first is kept" if id in records else "")
+            if skip:
+                skipped[skip] += 1
+            else:
+                records[id] = {k: r.get(k) for k in ("title", "brand", "description", "categories", "category")}
+    if not records:
+        raise DataError(f"{path}: describes none of the {len(chosen)} items chosen; is it the right file, with the same ids?")
+    skipped["items are not in {}: they have no text"] = len(chosen) - len(records)
+    notes += counted(*((n, what.format(os.path.basename(path))) for what, n in skipped.items()))
+    return records
+
+def amazon_files(category: str, data_dir: str) -> dict:
+    """{path: address} of reviews and items: the 2018 pair if only that is there, else that of 2014."""
+    pairs = [{os.path.join(data_dir, os.path.basename(url).format(category)): url.format(category) for url in urls} for urls in URLS]
+    return next((pair for pair in pairs if os.path.exists([*pair][0])), pairs[0])
+
+def absent(name: str, data_dir: str) -> dict:
+    """{path: address} of the files that `load` would download."""
+    named = name != "demo" and not os.path.isdir(name) and os.sep not in name
+    return {path: url for path, url in amazon_files(ALIASES.get(name.lower(), name), data_dir).items() if not os.path.exists(path)} if named else {}
 
 def read_amazon(category: str, data_dir: str):
-    """Rows and item records of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
-    path = lambda year, kind: os.path.join(data_dir, FILES[year][kind].format(category))
-    year = int(not os.path.exists(path(0, 0)) and os.path.exists(path(1, 0)))
-    reviews, meta = path(year, 0), path(year, 1)
-    if wanted := {path(year, k): URLS[year][k].format(category) for k in (0, 1) if not os.path.exists(path(year, k))}:
-        download(category, wanted, data_dir)
-    rows, notes = interactions(reviews, (parse_line(line) for _, line in lines(reviews)), "reviewerID", "asin", "unixReviewTime", "overall",
-                               "is it the 5-core review file?")
-    records, bad, needed, asin = {}, 0, {r[1] for r in rows}, re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
-    for _, line in lines(meta):
-        named = asin.search(line)                  # cheap test first: the full meta files have ten times the items
-        if named and named[1] in needed and named[1] not in records:
-            r = parse_line(line)
-            bad += r is None
-            if r is not None:
-                records[named[1]] = {k: r.get(k) for k in ("title", "brand", "description", "categories", "category")}
-    return rows, records, notes + [f"{bad} lines of {os.path.basename(meta)} that cannot be read: skipped"] * (bad > 0)
+    """Rows, item records and notes of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
+    download(category, absent(category, data_dir), data_dir)
+    reviews, meta = amazon_files(category, data_dir)
+    rows, notes = interactions(reviews, lines(reviews), parse_line, "reviewerID asin unixReviewTime overall", "is it the 5-core review file?")
+    return rows, catalogue(meta, "asin", rows, notes), notes
 
 def read_folder(folder: str):
-    """Your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
-    path, catalogue = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
-    if missing := [name for name in (path, catalogue) if not os.path.exists(name)]:
-        raise DataError(f"{missing[0]} is missing; a folder needs interactions.csv (user,item,timestamp[,rating]) "
-                        "and items.jsonl (id,title[,brand,categories,description])")
-    reader = csv.DictReader(line.replace("\0", "") for _, line in lines(path))
-    if not {"user", "item", "timestamp"} <= set(reader.fieldnames or ()):
-        raise DataError(f"{path}: the first line must name the columns user,item,timestamp[,rating]")
-    rows, notes = interactions(path, reader, "user", "item", "timestamp", "rating", "it must be a number, seconds since 1970")
-    records = {}
-    for n, line in lines(catalogue):
-        if line.strip():
-            if "id" not in (r := parse_line(line) or {}):
-                raise DataError(f"{catalogue} line {n}: not a JSON object with an id; mend or remove the line")
-            records[str(r["id"])] = r
-    return rows, records, notes
+    """The same of your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
+    path, described = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
+    if missing := [name for name in (path, described) if not os.path.exists(name)]:
+        raise DataError(f"{missing[0]} is missing; it needs interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])")
+    n, header = next(found := lines(path), (1, ""))
+    names = [name.strip(' "\n') for name in header.split(",")]
+    if [*map(names.count, ("user", "item", "timestamp"))] != [1, 1, 1] or names.count("rating") > 1:
+        raise DataError(f"{path} line {n}: the first line must name the columns user,item,timestamp[,rating], with commas between, in UTF-8")
+    # each line alone: an open quote swallows no others
+    parse = lambda line: dict(zip(names, map(str.strip, next(csv.reader([line], strict=True, skipinitialspace=True))), strict=True))
+    rows, notes = interactions(path, found, parse, "user item timestamp rating", "it must be a number, seconds since 1970")
+    return rows, catalogue(described, "id", rows, notes), notes
 
 def download(category: str, wanted: dict, data_dir: str):
-    """Fetches missing files, {path: address}: progress bar, .part file, size and gzip check, then an atomic rename."""
+    """Fetches missing files, {path: https address}: progress bar, .part file, size, all `lines` to the checksum at the end, then an atomic rename."""
     for path, url in wanted.items():
         part = path + ".part"
         try:
             with urllib.request.urlopen(url, timeout=20) as source, (os.makedirs(data_dir, exist_ok=True) or open(part, "wb")) as out:
                 size = int(source.headers.get("Content-Length") or 0)
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"downloading {os.path.basename(path)}") as bar:
+                if not source.url.startswith("https://"):
+                    raise OSError(f"it leads to {source.url}, which is not https")
+                with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"downloading {os.path.basename(path)}", disable=None) as bar:
                     while chunk := source.read(1 << 20):
-                        out.write(chunk)
-                        bar.update(len(chunk))
-            if size and os.path.getsize(part) != size:
-                raise OSError(f"{os.path.getsize(part)} of {size} bytes came")
-            with gzip.open(part) as f:
-                while f.read(1 << 20):
-                    pass                                                       # to the end: the checksum stands there
+                        if max(size, out.tell() + len(chunk)) > MAX_DOWNLOAD:
+                            raise OSError(f"more than {MAX_DOWNLOAD:,} bytes")
+                        bar.update(out.write(chunk))
+                if size not in (0, out.tell()):
+                    raise OSError(f"{out.tell()} of {size} bytes came")
+            for _ in lines(part):
+                pass
             os.replace(part, path)
-        except (OSError, EOFError, zlib.error, http.client.HTTPException) as e:           # URLError is an OSError
-            if os.path.exists(part):
-                os.remove(part)
+        except (OSError, ValueError, http.client.HTTPException) as e:          # URLError is an OSError, DataError a ValueError
             files = "\n".join(f"  {os.path.basename(p)}  from  {u}" for p, u in wanted.items())
             raise DataError(f"data set '{category}' is not in {os.path.abspath(data_dir)} and could not be downloaded ({e}).\n"
                             f"Put there by hand:\n{files}\nor name their folder with --data-dir. `--dataset demo` needs no files.") from e
+        finally:                                   # broken, refused or interrupted
+            if os.path.exists(part):
+                os.remove(part)
 
 # ---------------------------------------------------------------------------------------------- prompts and parsing
 REASON = "people choose it for {} and {}"
@@ -348,19 +362,17 @@ def parse_answer(text: str) -> tuple:
 
 def grounded(data: Dataset, item: int, reason: str) -> float:
     """Share of the reason's content words that the item's own text says; 0 for a reason without any."""
-    content, said = [w for w in words(reason) if w not in STOPWORDS | {"people", "choose"}], set(words(item_text(data.items[item])))
+    content, said = [w for w in words(reason) if w not in STOPWORDS], set(words(item_text(data.items[item])))
     return sum(w in said for w in content) / len(content) if content else 0.0
 
 def mask_identity(data: Dataset, text: str) -> str:
     """The words of a text, sorted, without brands, numbers, common ones and those only a few items have: what the reward's encoder reads."""
-    kept = [w for w in words(text) if w not in data.masked_words and w not in data.common_words and not w[0].isdigit()]
-    return " ".join(sorted(kept)) or "item"
+    return " ".join(sorted(w for w in words(text) if w not in data.masked_words and w not in data.common_words and not w[0].isdigit())) or "item"
 
 def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
     """A grounded reason that names phrases of the item drawn at random (weak supervision knows no better)."""
     own = data.phrases[item]
-    named = [own[i] for i in sorted(rng.permutation(len(own))[:size])]
-    return REASON.format(*named) if len(named) == 2 else "people choose it for " + " and ".join(named or ["itself"])
+    return "people choose it for " + " and ".join([own[i] for i in sorted(rng.permutation(len(own))[:size])] or ["itself"])
 
 def shared_words(data: Dataset, item: int, events) -> list:
     """The item's phrases that the histories shown of these train events say too, most shared first."""
@@ -392,39 +404,37 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
     who, out, events = choosers(data), [], data.events
     nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
     choices, tasks = [], [t for t in tasks if t != "rate" or data.ratings]
-    for _ in range(n):
+    for _ in range(n if nameable or len(events["user"]) else 0):
         if nameable and (not len(events["user"]) or rng.random() < reason_share):
             item = int(nameable[rng.integers(len(nameable))])
             shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
-            current = random_reason(data, item, rng) if rng.random() < 0.5 else ""
-            out.append(reason_sample(data, item, shown, rng, current, follow))
+            out.append(reason_sample(data, item, shown, rng, random_reason(data, item, rng) if rng.random() < 0.5 else "", follow))
             continue
         choices = choices or rng.permutation(len(events["user"])).tolist()
         choice = choices.pop()
         user, end = int(events["user"][choice]), int(events["pos"][choice])
         s, task = data.train[user], "next" if rng.random() < next_share else tasks[rng.integers(len(tasks))]
-        past, goal = s[max(0, end - longest): end], data.titles[s[end]]        # s[end] is the choice to be told
+        past, goal = [data.titles[i] for i in s[max(0, end - longest): end]], data.titles[s[end]]          # s[end] is the choice to be told
         others = [j for j in dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist()) if j not in s][:2]
+        shown, about = "; ".join(past), ()
         if task in ("mim", "mlm"):         # blank an item of the history, or a word of its titles
-            parts, gap = ([data.titles[i] for i in past], "; ") if task == "mim" else ("; ".join(data.titles[i] for i in past).split(), " ")
+            parts, gap = (past, "; ") if task == "mim" else (shown.split(), " ")
             hide = int(rng.integers(len(parts)))
-            shown = gap.join([*parts[:hide], "____", *parts[hide + 1:]] + [goal] * (task == "mim"))
-            out.append((f"Chosen in order: {shown}\n{TASKS[task]}", parts[hide].strip(";") or ";"))
-            continue
-        if task in ("bpr", "rank") and others:
+            shown, answer = gap.join([*parts[:hide], "____", *parts[hide + 1:]] + [goal] * (task == "mim")), parts[hide].strip(";") or ";"
+        elif task in ("bpr", "rank") and others:
             some = [s[end], *others[: 1 if task == "bpr" else None]]
             about, answer = ["; ".join(data.titles[j] for j in rng.permutation(some))], goal
         elif task == "rate":
             about, answer = [goal], f"{data.ratings[user][end]:.0f}"
         else:
-            task, about, answer = "next", (), "\n".join(data.titles[i] for i in s[end: end + ahead])
-        out.append((question(data, past, task, *about, longest=longest), answer))
+            task, answer = "next", "\n".join(data.titles[i] for i in s[end: end + ahead])
+        out.append((f"Chosen in order: {shown}\n{TASKS[task].format(*about)}", answer))
     return out
 
 def parse_preferences(text: str) -> list:
     """The PREFERENCES different names in an answer's JSON object; [] if it is malformed or has another number."""
-    found = re.search(r"\{[^{}]*\}", text[:10_000])
-    names = (parse_line(found[0]) or {}).get("preferences") if found else None
+    found = re.search(r"\{[^{}]*\}", text[:10_000]) or [""]
+    names = (parse_line(found[0]) or {}).get("preferences")
     names = [clean(n)[:80] for n in names if isinstance(n, str)] if isinstance(names, list) else []
     return names if len({n.lower() for n in names} - {""}) == len(names) == PREFERENCES else []
 

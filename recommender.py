@@ -4,19 +4,16 @@
     h_t  = unit(SASRec(x_1 .. x_t)) / tau       causal self-attention, pre-norm;  x_j = sqrt(D) v[i_j] + pos_(t - j)
     loss = -log softmax_i(h_t . v_i)            full softmax over the catalogue, i = the item after x_t; tau is learnt
 
-Every history (x_1 .. x_t) is a training sample of its own: SASRec's usual loss over all positions of a person at once
-validates worse (README). Sequences are padded on the right: behind a causal mask the last real position never sees
-the padding, so no key mask is needed. Item 0 is padding. The fused table v is computed once, so features cost nothing
-at ranking. Weights are averaged over about the last epoch (EMA); validation and test see the average.
+Every history (x_1 .. x_t) is a training sample of its own: SASRec's usual loss over all positions of a person at once validates worse (README).
+Sequences are padded on the right: behind a causal mask the last real position never sees the padding, item 0, so no key mask is needed. The fused
+table v is computed once, so features cost nothing at ranking. Weights are averaged over about the last epoch; validation and test see the average.
 
-Left out: negative sampling (the full softmax is stronger and simpler at this size) and sampled metrics (they rank
-models differently from the full catalogue: Krichene & Rendle 2020).  Try it alone: pytest tests/test_recommender.py
-Sources: SASRec (Kang & McAuley 2018); cross-entropy for SASRec (Klenitskiy & Vasilev 2023).
+Left out: negative sampling (the full softmax is stronger and simpler at this size), sampled metrics (they rank models differently: Krichene & Rendle
+2020). Sources: SASRec (Kang & McAuley 2018), with cross-entropy (Klenitskiy & Vasilev 2023).  Try it alone: pytest tests/test_recommender.py
 """
-import copy, os, signal, threading, time
+import copy, itertools, os, signal, threading, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import torch
@@ -34,6 +31,7 @@ LOCAL = 4                          # items that the convolution of a block looks
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 MISS = -1e9                        # score of an item that an arm did not consider: behind all others, in no list
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
+BARS = {"unit": "epoch", "mininterval": 1, "disable": None}        # of progress; None: on a terminal only
 ARMS = tuple("popularity markov id text-init content placebo aligned rl bestof curec lane-placebo lane knowledge oracle".split())
 COMPARISONS = [pair.split(":") for pair in (
     "text-init:id lane:id lane:text-init lane:lane-placebo knowledge:id knowledge:markov content:id aligned:content rl:content rl:aligned bestof:content "
@@ -41,9 +39,8 @@ COMPARISONS = [pair.split(":") for pair in (
 
 # ----------------------------------------------------------------------------------------------------------- model
 class Block(nn.Module):
-    """One pre-norm transformer block beside a short causal convolution: position t sees items 1..t only.
-    The convolution (depthwise, the last LOCAL items, starting at 0) stands in for BSARec's frequency filter
-    (arXiv 2312.10325), which raises what changes from item to item against what stays."""
+    """One pre-norm transformer block beside a causal convolution (depthwise, over LOCAL items, starting at 0): position t sees items 1..t only.
+    The convolution stands in for BSARec's frequency filter (arXiv 2312.10325), which raises what changes from item to item against what stays."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -52,18 +49,16 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.local = nn.Parameter(torch.zeros(LOCAL, width))
-        self.drop = nn.Dropout(dropout)
+        self.local, self.drop = nn.Parameter(torch.zeros(LOCAL, width)), nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, last=None) -> torch.Tensor:
         """x (B, T, D) -> (B, T, D), or where last (B,) is given the states at these positions alone, (B, D)."""
         B, T, D = x.shape
         y = self.norm1(x)
         q, k, v = self.qkv(y).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.p if self.training else 0.0)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.p if self.training else 0.0).transpose(1, 2).reshape(B, T, D)
         past = F.pad(y, (0, 0, LOCAL - 1, 0))                                              # (B, LOCAL - 1 + T, D)
         local = sum(past[:, k: k + T] * weight for k, weight in enumerate(self.local))
-        a = a.transpose(1, 2).reshape(B, T, D)
         if last is not None:
             x, a, local = (z[torch.arange(B, device=x.device), last] for z in (x, a, local))
         x = x + self.drop(self.out(a) + local)
@@ -101,8 +96,7 @@ class SASRec(nn.Module):
 
     def __init__(self, n_items, features=None, start=None, preferences=None, width=WIDTH, blocks=1, heads=2, dropout=0.3):
         super().__init__()
-        self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
-        self.pos = nn.Embedding(MAX_LEN, width)
+        self.item, self.pos = nn.Embedding(n_items + 1, width, padding_idx=0), nn.Embedding(MAX_LEN, width)
         self.blocks = nn.ModuleList([Block(width, heads, dropout) for _ in range(blocks)])
         self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
         self.log_tau = nn.Parameter(torch.tensor(0.07).log())
@@ -157,64 +151,75 @@ def samples(sequences):
 
 def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
     """Random batches of histories of similar length: `pool` random batches are sorted, cut, and shuffled, to pad little."""
-    order = rng.permutation(len(lengths))
-    for some in np.split(order, range(batch * pool, len(order), batch * pool)):
+    for some in np.split(rng.permutation(len(lengths)), range(batch * pool, len(lengths), batch * pool)):
         some = some[np.argsort(lengths[some], kind="stable")]
         cut = np.split(some, range(batch, len(some), batch))
         yield from (cut[k] for k in rng.permutation(len(cut)))
 
-def train(n_items, train_seqs, valid_items, features=None, start=None, preferences=None, *, seed=0, epochs=60, patience=4, batch=256,
-          lr=3e-3, weight_decay=0.0, width=WIDTH, blocks=1, dropout=0.3, device="cpu", name="SASRec"):
+def early_stopping(model, optimizer, losses, validate, seed, epochs, patience, *, least=0.0, every=1, best=-1.0, clip=float("inf"), average=None,
+                   name, text, state=None, save=lambda state: None):
+    """Trains until validate() has not risen above `best` for `patience` epochs (and `least` are done); model ends with the best epoch's weights.
+    losses(rng): yields the losses of an epoch's batches, each made with the weights of its time. rng, the epoch's own, comes from (*seed, epoch)
+    as dropout's numbers do: no random state needs saving. every: epochs from one validation to the next. average: an AveragedModel to validate and
+    keep in the model's stead. name, text (may show loss, value, best): of the bar. save: called after every epoch with all that it takes to go on,
+    the optimizer's part live: store it at once; it comes back as `state`. Returns {"epochs", "best_epoch"} and the best value."""
+    nets, seen = ([model, average], average.module) if average else ([model], model)
+    given = dict(model.named_buffers())                         # item features and the like: large, and they come back from the arguments
+    weights = lambda net: {k: v.clone() for k, v in net.state_dict().items() if k.removeprefix("module.") not in given}
+    epoch, best_epoch, best_weights, over = 0, 0, weights(seen), False
+    if state:
+        epoch, best, best_epoch, best_weights, over = (state[k] for k in ("epoch", "best", "best_epoch", "best_weights", "over"))
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        for net, kept in zip(nets, state["weights"]):
+            net.load_state_dict(kept, strict=False)
+    todo = itertools.takewhile(lambda _: not over, range(epoch + 1, epochs + 1))
+    for epoch in (bar := tqdm(todo, name, epochs, initial=epoch, leave=None, **BARS)):
+        rng = np.random.default_rng([*seed, epoch])
+        torch.manual_seed(int(rng.integers(2 ** 31)))
+        model.train()
+        for loss in losses(rng):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            if average:
+                average.update_parameters(model)
+        if epoch % every == 0 or epoch == epochs:
+            value = float(validate())
+            bar.set_postfix_str(text.format(loss=loss.item(), value=value, best=max(best, value)))
+            if value > best:
+                best, best_epoch, best_weights = value, epoch, weights(seen)
+            over = epoch == epochs or epoch >= max(best_epoch + patience, least)
+        save({"epoch": epoch, "best": best, "best_epoch": best_epoch, "best_weights": best_weights, "over": over,
+              "weights": [weights(net) for net in nets], "optimizer": optimizer.state_dict()})
+    model.load_state_dict(best_weights, strict=False)
+    return {"epochs": epoch, "best_epoch": best_epoch}, best
+
+def train(n_items, train_seqs, valid_items, features=None, start=None, preferences=None, *, seed=0, epochs=60, patience=4, batch=256, lr=3e-3,
+          weight_decay=0.0, width=WIDTH, blocks=1, dropout=0.3, device="cpu", name="SASRec", state=None, save=lambda state: None):
     """Trains until validation NDCG@10 has not risen for `patience` epochs (and LEAST_STEPS steps); gives back the best epoch's model.
     train_seqs: item numbers of each user, chronological. valid_items: (users,) the next. features, start, preferences: see SASRec.
-    Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"})."""
+    state, save: see early_stopping. Returns (model, {"epochs", "best_epoch", "valid_ndcg@10"})."""
     torch.manual_seed(seed)
     model = SASRec(n_items, features, start, preferences, width=width, blocks=blocks, dropout=dropout).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     histories, targets, users = samples(train_seqs)
     known = model.align.known(users, [len(h) for h in histories]) if model.align else None
     lengths, padded, targets = np.array([min(len(h), MAX_LEN) for h in histories]), pad(histories), torch.from_numpy(targets)
-    batch = min(batch, -(-len(targets) // 8))               # few events: eight steps an epoch all the same
-    # the average reaches back about an epoch, less at the start
-    average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(batch / len(targets), 9.0 / (10.0 + float(n)))))
-    best, best_epoch, best_state, rng = -1.0, 0, None, np.random.default_rng(seed)
-    bar = tqdm(range(1, epochs + 1), desc=name, unit="epoch", leave=False, mininterval=1, disable=None)
-    for epoch in bar:
-        model.train()
-        for rows in batches(lengths, batch, rng):
-            loss = next_item_loss(model, padded[rows, : lengths[rows].max()].to(device), targets[rows].to(device),
-                                  None if known is None else known[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            average.update_parameters(model)
-        if epoch % EVERY and epoch < epochs:
-            continue
-        value = metrics(ranks(scorer(average.module, device), train_seqs, valid_items))["ndcg@10"].mean()
-        bar.set_postfix_str(f"valid NDCG@10 {value:.4f}, best {max(best, value):.4f}")
-        if value > best:
-            best, best_epoch, best_state = value, epoch, copy.deepcopy(average.module.state_dict())
-        if epoch >= best_epoch + patience and epoch * len(targets) >= LEAST_STEPS * batch:
-            break
-    bar.close()
-    model.load_state_dict(best_state)
-    return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": float(best)}
-
-def ranker(n_items, weights: dict) -> SASRec:
-    """A trained model from its state dict."""
-    parts = {k[6:]: v for k, v in weights.items() if k in ("align.vectors", "align.named", "align.since")}
-    model = SASRec(n_items, weights.get("features"), preferences=parts or None, width=weights["item.weight"].shape[1])
-    model.load_state_dict(weights)
-    return model.eval()
+    batch = min(batch, -(-len(targets) // 8))                                        # few events: eight steps an epoch all the same
+    steps = len(targets) / batch                                                     # of an epoch; the average reaches back as far, less at the start
+    average = AveragedModel(model, avg_fn=lambda old, new, n: old.lerp(new, max(1 / steps, 9 / (10 + float(n)))))
+    losses = lambda rng: (next_item_loss(model, padded[rows, : lengths[rows].max()].to(device), targets[rows].to(device),
+                                         None if known is None else known[rows]) for rows in batches(lengths, batch, rng))
+    validate = lambda: metrics(ranks(scorer(average.module, device), train_seqs, valid_items))["ndcg@10"].mean()
+    log, best = early_stopping(model, optimizer, losses, validate, [seed, 89], epochs, patience, least=LEAST_STEPS / steps, every=EVERY, clip=5.0,
+                               average=average, name=name, text="valid NDCG@10 {value:.4f}, best {best:.4f}", state=state, save=save)
+    return model.eval(), log | {"valid_ndcg@10": best}
 
 # -------------------------------------------------------------- scores: sequences and their users -> (B, n + 1)
 def scorer(model: SASRec, device="cpu"):
     """A function from sequences and their users to the scores of every item, (B, n_items + 1), with the table fused once."""
-    model.eval()
-    with torch.no_grad():
-        table = model.table()
-
+    table = model.eval().table().detach()
     @torch.no_grad()
     def score(sequences, users=None):
         known = model.align.known(users, [len(s) for s in sequences]) if model.align else None
@@ -231,8 +236,7 @@ def markov(n_items, train_seqs):
     counts = np.bincount(np.concatenate(train_seqs), minlength=n_items + 1)
     fill = torch.from_numpy(counts / (counts.max() + 1.0))                 # < 1: less than any transition
     pairs = torch.from_numpy(np.concatenate([np.stack([s[:-1], s[1:]]) for s in train_seqs], 1))
-    follow = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]).to(fill), (n_items + 1, n_items + 1),
-                                     check_invariants=True).coalesce()
+    follow = torch.sparse_coo_tensor(pairs, torch.ones(pairs.shape[1]).to(fill), 2 * (n_items + 1,), check_invariants=True).coalesce()
     return lambda sequences, users=None: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
 
 COUNTING = {"popularity": popularity, "markov": markov}            # these arms draw nothing: one seed is enough
@@ -285,8 +289,7 @@ def test(score, n_items, train_seqs, valid_items, test_items, slices):
     mean = lambda rank: {m: float(v.mean()) for m, v in metrics(rank).items()}
     return rank, {"valid": mean(ranks(score, train_seqs, valid_items)), "test": mean(rank),
                   "slices": {name: mean(rank[keep]) for name, keep in slices.items() if keep.any()},
-                  "audit": audit(np.concatenate(tops), n_items, train_seqs),
-                  "rank_ms_per_user": 1000 * seconds / len(known)}
+                  "audit": audit(np.concatenate(tops), n_items, train_seqs), "rank_ms_per_user": 1000 * seconds / len(known)}
 
 def knows(data, ask, likelihood, seed: int = 0, people: int = 500) -> dict:
     """What an LLM knows of held-out choices. ask(history, task, *about) -> prompt; likelihood(list of (prompt, answer)) -> log-probabilities.
@@ -308,14 +311,16 @@ def knows(data, ask, likelihood, seed: int = 0, people: int = 500) -> dict:
     return out
 
 # ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, inputs, slices, *, seed=0, epochs=60, device="cpu", score=None, seconds=0.0):
+def run_arm(arm, data, inputs, slices, *, seed=0, epochs=60, device="cpu", score=None, seconds=0.0, state=None, save=lambda state: None):
     """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
-    data: n_items, train, valid, test (see data.Dataset). inputs: the arm's arguments of SASRec. score: of an arm that was trained elsewhere in `seconds`."""
+    data: n_items, train, valid, test (see data.Dataset). inputs: the arm's arguments of SASRec. score: of an arm trained elsewhere. seconds: that
+    training took before, there or in a process that was killed. state, save: see early_stopping."""
     start, model = time.perf_counter(), None
     if arm in COUNTING:
         score = COUNTING[arm](data.n_items, data.train)
     elif score is None:
-        model, _ = train(data.n_items, data.train, data.valid, **inputs, seed=seed, epochs=epochs, device=device, name=f"{arm}, seed {seed}")
+        model, _ = train(data.n_items, data.train, data.valid, **inputs, seed=seed, epochs=epochs, device=device, name=f"{arm}, seed {seed}",
+                         state=state, save=save)
         score = scorer(model, device)
     seconds += time.perf_counter() - start
     rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
@@ -330,29 +335,22 @@ def together(fits) -> dict:
              "train_s": sum(r["train_s"] for r in rows), "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
     return {"ranks": torch.stack([f["ranks"] for f in fits]), "entry": entry, "model": fits[0]["model"]}
 
-def alone(parent: int):
+def alone():
     """A worker process: one thread, no bars, silent on Ctrl-C, gone when its parent is."""
-    global tqdm
-    tqdm = partial(tqdm, disable=True)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
+    BARS["disable"] = True
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()        # join() gives back None
 
 def workers(device: str, fits: int):
     """An executor for arms. On a CPU and for many fits: processes of one thread each, which beat one process of many threads."""
     count = min(4, os.cpu_count(), fits // 3) if device == "cpu" else 1
-    return ProcessPoolExecutor(count, get_context("spawn"), alone, (os.getpid(),)) if count > 1 else ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(count, get_context("spawn"), alone) if count > 1 else ThreadPoolExecutor(1)
 
 def slices_of(data) -> dict:
     """Test users whose target has at most 5 train interactions, and whose target nobody chose in train after the test event."""
     last = np.full(data.n_items + 1, np.iinfo(np.int64).min)
-    for s, t in zip(data.train, data.times):
-        np.maximum.at(last, s, t[: len(s)])
+    np.maximum.at(last, np.concatenate(data.train), np.concatenate([t[: len(s)] for s, t in zip(data.train, data.times)]))
     return {"train<=5": data.counts[data.test] <= 5, "no_later_train": last[data.test] <= np.array([t[-1] for t in data.times])}
 
 def compare(ranks_: dict, pairs=COMPARISONS, metric: str = "ndcg@10") -> list:
@@ -379,10 +377,9 @@ def markdown(header: list, rows) -> str:
     return "\n".join([cells(header), "|" + "---|" * len(header), *map(cells, rows)])
 
 def arms_table(arms: dict) -> str:
-    columns = "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr"
-    return markdown(["arm", "seeds", *map(str.upper, columns), "valid NDCG@10", "ms/user"],
-                    [[arm, len(e["seeds"]), *(float(np.mean(e["test"][c])) for c in columns), float(np.mean(e["valid"]["ndcg@10"])),
-                      e["rank_ms_per_user"]] for arm, e in arms.items()])
+    columns = [("test", m) for m in ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")] + [("valid", "ndcg@10")]
+    rows = [[arm, len(e["seeds"]), *(np.mean(e[part][m]) for part, m in columns), e["rank_ms_per_user"]] for arm, e in arms.items()]
+    return markdown(["arm", "seeds", *(m.upper() for _, m in columns[:-1]), "valid NDCG@10", "ms/user"], rows)
 
 def report(m: dict, notes: list) -> list:
     """The evaluation in metrics.json as Markdown paragraphs."""
@@ -395,6 +392,5 @@ def report(m: dict, notes: list) -> list:
             + " `knowledge`: a title outside its beams is a miss, ranked last." * ("knowledge" in m["arms"]),
             arms_table(m["arms"]), "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
             markdown(["a - b", "delta", "95 % interval"], [difference(c) for c in m["comparisons"] if c["metric"] == "ndcg@10"]),
-            *recovered(m), "## Slices and popularity audit", markdown(
-                ["arm", *(f"NDCG@10, {n}" for n in slices), *audits],
-                [[arm, *(float(np.mean(e["slices"][n]["ndcg@10"])) for n in slices), *(e["audit"][k] for k in audits)] for arm, e in m["arms"].items()])]
+            *recovered(m), "## Slices and popularity audit", markdown(["arm", *(f"NDCG@10, {n}" for n in slices), *audits], [
+                [arm, *(np.mean(e["slices"][n]["ndcg@10"]) for n in slices), *(e["audit"][k] for k in audits)] for arm, e in m["arms"].items()])]

@@ -12,16 +12,15 @@ so that no reason can become an item ID. The epoch is chosen on held-out people 
 
 Left out: an LLM as judge, pairwise preference data.  Try it alone: pytest tests/test_reward.py
 """
-import copy, time
+import time
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data as D
-from recommender import WIDTH, Block, markdown, pad, paired_bootstrap, ranker, scorer
+from recommender import WIDTH, Block, SASRec, early_stopping, markdown, pad, paired_bootstrap, scorer
 
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
 AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
@@ -43,10 +42,11 @@ def whitening(vectors: torch.Tensor, k: int = 384):
 def load_encoder(name, device="cpu", batch: int = 64):
     """Any Hugging Face text encoder as a function: list of texts -> mean of its last hidden states (len(texts), D)."""
     from transformers import AutoModel, AutoTokenizer
-    try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).to(device).eval()
-    except OSError as e:
-        raise OSError(f"the encoder '{name}' could not be loaded ({str(e).splitlines()[0]}); check --encoder and the network") from e
+    try:                                                  # nothing of a hub's that could run: no pickled weights, no code
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False).to(device).eval()
+    except (OSError, ValueError) as e:
+        raise OSError(f"the encoder '{name}' could not be loaded ({str(e).partition(chr(10))[0]}); check --encoder and the network") from e
     @torch.no_grad()
     def encode(texts):
         out, order = torch.zeros(len(texts), model.config.hidden_size), sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -100,42 +100,32 @@ class Judge:
         self.model = RewardModel(self.items.shape[1])
 
     # ------------------------------------------------------------------------------------------------- training
-    def fit(self, *, epochs: int = 30, patience: int = 6, batch: int = 256, lr: float = 2e-4, per_epoch: int = 20_000,
-            seed: int = 0) -> dict:
+    def fit(self, *, epochs: int = 30, patience: int = 6, batch: int = 256, lr: float = 2e-4, per_epoch: int = 20_000, seed: int = 0,
+            state=None, save=lambda state: None) -> dict:
         """Trains on train events of the kept people and items (see held_out); the epoch that is best on held-out people x items stays.
-        Returns {"auc_heldout", "epochs", "best_epoch"}, without the first where nothing could be held out."""
+        state, save: see early_stopping. Returns {"auc_heldout", "epochs", "best_epoch"}, without the first where nothing could be held out."""
         torch.manual_seed(seed)
-        self.model = RewardModel(self.items.shape[1])        # anew: what was drawn before must not matter to a resumed run
+        self.model = model = RewardModel(self.items.shape[1])            # anew: what was drawn before must not matter to a resumed run
         data, rng, (people, things) = self.data, np.random.default_rng([seed, 23]), held_out(self.data, seed)
         user, item = data.events["user"], data.events["item"]
         train = np.flatnonzero(~people[user] & ~things[item])
         held = np.random.default_rng([seed, 71]).permutation(np.flatnonzero(people[user] & things[item]))[:HELD_OUT]
         train_items, held_items = (np.flatnonzero(x[1:]) + 1 for x in (~things, things))
         checks = [self.encode([D.random_reason(data, i, rng) for i in held_items]) for _ in range(4)]
-        goals, model = np.searchsorted(held_items, item[held]), self.model
         rest = [p for n, p in model.named_parameters() if n != "P.weight"]               # P: the shared space may turn slowly only
         optimizer = torch.optim.AdamW([{"params": [model.P.weight], "lr": lr * 0.1}, {"params": rest, "lr": lr}], weight_decay=0.01)
-        best, best_epoch, best_state = self.auc(held, goals, checks), 0, copy.deepcopy(model.state_dict())
-        bar = tqdm(range(1, epochs + 1), desc="reward model", unit="epoch", mininterval=1, disable=None)
-        for epoch in bar:
+        validate = lambda: self.auc(held, np.searchsorted(held_items, item[held]), checks)
+
+        def losses(rng):
             vectors = self.encode([D.random_reason(data, i, rng, size=int(rng.integers(2, 4))) for i in train_items])
-            model.train()
             order = rng.permutation(train)[:per_epoch]
             for events in (order[k: k + batch] for k in range(0, len(order), batch)):
                 s = model.scores(model.states(self.histories(events), self.items), model.reasons(vectors))
-                loss = F.cross_entropy(s, torch.from_numpy(np.searchsorted(train_items, item[events])))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-            value = self.auc(held, goals, checks)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, held-out AUC {value:.3f}")
-            if value > best:
-                best, best_epoch, best_state = value, epoch, copy.deepcopy(model.state_dict())
-            if epoch - best_epoch >= patience:
-                break
-        bar.close()
-        self.remember(best_state)
-        return {"epochs": epoch, "best_epoch": best_epoch} | ({"auc_heldout": best} if len(held) and len(held_items) > 1 else {})
+                yield F.cross_entropy(s, torch.from_numpy(np.searchsorted(train_items, item[events])))
+        log, best = early_stopping(model, optimizer, losses, validate, [seed, 23], epochs, patience, best=validate(), name="reward model",
+                                   text="loss {loss:.3f}, held-out AUC {value:.3f}", state=state, save=save)
+        self.remember(model.state_dict())
+        return log | ({"auc_heldout": best} if len(held) and len(held_items) > 1 else {})
 
     def histories(self, events) -> torch.Tensor:
         return pad([self.data.history(e) for e in events], MAX_HISTORY)
@@ -353,6 +343,13 @@ def timeline(r: dict) -> str:
         f"{'accepted' if t['accepted'] else 'rejected'}; for {t['judges']} others the reward {t['reward_before']:+.2f} -> {t['reward_after']:+.2f}"
         for t in r["timeline"]])
 
+def ranker(n_items, weights: dict) -> SASRec:
+    """A trained model from its state dict."""
+    parts = {k[6:]: v for k, v in weights.items() if k in ("align.vectors", "align.named", "align.since")}
+    model = SASRec(n_items, weights.get("features"), preferences=parts or None, width=weights["item.weight"].shape[1])
+    model.load_state_dict(weights)
+    return model.eval()
+
 def top(data, weights, user: int, k: int = 5):
     """A trained arm's model, what the user had chosen, and the k best items with their scores."""
     history, model = data.seqs[user][:-1], ranker(data.n_items, weights)
@@ -381,18 +378,14 @@ def reasons_table(m: dict) -> str:
     return markdown(["reasons", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]) + "".join(
         f"\n\nNew driver named where one changed, curec - bestof: {c['delta']:+.3f} [{c['ci95'][0]:+.3f}, {c['ci95'][1]:+.3f}]." for c in new)
 
-def report(m: dict, reasons: list, log: list) -> list:
-    """What became of the reasons, as Markdown paragraphs. m: metrics.json; reasons: reasons.jsonl; log: ppo.jsonl."""
+def report(m: dict, reasons: list, log=None) -> list:
+    """What became of the reasons, as Markdown paragraphs. m: metrics.json; reasons: reasons.jsonl; log: ppo.jsonl, no longer read."""
     standing = lambda r: r["timeline"][-1]["reward_after" if r["timeline"][-1]["accepted"] else "reward_before"]
     judged = sorted((r for r in reasons if r["timeline"]), key=standing, reverse=True)
     moved = sorted(judged, key=lambda r: -sum(t["accepted"] for t in r["timeline"]))[:2]
-    low, high = min(r["reward"] for r in log), max(r["reward"] for r in log)
-    bar = lambda x: "#" * round(1 + 40 * (x - low) / max(high - low, 1e-9))
     return ["## Reasons", reasons_table(m),
             "Reward model: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: "
             f"reward {m['ppo']['reward_before']:+.3f} before, {m['ppo']['reward_after']:+.3f} after {m['ppo']['updates']} updates.",
-            "PPO by update, mean reward over the reference reason:\n\n```\n" + "\n".join(
-                f"{r['update']:4d} {r['reward']:+.3f} {bar(r['reward'])}" for r in log[:: max(1, len(log) // 20)]) + "\n```",
             "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
             "False-accept rate: what would be accepted if every old reason were as good (each judge's gains with a random sign), no share of mistakes.",
             "## Two reasons and how they came about", *map(timeline, moved),

@@ -1,12 +1,16 @@
 """curec.py: correction in time order, the truth firewall, and the real command line as a subprocess."""
+import ast
 import dataclasses
 import hashlib
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig
 
 import curec
@@ -24,13 +30,21 @@ import reward
 import rl
 
 ROOT = Path(curec.__file__).parent
+sys.path.insert(0, str(ROOT / "tests/bench"))
+
+import bench_kill  # noqa: E402
+
 SMALL = ["--tiny-steps", "30", "--align-steps", "2", "--ppo-updates", "1", "--ppo-batch", "12", "--epochs", "1", "--device", "cpu"]
 QUICK = ["--dataset", "demo", "--quick", *SMALL, "--knowledge-steps", "3"]
 
 
-def run(*args, cwd):
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, str(ROOT / "curec.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=400, env=env)
+ENV = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*args, cwd, largest=None):
+    """The real command line. largest: bytes a file may have; the kernel refuses more, as a full disk does."""
+    limit = largest and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)))
+    return subprocess.run([sys.executable, str(ROOT / "curec.py"), *args], cwd=cwd, capture_output=True, text=True, timeout=400, env=ENV, preexec_fn=limit)
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +69,165 @@ def test_quick_run_prints_every_arm_and_the_report(finished):
     assert "mean nothing" in report and "Two reasons and how they came about" in report
 
 
-def test_the_same_command_makes_the_same_bytes(finished, tmp_path):
-    """Guards: gradients that add up in another order on two threads, sets that are walked in another order."""
+def test_output_is_plain_text_when_piped(finished):
+    """Guards: progress bars, carriage returns and colours in log files."""
+    done = finished[1]
+    assert not re.search(r"[\r\x1b]|it/s|%\|", done.stdout + done.stderr), done.stderr
+    assert re.findall(r"^\[(\d)/(\d)\] (.*)", done.stdout, re.M) == [
+        ("1", "5", "LLM: base and supervised alignment"), ("2", "5", "reward model"), ("3", "5", "PPO"), ("4", "5", "reasons and chronological correction"),
+        ("5", "5", "downstream: the arms, same seeds and budget")]
+
+
+def test_the_same_command_makes_the_same_bytes_and_another_seed_others(finished, tmp_path):
+    """Guards: gradients that add up in another order on two threads, sets that are walked in another order; a seed that is not used."""
     assert run("--dataset", "demo", "--quick", *SMALL, cwd=tmp_path).returncode == 0
-    a, b = (cwd / "runs/demo" for cwd in (finished[0], tmp_path))
-    assert (a / "reasons.jsonl").read_bytes() == (b / "reasons.jsonl").read_bytes()
-    for adapter in ("align", "policy"):
-        assert (a / adapter / "adapter_model.safetensors").read_bytes() == (b / adapter / "adapter_model.safetensors").read_bytes()
-    timeless = lambda x: {k: timeless(v) if isinstance(v, dict) else v for k, v in x.items()
-                          if k not in ("time_s", "peak_memory_mb", "train_s", "rank_ms_per_user", "tokens_per_s")}
-    assert timeless(metrics_of(finished[0])) == timeless(metrics_of(tmp_path))
-    log = lambda folder: [timeless(json.loads(line)) for line in (folder / "ppo.jsonl").read_text().splitlines()]
-    assert log(a) == log(b)
+    expected = bench_kill.outcome(finished[0] / "runs/demo")
+    assert bench_kill.outcome(tmp_path / "runs/demo") == expected
+    assert run("--dataset", "demo", "--quick", *SMALL, "--seed", "1", "--out", "runs/other", cwd=tmp_path).returncode == 0
+    assert all(x != expected[name] for name, x in bench_kill.outcome(tmp_path / "runs/other").items())
+
+
+# ------------------------------------------------------------------------------- killed, interrupted, twice, no space left
+def test_killed_at_six_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path_factory):
+    """Guards: any random state, finished unit or half-written file that a kill loses or doubles. Twenty kills: tests/bench/bench_kill.py."""
+    flags = [*SMALL, "--ppo-updates", "3", "--epochs", "6", "--windows", "3"]
+    cwd, begun = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
+    assert run("--dataset", "demo", "--quick", *flags, cwd=cwd).returncode == 0
+    seconds = time.monotonic() - begun
+    killed = bench_kill.survive(flags, 6, bench_kill.outcome(cwd / "runs/demo"), seconds, seed=int.from_bytes(os.urandom(4), "big"))
+    assert len(killed) == 6 and len({stage for _, stage in killed}) >= 3, killed
+
+
+def begin(cwd, *flags, until):
+    """A run in the background, as soon as it has written that file."""
+    process, end = subprocess.Popen([sys.executable, str(ROOT / "curec.py"), "--dataset", "demo", "--quick", *SMALL, *flags], cwd=cwd, env=ENV, text=True,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE), time.monotonic() + 200
+    while not (cwd / until).exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1]
+    return process
+
+
+@pytest.mark.parametrize("polite, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, polite, status):
+    """Guards: a traceback, a hang behind worker processes, a command that cannot be copied."""
+    for until in ("runs/a b/state/align.pt", "runs/a b/state/bestof.pt"):
+        process = begin(tmp_path, "--out", "runs/a b", *["--resume"] * (tmp_path / "runs").exists(), until=until)
+        process.send_signal(polite)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == status and "Traceback" not in err
+        assert err.strip().splitlines()[-1].endswith("--out 'runs/a b' --resume") and err.count("--resume") == 1
+
+
+def test_a_run_folder_in_use_refuses_a_second_process(tmp_path):
+    """Guards: two runs that write one folder; a lock that outlives a killed run."""
+    process = begin(tmp_path, until="runs/demo/config.json")
+    second = run("--dataset", "demo", "--quick", *SMALL, cwd=tmp_path)
+    assert second.returncode == 2 and "another run is at work there" in second.stderr and len(second.stderr.splitlines()) == 1
+    assert process.poll() is None and (tmp_path / "runs/demo/config.json").exists(), "the first goes on"
+    process.kill(), process.communicate()
+    assert run("--dataset", "demo", "--quick", *SMALL, "--arms", "id", cwd=tmp_path).returncode == 0
+
+
+def test_what_a_full_disk_refuses_leaves_the_old_file(tmp_path):
+    """Guards: a checkpoint that is emptied before the new one is written; errors of torch's zip writer that name no disk."""
+    for value in ("text", {"a": torch.zeros(10)}, {"a": torch.zeros(10 ** 6)}):
+        path = tmp_path / "state.pt"
+        curec.keep(str(path), {"old": torch.ones(2)})
+        (full := Path(f"{path}.{os.getpid()}.part")).symlink_to("/dev/full")
+        with pytest.raises((OSError, RuntimeError)) as e:
+            curec.keep(str(path), value)
+        assert "the disk is full" in curec.told(e.value, None) and torch.load(path, weights_only=True)["old"].sum() == 2
+        full.unlink()
+
+
+@pytest.mark.parametrize("largest, redone", [(100_000, None), (20_000, "arm-*")])
+def test_a_full_disk_costs_one_line_and_no_finished_work(finished, tmp_path, largest, redone):
+    """Guards: a traceback, a folder that --resume cannot go on with; in the first stage and in worker processes."""
+    flags, expected = ["--dataset", "demo", "--quick", *SMALL], bench_kill.outcome(finished[0] / "runs/demo")
+    if redone:
+        shutil.copytree(finished[0] / "runs", tmp_path / "runs"), shutil.copytree(finished[0] / "cache", tmp_path / "cache")
+        for f in (tmp_path / "runs/demo/state").glob(redone):
+            f.unlink()
+    full = run(*flags, *["--resume"] * bool(redone), cwd=tmp_path, largest=largest)
+    assert full.returncode == 2 and "the disk is full" in full.stderr and len(full.stderr.splitlines()) == 1, full.stderr
+    assert all(torch.load(f, weights_only=True) for f in (tmp_path / "runs/demo/state").glob("*.pt"))
+    done = run(*flags, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and bench_kill.outcome(tmp_path / "runs/demo") == expected, done.stderr
+    assert not list((tmp_path / "runs").rglob("*.part"))
+
+
+# ------------------------------------------------------------------------------------------- before a run, and for safety
+def test_a_dry_run_tells_prompts_and_writes_nothing(finished, tmp_path):
+    """Guards: counts that are not those of the run."""
+    done = run("--dataset", "demo", "--quick", *SMALL, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
+    asked = {row[0]: int(row[2].replace(",", "")) for row in (line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")) if row[0] != "stage"}
+    count = lambda *names: sum(int(n.replace(",", "")) for name, n in re.findall(r"  (.+): ([\d,]+) answers", finished[1].stdout) if name.startswith(names))
+    assert asked["reasons and chronological correction"] == count("reasons", "first", "correction", "best of") > 100
+    assert asked["PPO"] == count("held-out", "reference") + 12, "what PPO samples is printed by no line: one update of 12"
+
+
+def test_a_dry_run_lists_downloads_first(tmp_path, monkeypatch, capsys):
+    """Guards: a download, or a question to a network, by a command that promises none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(D.urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the network"))
+    assert curec.main(["--dataset", "beauty", "--dry-run", "--llm", "somebody/some-1.5B"]) == 0
+    said = capsys.readouterr().out
+    assert "reviews_Beauty_5.json.gz" in said and "https://" in said and "somebody/some-1.5B" in said and " GB" in said and not list(tmp_path.iterdir())
+
+
+def test_errors_are_told_in_one_line_and_shown_with_debug(monkeypatch, capsys):
+    def broken(s):
+        raise KeyError("a bug")
+    monkeypatch.setattr(curec, "pipeline", broken)
+    assert curec.main(["--device", "cpu"]) == 2
+    assert re.fullmatch(r"curec.py: error: KeyError: 'a bug' .*--debug.*\n", capsys.readouterr().err)
+    with pytest.raises(KeyError):
+        curec.main(["--device", "cpu", "--debug"])
+
+
+FLAGS = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(curec.Settings)] + ["--nothing", "-x", "loose"]
+VALUES = st.one_of(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=12), st.integers().map(str), st.floats().map(str),
+                   st.sampled_from(["demo", "beauty", "id,curec", "all", "cuda:99", "cpu", "shuffle", "lane", "nan", "-1", "1e99", "tiny"]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(FLAGS), st.one_of(st.none(), VALUES)), max_size=6))
+def test_any_command_line_is_taken_or_refused_in_one_line(pairs):
+    """Guards: tracebacks of a mistyped command line."""
+    try:
+        s = curec.parse_args([x for flag, value in pairs for x in ([flag] if value is None else [f"{flag}={value}"])])
+        s = s if s.run else curec.resolve(s)
+        assert s.seeds >= 1 and s.temperature == s.temperature
+    except D.DataError as e:
+        assert str(e)
+    except SystemExit as e:
+        assert e.code == 2
+
+
+def test_nothing_in_the_tree_runs_foreign_code():
+    """No eval, exec, pickle, unsafe torch.load, remote code or shell; every address is https. (Tests may name what they refuse.)"""
+    seen = 0
+    for path in (p for p in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py")]):
+        tree, ours = ast.parse(path.read_text()), path.parent == ROOT
+        for node in ast.walk(tree):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split(".")[0] for n in names} & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}, path
+            if ours and isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert "http://" not in node.value and "ftp://" not in node.value, (path, node.lineno)
+            if not isinstance(node, ast.Call):
+                continue
+            name, given_ = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load"), (path, node.lineno)
+            assert given_.get("shell", "False") == "False" and given_.get("allow_pickle", "False") == "False", (path, node.lineno)
+            assert given_.get("trust_remote_code", "False") == "False", (path, node.lineno)
+            if name == "torch.load":
+                assert given_.get("weights_only") == "True", (path, node.lineno)
+            if ours and name.endswith("from_pretrained") and "Model" in name:
+                assert given_.get("use_safetensors") == "True" and given_.get("trust_remote_code") == "False", (path, node.lineno)
+            seen += name.startswith(("torch.load", "subprocess."))
+    assert seen > 5, "the scan looks at calls"
 
 
 def test_run_folder_keeps_the_contract(finished):
@@ -86,7 +247,7 @@ def test_run_folder_keeps_the_contract(finished):
     assert len(rows) == m["dataset"]["items"] and {"item", "title", "aligned", "rl", "timeline", "reason"} == set(rows[0])
     config = json.loads((folder / "config.json").read_text())
     assert {"settings", "windows", "versions", "git_commit", "hardware", "llm_path"} <= set(config)
-    assert {p.name for p in folder.iterdir()} == {"config.json", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md", "align", "policy", "state"}
+    assert {p.name for p in folder.iterdir()} == {".lock", "config.json", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md", "align", "policy", "state"}
     assert not list(folder.rglob("*.part")) and {p.name for p in (folder / "align").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -188,16 +349,12 @@ def test_out_of_memory_is_told_from_other_errors(error, tmp_path, monkeypatch, c
     """A traceback where a flag would help, inside a stage or after it; a real fault that is taken for full memory."""
     def full(s):
         Path("runs/demo/state").mkdir(parents=True)
-        curec.stage(s, "align", {}, lambda: 0)
+        curec.stage(s, "align", {}, lambda _: 0)
         raise error
     monkeypatch.chdir(tmp_path), monkeypatch.setattr(curec, "pipeline", full)
-    args = ["--device", "cpu", "--micro-batch", "6"]
-    if "illegal" in str(error):
-        with pytest.raises(RuntimeError, match="illegal"):
-            curec.main(args)
-    else:
-        assert curec.main(args) == 2
-        assert re.search("stage align with --micro-batch 6.*--resume --micro-batch 3", capsys.readouterr().err)
+    assert curec.main(["--device", "cpu", "--micro-batch", "6"]) == 2
+    said = "RuntimeError: .*illegal.*--debug" if "illegal" in str(error) else "stage align with --micro-batch 6.*--resume --micro-batch 3"
+    assert re.search(said, capsys.readouterr().err)
 
 
 def test_out_of_memory_in_ppo_loses_no_finished_update(finished, tmp_path, monkeypatch, capsys):
@@ -217,7 +374,7 @@ def test_out_of_memory_in_ppo_loses_no_finished_update(finished, tmp_path, monke
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "stage ppo" in said and "--micro-batch 16" in said and "--resume --micro-batch 8" in said
     before = log.read_text().splitlines()
-    assert len(before) == 2 and {"align.pt", "reward.pt", "ppo-updates.pt"} <= {p.name for p in log.with_name("state").iterdir()}
+    assert len(before) == 2 and {"align.pt", "reward.pt", "ppo-units.pt"} <= {p.name for p in log.with_name("state").iterdir()}
     assert curec.main([*args, "--resume", "--micro-batch", "8"]) == 0
     assert log.read_text().splitlines()[:2] == before and len(log.read_text().splitlines()) == 3 and len(calls) == 4
 
@@ -359,7 +516,7 @@ def test_every_third_proposal_is_by_align_and_all_are_hot(monkeypatch):
     assert set(calls) == {("align", 1.0), ("policy", 1.0)}
 
 
-def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
+def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch, tmp_path):
     """Guards: the control for correction picked by the people whose histories its prompt echoes."""
     shop, seen, prompts, fake = D.demo(0, n_users=600, n_items=80), [], [], rl.generate
     monkeypatch.setattr(rl, "generate", lambda model, tokenizer, p, **kw: (prompts.append(p), fake(model, tokenizer, p, **kw))[1])
@@ -369,7 +526,8 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch):
     monkeypatch.setattr(reward.Judge, "rewards", lambda self, items, answers, shown, audience, *rest: (
         seen.append((items, shown, audience)), real(self, items, answers, shown, audience, *rest))[1])
     s = curec.resolve(curec.Settings())
-    timelines = curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts)["timelines"]
+    monkeypatch.chdir(tmp_path)
+    timelines = curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts, {})["timelines"]
     items, shown, judges = seen[-1]
     groups = [[] for _ in range(shop.n_items + 1)]
     for _, _, some, people, _ in reward.windows(shop, D.choosers(shop), cuts, s.seed):
