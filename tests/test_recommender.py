@@ -3,6 +3,7 @@
     pytest tests/test_recommender.py             a few seconds
 """
 import inspect
+import io
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
 import recommender as rec
+import reward
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
@@ -42,6 +44,48 @@ def quick(d, features=None, **kw):
 def same(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def through_disk(state):
+    """What a killed run finds: the state as it was when it was saved, and nothing that torch.load would have to trust."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def equal(a, b):
+    """Are two states the same bit for bit, dicts and lists inside them too?"""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and [*a] == [*b] and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else type(a) is type(b) and a == b
+
+
+class Keeper:
+    """Keeps a run's states in a folder, one an epoch, as a worker process does: it can be pickled."""
+    def __init__(self, folder):
+        self.folder = folder
+        folder.mkdir()
+
+    def save(self, state):
+        torch.save(state, self.folder / f"{state['epoch']}.pt")
+
+    def states(self):
+        return [torch.load(path, weights_only=True) for path in sorted(self.folder.iterdir())]
+
+
+def worker_shows_bars():
+    return rec.BARS["disable"] is not True
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """One entry for every step that an optimizer makes."""
+    made, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **kw: (made.append(1), step(self, *a, **kw))[1])
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -250,10 +294,8 @@ def test_same_seed_same_model_bit_for_bit_and_another_seed_differs():
     assert same(a, quick(d, features, seed=5)[0]) and not same(a, quick(d, features, seed=6)[0])
 
 
-def test_few_users_still_make_eight_steps_an_epoch(monkeypatch):
+def test_few_users_still_make_eight_steps_an_epoch(steps):
     """Guards: a batch as large as the data, two steps an epoch and an early stop before anything is learnt."""
-    steps, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **kw: (steps.append(1), step(self, *a, **kw))[1])
     quick(ring(n_users=400), epochs=1, batch=256)
     assert len(steps) == 8
 
@@ -292,6 +334,74 @@ def test_validation_is_looked_at_every_second_epoch_and_after_the_last(monkeypat
     looks, real = [], rec.metrics
     monkeypatch.setattr(rec, "metrics", lambda rank: looks.append(1) or real(rank))
     assert [(looks.clear(), quick(ring(), epochs=n), len(looks))[2] for n in (1, 2, 5)] == [1, 1, 3]
+
+
+def variant(name, d):
+    """What SASRec is given, as train's arguments."""
+    return {"id": {}, "features": {"features": torch.randn(13, 40, generator=torch.Generator().manual_seed(1))},
+            "lane": {"start": torch.randn(13, 16, generator=torch.Generator().manual_seed(2)),
+                     "preferences": told(len(d.train)) | {"since": torch.tensor([[2, 4]] * len(d.train))}}}[name]
+
+
+@pytest.mark.parametrize("name", ["id", "features", "lane"])
+def test_a_run_killed_after_any_epoch_ends_as_if_it_had_not_been(name, steps):
+    """Guards: Adam's moments, the average, its age, the best epoch so far or a random number that is not what it would have been;
+    epochs trained twice or left out; features that are stored with every state."""
+    d, states = ring(), []
+    given = variant(name, d) | {"epochs": 5, "lr": 3e-4}               # so slow that validation rises at every look
+    whole, log = quick(d, **given, save=lambda state: states.append(through_disk(state)))
+    an_epoch = len(steps) // 5
+    assert [state["epoch"] for state in states] == [1, 2, 3, 4, 5] and an_epoch == 12 and [state["over"] for state in states] == [False] * 4 + [True]
+    buffers = {key for key, _ in whole.named_buffers()}
+    assert not any(key.removeprefix("module.") in buffers for weights in states[0]["weights"] for key in weights)
+    for k, state in enumerate(states, 1):
+        later = []
+        steps.clear()
+        model, again = quick(d, **given, state=state, save=lambda state: later.append(through_disk(state)))
+        assert same(model, whole) and again == log and not model.training
+        assert len(steps) == (5 - k) * an_epoch and equal(later, states[k:])
+    assert [state["best_epoch"] for state in states] == [0, 2, 2, 4, 5] and len(states[0]["optimizer"]["state"]) == len(list(whole.parameters()))
+
+
+def test_a_run_that_early_stopping_ended_trains_no_further(monkeypatch, steps):
+    """Guards: a finished run that goes on when it is resumed; patience that starts anew; the last epoch's weights for the best one's."""
+    monkeypatch.setattr(rec, "LEAST_STEPS", 0)
+    d, states = ring(), []
+    how = variant("features", d) | {"epochs": 60, "patience": 2, "lr": 3e-4}
+    whole, log = quick(d, **how, save=lambda state: states.append(through_disk(state)))
+    assert 2 < log["best_epoch"] == log["epochs"] - 2 == len(states) - 2 < 20 and states[-1]["over"] and not states[-2]["over"]
+    for k in (log["best_epoch"] - 1, log["best_epoch"], log["epochs"] - 1, log["epochs"]):
+        steps.clear()
+        model, again = quick(d, **how, state=states[k - 1])
+        assert same(model, whole) and again == log and len(steps) == 12 * (log["epochs"] - k)
+
+
+def test_every_epoch_draws_its_own_numbers_from_seed_and_epoch(monkeypatch):
+    """Guards: the same batches in every epoch or for every seed; dropout that goes on from whatever ran before; all of it after a kill."""
+    drawn, real = [], rec.batches
+
+    def spy(lengths, batch, rng):
+        rows = list(real(lengths, batch, rng))
+        drawn.append((torch.initial_seed(), np.concatenate(rows).tolist()))
+        return rows
+    monkeypatch.setattr(rec, "batches", spy)
+    states = []
+    quick(ring(), epochs=2, seed=1, save=lambda state: states.append(through_disk(state)))
+    quick(ring(), epochs=2, seed=2)
+    assert all(len({str(x) for x in part}) == 4 for part in zip(*drawn)), "two seeds, two epochs: four orders, four seeds of dropout"
+    torch.manual_seed(99)
+    quick(ring(), epochs=2, seed=1, state=states[0])
+    assert drawn[4] == drawn[1] and len(drawn) == 5
+
+
+def test_a_state_in_memory_is_not_trained_on(steps):
+    """Guards: an optimizer that goes on in the tensors of the state it was given: the second run from there would be another."""
+    states = []
+    quick(ring(), lr=3e-4, save=lambda state: states.append(through_disk(state)))
+    before = through_disk(states[0])
+    steps.clear()
+    a, b = (quick(ring(), lr=3e-4, state=states[0])[0] for _ in range(2))
+    assert len(steps) == 2 * 2 * 12 and same(a, b) and equal(states[0], before)
 
 
 def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
@@ -505,17 +615,24 @@ def test_projected_features_start_at_their_length(monkeypatch):
         assert model.project(model.features).norm(dim=-1).mean().item() == pytest.approx(length, rel=0.2)
 
 
-def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch):
-    """Guards: workers that draw other random numbers; a pool for a run that is too small for it. (So few items need one thread only.)"""
+def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch, tmp_path):
+    """Guards: workers that draw other random numbers, show bars on top of one another or cannot save their states; an arm that forgets how far
+    it was or how long it took; a pool for a run that is too small for it. (So few items need one thread only.)"""
     monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
     assert isinstance(rec.workers("cpu", 5), ThreadPoolExecutor) and isinstance(rec.workers("cuda", 99), ThreadPoolExecutor)
-    found = []
+    assert rec.BARS["disable"] is None, "this process shows bars on a terminal"
+    found, kept, arm = [], [], ("id", ring(), {}, {})
     for fits in (6, 1):
+        whole, rest = (Keeper(tmp_path / f"{fits}-{part}") for part in ("whole", "rest"))
         with rec.workers("cpu", fits) as pool:
-            job = pool.submit(rec.run_arm, "id", ring(), {}, {}, seed=1, epochs=2)
-            found.append((job.result()["ranks"].tolist(), job.result()["model"]))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1].values(), found[1][1].values()))
+            assert pool.submit(worker_shows_bars).result() == (fits == 1)
+            found.append(pool.submit(rec.run_arm, *arm, seed=1, epochs=3, save=whole.save).result())
+            found.append(pool.submit(rec.run_arm, *arm, seed=1, epochs=3, state=whole.states()[0], seconds=1e6, save=rest.save).result())
+        kept.append(whole.states())
+        assert [state["epoch"] for state in kept[-1]] == [1, 2, 3] and equal(rest.states(), kept[-1][1:])
+    assert equal(*kept) and [fit["row"]["train_s"] > 1e6 for fit in found] == [False, True] * 2
+    assert all(torch.equal(fit["ranks"], found[0]["ranks"]) and equal(dict(fit["model"]), dict(found[0]["model"])) for fit in found)
+    assert rec.BARS["disable"] is None
 
 
 @pytest.mark.skipif(rec.os.cpu_count() < 2, reason="one CPU: no worker processes")
@@ -584,7 +701,7 @@ def test_lane_trains_ranks_and_comes_back_from_its_weights():
     histories = d.train[:6]
     together, apart = score(histories, range(6)), torch.cat([score([h], [u]) for u, h in enumerate(histories)])
     assert torch.allclose(together, apart, atol=1e-5) and not torch.allclose(together, score(histories, range(6, 12)), atol=1e-3)
-    assert torch.equal(together, rec.scorer(rec.ranker(12, model.state_dict()))(histories, range(6)))
+    assert torch.equal(together, rec.scorer(reward.ranker(12, model.state_dict()))(histories, range(6)))
 
 
 def test_first_id_vectors_are_those_given_and_train_on():

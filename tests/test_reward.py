@@ -1,6 +1,8 @@
 """reward.py: the judge, the people it asks, and what must not pay. A bag-of-words encoder keeps it fast and exact."""
 import copy
 import dataclasses
+import io
+import json
 
 import numpy as np
 import pytest
@@ -29,6 +31,44 @@ def judge(shop):
     j = reward.Judge(shop, bag_of_words)
     j.remember(j.model.state_dict())
     return j
+
+
+def tiny_encoder(path):
+    """A BERT of eight dimensions with a word-level tokenizer, as a model hub would give it: no download."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({w: k for k, w in enumerate(["[PAD]", "[UNK]", *D.ASPECTS])}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64).save_pretrained(path)
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(vocab_size=len(D.ASPECTS) + 2, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    model.save_pretrained(path)
+    return model.eval()
+
+
+def test_an_encoder_gives_the_mean_of_its_last_states(tmp_path):
+    """Guards: padding in the mean, rows that come back in the order of their lengths."""
+    model, (a, b, c) = tiny_encoder(tmp_path), D.ASPECTS[:3]
+    vectors = reward.load_encoder(str(tmp_path), batch=2)([f"{a} {b} {c}", a, f"{c} {b}"])
+    with torch.no_grad():
+        for vector, ids in zip(vectors, ([2, 3, 4], [2], [4, 3])):
+            assert torch.allclose(vector, model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0), atol=1e-5)
+
+
+def test_an_encoder_that_would_run_code_is_refused(tmp_path):
+    """Guards: pickled weights or Python files of a model hub that are loaded, a prompt that waits for an answer, a ValueError as a traceback."""
+    model = tiny_encoder(tmp_path)
+    reward.load_encoder(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="^the encoder '.*' could not be loaded .*check --encoder"):
+        reward.load_encoder(str(tmp_path))
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import BertConfig as C, BertModel as M\n")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModel": "mine.M"}}))
+    with pytest.raises(OSError, match="^the encoder '.*' could not be loaded .*check --encoder"):
+        reward.load_encoder(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def everyone(data):
@@ -154,6 +194,38 @@ def test_fit_keeps_the_best_epoch_on_held_out_people_and_items(shop, monkeypatch
     assert first["auc_heldout"] == max(values) == auc(b, *looks[0][1]) and values[first["best_epoch"]] == max(values) > min(values)
     assert first == again and first["auc_heldout"] > 0.5
     assert all(torch.equal(x, y) for x, y in zip(a.model.parameters(), b.model.parameters()))
+
+
+@pytest.mark.parametrize("held_out", [reward.HELD_OUT, 0])
+def test_a_fit_killed_after_any_epoch_ends_as_if_it_had_not_been(shop, monkeypatch, held_out):
+    """Guards: Adam's moments, the best epoch so far or a random number that is not what it would have been, other reasons to validate on, epochs
+    trained twice or left out; with nobody held out, where epoch 0 wins and early stopping ends it, a finished fit that goes on."""
+    monkeypatch.setattr(reward, "HELD_OUT", held_out)
+    states, looks, steps, auc, step = [], [], [], reward.Judge.auc, torch.optim.AdamW.step
+    monkeypatch.setattr(reward.Judge, "auc", lambda self, *on: (looks.append(auc(self, *on)), looks[-1])[1])
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **kw: (steps.append(1), step(self, *a, **kw))[1])
+
+    def through_disk(state):
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    def fitted(**kw):
+        looks.clear(), steps.clear()
+        j = reward.Judge(shop, bag_of_words)
+        return j, j.fit(epochs=3 if held_out else 9, patience=2, per_epoch=700, seed=2, **kw), looks[:], len(steps)
+    whole, report, values, made = fitted(save=lambda state: states.append(through_disk(state)))
+    epochs = report["epochs"]
+    assert len(states) == epochs == (3 if held_out else 2) and report["best_epoch"] > 0 or not held_out and report == {"epochs": 2, "best_epoch": 0}
+    assert not states[0]["over"] and states[-1]["over"] and made == 3 * epochs
+    for k, state in enumerate(states, 1):
+        later = []
+        j, again, seen, made = fitted(state=state, save=lambda state: later.append(through_disk(state)))
+        assert again == report and seen == [values[0], *values[k + 1:]] and made == 3 * (epochs - k) and len(later) == epochs - k
+        assert all(torch.equal(a, b) for a, b in zip(j.model.parameters(), whole.model.parameters())) and torch.equal(j.states, whole.states)
+    reward.Judge(shop, bag_of_words).fit(epochs=1, per_epoch=700, seed=3)
+    assert torch.initial_seed() == np.random.default_rng([3, 23, 1]).integers(2 ** 31), "numbers made of seed, stage and epoch"
 
 
 def test_convincing_asks_for_more_than_margin_standard_errors():

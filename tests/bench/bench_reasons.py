@@ -143,7 +143,8 @@ def pool(runs, metrics, hacks) -> dict:
 
 def named_new(out: pathlib.Path, kind: str) -> np.ndarray:
     """For every item of a run whose driver changed: does its reason name the new one?"""
-    answers = torch.load(out / "state/correct.pt", weights_only=True)["value"]["kinds"][kind]
+    kept = torch.load(out / f"state/{kind}.pt", weights_only=True)["value"]
+    answers = kept[1] if kind == "curec" else kept               # see curec.correct
     truth = D.demo(json.loads((out / "config.json").read_text())["settings"]["seed"]).truth
     return np.array(reward.names_new([D.parse_answer(a)[1] for a in answers[1:]], {k: v[1:] for k, v in truth.items()}), float)
 
