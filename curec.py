@@ -408,9 +408,13 @@ def pipeline(s: Settings):
 
 def plan(s: Settings):
     """--dry-run: prints downloads, memory, and what each stage learns, reads and writes; downloads and writes nothing."""
-    todo, absent = needed(s), D.absent(s.dataset, s.data_dir)
-    print(*(f"download {url} to {path}" for path, url in absent.items()), rl.forecast(s.llm, s.micro_batch, s.max_new) if "LLM" in todo and s.llm != "tiny"
-          else "memory: 1 to 2 GB of RAM are enough for the tiny LLM and the recommender", sep="\n")
+    todo, llm = needed(s), None
+    absent = {} if s.dataset == "demo" or os.path.isdir(s.dataset) else D.amazon_files(D.ALIASES.get(s.dataset.lower(), s.dataset), s.data_dir)[1]
+    if "LLM" in todo and s.llm != "tiny":
+        llm = rl.forecast(s.llm, micro_batch=s.micro_batch, max_new=s.max_new, budget=sampling(s)["budget"])
+        gb = lambda x: "unknown size" if x is None else f"about {x:.1f} GB"
+        print(f"LLM {s.llm}: {'is here' if llm['here'] else 'download of ' + gb(llm['download_gb'])}; memory of the GPU, by arithmetic: {gb(llm['memory_gb'])}")
+    print(*(f"download {url} to {path}" for path, url in absent.items()), *["memory: 2 GB of RAM for the tiny LLM and the recommender"] * (not llm), sep="\n")
     if absent:
         return print("prompts and tokens are counted when these files are there")
     data = load_data(s)

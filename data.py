@@ -5,13 +5,12 @@
 
 Items are numbered 1..n; 0 is padding. Sources: Amazon 2014 and 2018 files; a folder of your own; the made-up `demo` world, whose hidden truth
 (why each item is chosen) only reward.py's truth figures and oracle arm read. All that trains a model reads `train`, `events` and `items` alone.
-Left out: images, prices.  Try it alone:
-    python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
+Try it alone:  python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
 """
 import ast, csv, gzip, html, http.client, json, os, re, unicodedata, urllib.request, zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -23,8 +22,7 @@ UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"            
 URLS = (SNAP + "reviews_{}_5.json.gz", SNAP + "meta_{}.json.gz"), (UCSD + "categoryFilesSmall/{}_5.json.gz", UCSD + "metaFiles2/meta_{}.json.gz")
 HISTORY, PEOPLE = 3, 4             # items shown of each person's history; people shown in a prompt (H)
 PREFERENCES, LONGEST = 5, 10       # preferences a user (LANE's m); items of a history that the two relatives show
-TITLE_WORDS, TEXT_WORDS = 12, 40   # longest title and item text in a prompt, in words
-MIN_ITEMS = 5                      # a word found in fewer items identifies an item: it is masked from rewards
+TITLE_WORDS, TEXT_WORDS, MIN_ITEMS = 12, 40, 5   # longest title, item text in a prompt; a word of fewer items identifies one: masked from rewards
 LONGEST_LINE, LONGEST_WORD = 1 << 20, 60                   # of a file, of an item's text; characters
 UNPACKED, RATIO, MAX_DOWNLOAD = 100 << 20, 200, 8 << 30    # most that a .gz file unpacks to, whatever its size; most times its size; bytes
 ID = re.compile(r"[^\0-\x1f\x7f-\x9f\ud800-\udfff\ufffd]{1,200}")
@@ -125,8 +123,7 @@ def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
     for _ in range(n_users):
         wants = rng.permutation(K)[:4]
         needs = [wants[:3], wants[1:] if rng.random() < 0.3 else wants[:3]]
-        when = np.sort(rng.integers(0, span, rng.integers(9, 14)))
-        chosen = []
+        when, chosen = np.sort(rng.integers(0, span, rng.integers(9, 14))), []
         for t in when:
             matches = drives[half := int(t > span // 2)][:, needs[half]].sum(1)
             utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
@@ -231,28 +228,29 @@ def parse_line(line: str) -> dict | None:
     """A JSON object or, in Amazon 2014 meta files, a Python dict literal (literal_eval runs no code) of JSON values alone."""
     for parse in (json.loads, lambda line: json.loads(json.dumps(ast.literal_eval(line)))):
         try:
-            value = parse(line)
-            return value if isinstance(value, dict) else None
+            return value if isinstance(value := parse(line), dict) else None
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
 
 def interactions(path: str, found, parse, columns: str, advice: str):
     """Rows (user, item, time, rating or None) of the lines found, which parse makes dicts of, and a note of what was skipped."""
     (user, item, when, rating), rows, bad, late, first = columns.split(), [], 0, 0, 0
+    known = lru_cache(None, typed=True)(identity)              # each id checked once and kept once
     for n, line in found:
         try:
             r = parse(line)
-            who, what, time, given = identity(r[user]), identity(r[item]), float(r[when]), r.get(rating)
+            who, what, time, given = known(r[user]), known(r[item]), float(r[when]), r.get(rating)
             late += 1e11 < time < 1e15
             if not (who and what and -62_135_596_800 <= time < 253_402_300_800):                               # the years 1 to 9999
                 raise ValueError
-            rows.append((who, what, int(time), None if given in (None, "") else float(given)))
+            stars = None if given in (None, "") else float(given) if re.fullmatch(r"[1-5](\.0*)?", str(given)) else np.nan
+            rows.append((who, what, int(time), stars))
         except (csv.Error, KeyError, TypeError, ValueError, OverflowError):
             bad, first = bad + 1, first or n
     where, needed = f" (the first: line {first})" * (bad > 0), f"{user}, {item} and a readable {when}"
     if not rows:
         raise DataError(f"{path}: no line{where} has {needed}; " + ("are they milliseconds? divide them by 1000" if late == bad > 0 else advice))
-    return rows, counted((bad, f"lines of {os.path.basename(path)}{where} without {needed}, or with a {rating} that is no number: skipped"))
+    return rows, counted((bad, f"lines of {os.path.basename(path)}{where} without {needed}: skipped"))
 
 def catalogue(path: str, key: str, rows: list, notes: list) -> dict:
     """{item id: record} of the items of rows; notes on the others. key: "id" in a folder's file, all of whose lines must be good, else "asin"."""
@@ -264,43 +262,37 @@ def catalogue(path: str, key: str, rows: list, notes: list) -> dict:
                 raise DataError(f"{path} line {n}: not a JSON object with an id; mend or remove the line")
             skip = ("lines of {} that cannot be read: skipped" if not id else "items of {} that nobody chose: left out" if id not in chosen
                     else "items described twice in {}: the first is kept" if id in records else "")
-            if skip:
-                skipped[skip] += 1
-            else:
+            skipped[skip] += 1
+            if not skip:
                 records[id] = {k: r.get(k) for k in ("title", "brand", "description", "categories", "category")}
     if not records:
         raise DataError(f"{path}: describes none of the {len(chosen)} items chosen; is it the right file, with the same ids?")
     skipped["items are not in {}: they have no text"] = len(chosen) - len(records)
-    notes += counted(*((n, what.format(os.path.basename(path))) for what, n in skipped.items()))
+    notes += counted(*((n, what.format(os.path.basename(path))) for what, n in skipped.items() if what))
     return records
 
-def amazon_files(category: str, data_dir: str) -> dict:
-    """{path: address} of reviews and items: the 2018 pair if only that is there, else that of 2014."""
+def amazon_files(category: str, data_dir: str):
+    """Paths of reviews and items, of the 2018 files if only they are there, else of those of 2014; {path: address} of what is not there."""
     pairs = [{os.path.join(data_dir, os.path.basename(url).format(category)): url.format(category) for url in urls} for urls in URLS]
-    return next((pair for pair in pairs if os.path.exists([*pair][0])), pairs[0])
-
-def absent(name: str, data_dir: str) -> dict:
-    """{path: address} of the files that `load` would download."""
-    named = name != "demo" and not os.path.isdir(name) and os.sep not in name
-    return {path: url for path, url in amazon_files(ALIASES.get(name.lower(), name), data_dir).items() if not os.path.exists(path)} if named else {}
+    pair = next((pair for pair in pairs if os.path.exists([*pair][0])), pairs[0])
+    return [*pair], {path: url for path, url in pair.items() if not os.path.exists(path)}
 
 def read_amazon(category: str, data_dir: str):
     """Rows, item records and notes of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
-    download(category, absent(category, data_dir), data_dir)
-    reviews, meta = amazon_files(category, data_dir)
+    (reviews, meta), absent = amazon_files(category, data_dir)
+    download(category, absent, data_dir)
     rows, notes = interactions(reviews, lines(reviews), parse_line, "reviewerID asin unixReviewTime overall", "is it the 5-core review file?")
     return rows, catalogue(meta, "asin", rows, notes), notes
 
 def read_folder(folder: str):
-    """The same of your own data: interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])."""
+    """The same of a folder: interactions.csv (user,item,timestamp[,rating]; an open quote ends with its line), items.jsonl (id,title[,brand,...])."""
     path, described = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
     if missing := [name for name in (path, described) if not os.path.exists(name)]:
-        raise DataError(f"{missing[0]} is missing; it needs interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])")
+        raise DataError(f"{missing[0]} is missing; needed are interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])")
     n, header = next(found := lines(path), (1, ""))
     names = [name.strip(' "\n') for name in header.split(",")]
     if [*map(names.count, ("user", "item", "timestamp"))] != [1, 1, 1] or names.count("rating") > 1:
-        raise DataError(f"{path} line {n}: the first line must name the columns user,item,timestamp[,rating], with commas between, in UTF-8")
-    # each line alone: an open quote swallows no others
+        raise DataError(f"{path} line {n}: the first line must name the columns user,item,timestamp[,rating] once each, with commas, in UTF-8")
     parse = lambda line: dict(zip(names, map(str.strip, next(csv.reader([line], strict=True, skipinitialspace=True))), strict=True))
     rows, notes = interactions(path, found, parse, "user item timestamp rating", "it must be a number, seconds since 1970")
     return rows, catalogue(described, "id", rows, notes), notes
@@ -321,8 +313,7 @@ def download(category: str, wanted: dict, data_dir: str):
                         bar.update(out.write(chunk))
                 if size not in (0, out.tell()):
                     raise OSError(f"{out.tell()} of {size} bytes came")
-            for _ in lines(part):
-                pass
+            sum(1 for _ in lines(part))
             os.replace(part, path)
         except (OSError, ValueError, http.client.HTTPException) as e:          # URLError is an OSError, DataError a ValueError
             files = "\n".join(f"  {os.path.basename(p)}  from  {u}" for p, u in wanted.items())
@@ -410,8 +401,7 @@ def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, peo
             shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
             out.append(reason_sample(data, item, shown, rng, random_reason(data, item, rng) if rng.random() < 0.5 else "", follow))
             continue
-        choices = choices or rng.permutation(len(events["user"])).tolist()
-        choice = choices.pop()
+        choice = (choices := choices or rng.permutation(len(events["user"])).tolist()).pop()
         user, end = int(events["user"][choice]), int(events["pos"][choice])
         s, task = data.train[user], "next" if rng.random() < next_share else tasks[rng.integers(len(tasks))]
         past, goal = [data.titles[i] for i in s[max(0, end - longest): end]], data.titles[s[end]]          # s[end] is the choice to be told
