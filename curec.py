@@ -1,31 +1,25 @@
 """CURec on one GPU: an LLM writes why people choose an item, a recommender judges it, and the reasons help to rank.
 
     python curec.py --dataset demo            everything offline on a laptop CPU, in minutes
-
     data -> LLM (align) -> reward model -> PPO (policy) -> chronological correction -> SASRec with reasons -> report
 
 Each stage leaves its result in the run folder, long ones after every update, epoch or window: from there --resume goes on. The hidden truth
-of the demo world is read in two places of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else.
-"""
+of the demo world is read in two places of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else."""
 import argparse, fcntl, hashlib, importlib.metadata, json, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-
 import numpy as np
 import torch
 from tqdm import tqdm
-
 import data as D
 import recommender, reward, rl
-from recommender import ARMS, COUNTING
+from recommender import ARMS, COUNTING, METHODS, keep, run_arm, stage
 
-REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}         # these need the whole method
-METHODS = {"lane": ["id", "text-init", "lane-placebo", "lane"], "knowledge": ["popularity", "markov", "id", "knowledge"]}
-METHODS["curec"] = [a for a in ARMS if a not in ("text-init", "lane-placebo", "lane", "knowledge")]
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
-opt = lambda default, group, text, choices=None: field(default=default, metadata={
-    "group": group, "help": text + f" [{default}]" * (default not in ("", False)), "choices": choices})
+opt = lambda usual, group, text, choices=None: field(default=usual, metadata={
+    "group": group, "help": text + f" [{usual}]" * (usual not in ("", False)), "choices": choices})
 
 @dataclass(frozen=True)
 class Settings:
@@ -68,20 +62,19 @@ class Settings:
 load_data = lambda s: D.load(s.dataset, s.data_dir, small=s.quick, **{k: getattr(s, k) for k in "seed ties k_core limit_items limit_users".split()})
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "knowledge_steps": 12, "seeds": 1, "epochs": 3}
 UNSAVED = "resume", "dry_run", "debug", "run", "explain", "score", "item"            # flags that are no setting of a run
-sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}  # tokens a pass
+sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "seed": s.seed, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        prog="curec.py", description="CURec on one GPU: LLM reasons for recommendation, judged, reinforced, corrected in time.",
+        "curec.py", description="CURec on one GPU: LLM reasons for recommendation, judged, reinforced, corrected in time.", allow_abbrev=False,
         epilog="Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl, ppo.jsonl, align/, policy/.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=118), allow_abbrev=False)
+        argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=118))
     parser.error = lambda message: (print(f"curec.py: error: {message} (see --help)", file=sys.stderr), sys.exit(2))
-    groups = {}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Settings))}
     for f in fields(Settings):
-        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper(), "choices": f.metadata["choices"]}
-        group.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"].replace("%", "%%"), **kind)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None and v is not False}
+        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"].replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
     if sorted({*given} & {"run", "explain", "score", "item"}) not in ([], ["explain", "run"], ["item", "run", "score"]):
         raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**{**(QUICK if "quick" in given else {}), **given})
@@ -92,10 +85,9 @@ def resolve(s: Settings) -> Settings:
     arms = s.arms.split(",") if s.arms not in ("", "all") else [a for a in (ARMS if s.arms else METHODS[s.method]) if a != "oracle" or demo]
     least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps knowledge_steps proposals".split(), 1)
     odd = [f.name for f in fields(Settings) if f.type in (int, float) and not least.get(f.name, 0) <= getattr(s, f.name) < 2 ** 31]      # nan too
-    gpus = torch.cuda.device_count()
     for wrong, message in (
             (not re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cpu, cuda or cuda:N"),
-            (device != "cpu" and int((device + ":0").split(":")[1]) >= gpus, f"--device {device}: PyTorch sees {gpus} CUDA GPUs; use --device cpu"),
+            (device != "cpu" and int((device + ":0").split(":")[1]) >= torch.cuda.device_count(), f"--device {device}: PyTorch sees no such GPU; use --device cpu"),
             (demo and (s.limit_items or s.limit_users or s.ties != "file"), "--limit-items, --limit-users and --ties are for real data"),
             (set(arms) - set(ARMS), f"--arms: unknown {', '.join(set(arms) - set(ARMS))}; choose from {', '.join(ARMS)}"),
             (s.arms and s.method != "curec", "--method and --arms both choose arms: give one of them"),
@@ -104,105 +96,61 @@ def resolve(s: Settings) -> Settings:
         if wrong:
             raise D.DataError(message)
     tiny = (llm := s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)) == "tiny"
-    return replace(s, device=device, llm=llm, arms=",".join(arms), out=s.out or f"runs/{Path(s.dataset).resolve().name.lower()}", max_new=s.max_new or (24 if tiny else 128),
-                   tiny_steps=s.tiny_steps or (1000 if demo else 4000), micro_batch=s.micro_batch or (16 if tiny else 4), ppo_lr=s.ppo_lr or (1.5e-3 if tiny else 1e-5))
-
+    usual = {"max_new": 24, "micro_batch": 16, "ppo_lr": 1.5e-3} if tiny else {"max_new": 128, "micro_batch": 4, "ppo_lr": 1e-5}
+    usual |= {"tiny_steps": 1000 if demo else 4000, "out": f"runs/{Path(s.dataset).resolve().name.lower()}"}
+    return replace(s, device=device, llm=llm, arms=",".join(arms), **{k: getattr(s, k) or v for k, v in usual.items()})
 # ------------------------------------------------------------------------------------------------------ run folder
-def keep(path: str, value):
-    """Writes a text or what torch.save takes; atomic: a reader, a killed run or a full disk leaves the old file or the new one."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(part := f"{path}.{os.getpid()}.part", "wb") as file:
-        file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
-    os.replace(part, path)
-
-def stage(s: Settings, name: str, times: dict, work, of=""):
-    """The result of work(units) (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again. Its time is added to times[of or name].
-    units: state, what an unfinished one had kept of its units of work, or None; save, to be called after each; seconds, what they took."""
-    start, stage.now, (path, part) = time.perf_counter(), name, (os.path.join(s.out, "state", name + x) for x in (".pt", "-units.pt"))
-    if not os.path.exists(path):
-        units = SimpleNamespace(**torch.load(part, "cpu", weights_only=True) if os.path.exists(part) else {"state": None, "seconds": 0.0})
-        spent = lambda: units.seconds + time.perf_counter() - start
-        units.save = lambda state: keep(part, {"state": state, "seconds": spent()})
-        keep(path, {"value": work(units), "seconds": spent()})
-    Path(part).unlink(missing_ok=True)
-    value, seconds = torch.load(path, weights_only=True).values()
-    times[of or name] = times.get(of or name, 0.0) + seconds
-    return value
-
-def needed(s: Settings) -> list:
-    """The stages that the arms need, in their order."""
-    arms, texts = set(s.arms.split(",")), {"text-init", "content", "oracle"} if s.encoder else set()      # these need text vectors only
-    own = {"LLM": arms - {"popularity", "markov", "id"} - texts, "preferences": {"lane", "lane-placebo"} & arms, "knowledge": {"knowledge"} & arms, "arms": arms}
-    return [name for name in ("LLM", "reward model", "PPO", "reasons", "preferences", "knowledge", "arms") if own.get(name, REASON_ARMS & arms)]
-
-def headline(s: Settings, name: str) -> bool:
-    """Prints the name of a stage that is needed, and its number; tells whether it is."""
-    if name in (todo := needed(s)):
-        print(f"[{todo.index(name) + 1}/{len(todo)}] {name}")
-    return name in todo
-
 def open_run(s: Settings):
     """Clears an older run out of the run folder, or checks that the run to resume was made with the same settings, and tells its commits."""
-    path = os.path.join(s.out, "config.json")
-    os.makedirs(s.out, exist_ok=True)
-    open_run.lock = open(os.path.join(s.out, ".lock"), "w")
+    out, config = Path(s.out), Path(s.out, "config.json")
+    out.mkdir(parents=True, exist_ok=True)
+    open_run.lock = open(out / ".lock", "w")
     try:
         fcntl.lockf(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                        # goes with the process, however that ends
     except BlockingIOError:
         raise D.DataError(f"--out {s.out}: another run is at work there; wait until it has ended, or choose another folder") from None
-    for part in Path(s.out).rglob("*.part"):                     # what a killed run was writing
-        part.unlink()
+    old, begun = [*out.rglob("*.part")], {"git_commit": ""}                              # what a killed run was writing
     if s.resume:
-        if not os.path.exists(path):
-            raise D.DataError(f"--resume: {path} does not exist; leave --resume out to start")
-        begun = json.loads(Path(path).read_text())               # another micro-batch: same method, but other groups and so other samples
+        if not config.exists():
+            raise D.DataError(f"--resume: {config} does not exist; leave --resume out to start")
+        begun = json.loads(config.read_text())                   # another micro-batch: same method, but other groups and so other samples
         if changed := [k for k, v in begun["settings"].items() if k != "micro_batch" and getattr(s, k, None) != v]:
             raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {begun['settings'][changed[0]]}")
-        return begun["git_commit"]
-    if os.path.exists(path):
-        for old in (Path(s.out, name) for name in ("state", "align", "policy", "knowledge", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    elif os.path.exists(os.path.join(s.out, "state")):
+    elif config.exists():
+        old += [out / name for name in ("state", "align", "policy", "knowledge", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")]
+    elif (out / "state").exists():
         raise D.DataError(f"--out {s.out}: holds a folder 'state' but no config.json, so it is no run of ours; choose another folder")
-    return ""
+    for path in old:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return begun["git_commit"]
 
 def describe(s: Settings, cuts, begun: str) -> dict:
     """config.json: what another machine needs to know to repeat the run. begun: commits that a resumed run was made at so far."""
     git = "git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    gpu = torch.cuda.get_device_name() if "cuda" in s.device else None
     return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in UNSAVED},
-            "windows": cuts, "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit))),
+            "windows": cuts, "python": platform.python_version(), "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit))),
             "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft bitsandbytes accelerate numpy tqdm".split()},
-            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "python": platform.python_version(), "gpu": gpu}}
-
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": torch.cuda.get_device_name() if "cuda" in s.device else None}}
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
-def ask(s: Settings, model, tokenizer, adapter: str, prompts: list, name: str, **how) -> list:
-    """An answer a prompt, as text. adapter: who answers; how: in place of the run's settings."""
-    rl.use(model, adapter)
-    return rl.generate(model, tokenizer, prompts, **sampling(s) | {"seed": s.seed, "name": name} | how)[0]
-
 def tiny_llm(s: Settings, data, state=None, save=lambda state: None) -> str:
     """Path of the tiny LLM trained from nothing on this data set's texts and prompts, a catalogue's words first; cached by what it depends on."""
     rng = np.random.default_rng([s.seed, 41])
     easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
     spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and s.dataset != "demo"]
-    names, shares = ("spelling", "short prompts", "all prompts"), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)
-    lessons = [(name, part, round(share * s.tiny_steps))
-               for name, part, share in zip(names, (spell, easy, samples + D.lane_samples(data, 3000, rng)), shares) if part]
+    parts = {"spelling": spell, "short prompts": easy, "all prompts": samples + D.lane_samples(data, 3000, rng)}
+    lessons = [(name, part, round(x * s.tiny_steps)) for (name, part), x in zip(parts.items(), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)) if part]
     path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
     if not os.path.exists(path):
-        rl.train_tiny(path, [D.item_text(item) for item in data.items[1:]], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device,
-                      state=state, save=save)
+        rl.train_tiny(path, [*map(D.item_text, data.items[1:])], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device, state=state, save=save)
     return path
 
 def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times: dict, lr: float, **mixture):
     """Supervised training of an adapter on data.alignment_samples (mixture: its arguments), kept in the run folder."""
     def work(units):
         rl.use(model, adapter, trainable=True)
-        samples = D.alignment_samples(data, 32 * steps, np.random.default_rng([s.seed, 59]), **mixture)
-        rl.supervise(model, tokenizer, samples, steps=steps, batch=32, micro_batch=s.micro_batch, lr=lr, seed=s.seed, name=adapter,
-                     state=units.state, save=units.save)
+        pairs = D.alignment_samples(data, 32 * steps, np.random.default_rng([s.seed, 59]), **mixture)
+        rl.supervise(model, tokenizer, pairs, steps=steps, batch=32, micro_batch=s.micro_batch, lr=lr, seed=s.seed, name=adapter, state=units.state, save=units.save)
         rl.save_adapter(model, s.out, adapter)
     stage(s, adapter, times, work)
     rl.restore(model, s.out, adapter)
@@ -215,7 +163,7 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict
         value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows], (cuts[0], cuts[-1]), s.seed)
         found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
         return torch.from_numpy(value)
-    sample = lambda rows, adapter, name: total(ask(s, model, tokenizer, adapter, [prompts[k] for k in rows], name), rows)
+    sample = lambda rows, adapter, name: total(rl.ask(model, tokenizer, adapter, [prompts[k] for k in rows], **sampling(s), name=name), rows)
     def updates(units):
         def save(state):
             state["log"][-1] |= found                            # of the answers judged last: this update's
@@ -223,7 +171,7 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict
             units.save(state)
         log = rl.ppo(model, tokenizer, [prompts[k] for k in train], lambda texts, rows: total(texts, train[rows]) - reference[rows],
                      updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
-                     lr=s.ppo_lr, **sampling(s), seed=s.seed, state=units.state, save=save)        # one epoch: fresh answers beat reused ones here
+                     lr=s.ppo_lr, **sampling(s), state=units.state, save=save)        # one epoch: fresh answers beat reused ones here
         rl.save_adapter(model, s.out, "policy")
         return log
     before = stage(s, "before", times, lambda _: sample(held, "align", "held-out prompts before PPO"), "ppo")
@@ -232,48 +180,37 @@ def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict
     rl.restore(model, s.out, "policy")
     after = stage(s, "after", times, lambda _: sample(held, "policy", "held-out prompts after PPO"), "ppo")
     return {"reward_before": before.mean().item(), "reward_after": after.mean().item(), "kl": log[-1]["kl"], "updates": len(log)}
-
 # ----------------------------------------------------------------------------- stage 5: chronological correction
 def propose(s: Settings, model, tokenizer, prompts, seed, name):
     """An answer a prompt for the judge to choose from: at temperature 1, every third by `align`, whose guesses PPO has not narrowed down."""
-    out = {}
-    for adapter, rows in (("align", range(0, len(prompts), 3)), ("policy", [k for k in range(len(prompts)) if k % 3])):
-        out |= zip(rows, ask(s, model, tokenizer, adapter, [prompts[k] for k in rows], f"{name}, by {adapter}", seed=seed, temperature=1.0))
-    return [out[k] for k in range(len(prompts))]
+    hot = lambda adapter, some: iter(rl.ask(model, tokenizer, adapter, some, **sampling(s) | {"seed": seed, "temperature": 1.0, "name": f"{name}, by {adapter}"}))
+    third, others = hot("align", prompts[::3]), hot("policy", [p for k, p in enumerate(prompts) if k % 3])
+    return [next(others if k % 3 else third) for k in range(len(prompts))]
 
 def correct(s: Settings, data, model, tokenizer, judge, who, cuts, state=None, save=lambda state: None):
-    """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of a window's choosers
-    are shown, the others judge. state, save: what is done so far, window by window, as in rl.ppo.
-    Returns (first answers, last answers, timelines, people shown in each prompt and judges by item, rows a window)."""
-    texts_alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
-    done = state or {"first": ["", *ask(s, model, tokenizer, "policy", texts_alone, "first reasons, from the text alone")], "windows": []}
+    """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of its choosers are shown, others judge.
+    state, save: what is done, window by window. Returns (first answers, last answers, timelines, people shown a prompt and judges by item, rows a window)."""
+    alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
+    done = state or {"first": ["", *rl.ask(model, tokenizer, "policy", alone, **sampling(s), name="first reasons, from the text alone")], "windows": []}
     save(done)
-    answers, rows, (timelines, groups, ears) = [*done["first"]], [], ([[] for _ in done["first"]] for _ in range(3))
+    answers, (timelines, groups, ears) = [*done["first"]], ([[] for _ in done["first"]] for _ in range(3))
     for n, (w, period, items, shown, judges) in enumerate(reward.windows(data, who, cuts, s.seed)):
         if n == len(done["windows"]):
             prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
             proposals = propose(s, model, tokenizer, [p for p in prompts for _ in range(s.proposals)], s.seed + w, f"correction, window {w} of {len(cuts) - 1}")
-            chosen, false = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
-            done["windows"].append((len(proposals), [proposals[c["best"]] for c in chosen], chosen, false))
+            chosen, entries, row = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
+            done["windows"].append((chosen, entries, {"window": w} | row))
             save(done)
-        proposed, best, chosen, false = done["windows"][n]
-        for i, p, c, j, proposal in zip(items, shown, chosen, judges, best):
-            timelines[i].append({"window_end": period[1], "people": [data.users[u] for u in data.events["user"][p]], "judges": len(j),
-                                 "shared": D.shared_words(data, i, p)[:3], "proposal": D.parse_answer(proposal)[0],
-                                 "reward_before": c["before"], "reward_after": c["after"], "accepted": c["accepted"]})
-            answers[i] = proposal if c["accepted"] else answers[i]
-            groups[i].append(p.tolist()), ears[i].extend(j.tolist())
-        gains, mean = [c["after"] - c["before"] for c in chosen if c["accepted"]], lambda x: float(np.mean(x)) if len(x) else 0.0
-        rows.append({"window": w, "items": len(items), "proposed": proposed, "accepted": len(gains), "rejected": len(items) - len(gains),
-                     "mean_gain": mean(gains), "false_accept_rate": false, "reward_before": mean([c["before"] for c in chosen]),
-                     "reward_after": mean([c["after" if c["accepted"] else "before"] for c in chosen])})
-    return done["first"], answers, timelines, groups, ears, rows
+        for i, p, j, answer, entry in zip(items, shown, judges, *done["windows"][n][:2]):
+            answers[i] = answer
+            timelines[i].append(entry), groups[i].append(p.tolist()), ears[i].extend(j.tolist())
+    return done["first"], answers, timelines, groups, ears, [row for *_, row in done["windows"]]
 
 def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict):
-    """All kinds of reasons: {KIND: decoded answers, index 0 empty}, the timelines and the correction's rows."""
+    """Writes reasons.jsonl. Returns all kinds of reasons, {KIND: decoded answers, index 0 empty}, the lines of the file, and the correction's rows."""
     shown, items = reward.one_shot_people(who, s.seed)[0], list(range(1, data.n_items + 1))
-
-    one_shot = lambda adapter, name: ["", *ask(s, model, tokenizer, adapter, [D.reason_prompt(data, i, "", shown[i]) for i in items], name)]
+    prompts = [D.reason_prompt(data, i, "", shown[i]) for i in items]
+    one_shot = lambda adapter, kind: ["", *rl.ask(model, tokenizer, adapter, prompts, **sampling(s), name=f"reasons: {kind}")]
     def best(_):
         """The control for correction: its first reason and as many proposals, to the same groups of people, no reason so far; all judges at once."""
         asked = [(i, p) for i in items for p in groups[i] for _ in range(s.proposals)]
@@ -282,12 +219,15 @@ def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts, times: 
         people = [np.concatenate([*x, []]).astype(int) for x in groups], [np.array(x, int) for x in ears]
         total, _ = judge.rewards(many, texts, *([x[i] for i in many] for x in people), (cuts[0], cuts[-1]), s.seed)
         return [""] + [texts[max(np.flatnonzero(many == i), key=lambda k: total[k])] for i in items]
-    kinds = {kind: stage(s, kind, times, lambda _: one_shot(adapter, f"reasons: {kind}"), "correct") for kind, adapter in (("aligned", "align"), ("rl", "policy"))}
+    kinds = {kind: stage(s, kind, times, lambda _: one_shot(adapter, kind), "correct") for kind, adapter in (("aligned", "align"), ("rl", "policy"))}
     first, kinds["curec"], timelines, groups, ears, rows = stage(s, "curec", times, lambda units: correct(
         s, data, model, tokenizer, judge, who, cuts, units.state, units.save), "correct")
     kinds["bestof"] = stage(s, "bestof", times, best, "correct")
-    return {"kinds": kinds, "timelines": timelines, "correction": rows}
-
+    said = lambda kind, i: D.parse_answer(kinds[kind][i])[0]
+    reasons = [{"item": item["id"], "title": item["title"], "aligned": said("aligned", i), "rl": said("rl", i), "timeline": timelines[i],
+                "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
+    keep(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
+    return kinds, reasons, rows
 # ------------------------------------------------------------------------------------------------- the two relatives
 def prefer(s: Settings, data, model, tokenizer, state=None, save=lambda state: None):
     """LANE: what the untuned LLM says each user prefers, at two cuts of the train history. {"names": two lists a user, [] where five answers
@@ -298,7 +238,7 @@ def prefer(s: Settings, data, model, tokenizer, state=None, save=lambda state: N
     for attempt in range(asked + 1, 6):
         if todo := [k for k, named in enumerate(names) if not named]:
             with model.disable_adapter():
-                for k, text in zip(todo, rl.generate(model, tokenizer, [prompts[k] for k in todo], **how, seed=s.seed + attempt)[0]):
+                for k, text in zip(todo, rl.generate(model, tokenizer, [prompts[k] for k in todo], **how | {"seed": s.seed + attempt})[0]):
                     names[k] = D.parse_preferences(text)
             save((attempt, names))
     return {"names": names, "since": torch.tensor([n for _, n in cuts]).view(-1, 2)}
@@ -318,49 +258,24 @@ def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "m
     likelihood = lambda pairs: rl.likelihood(model, tokenizer, pairs, 4 * s.micro_batch)
     m["knowledge"] = stage(s, "knows", m["time_s"], lambda _: recommender.knows(data, ask, likelihood, s.seed))
     return score
-
 # --------------------------------------------------------------------------------------------------------- the run
 def open_llm(s: Settings, path: str):
     """The LLM in 4 bits with a new adapter, its tokenizer, and its text vectors as a function."""
-    torch.manual_seed(s.seed)
-    model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"))
+    model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"), seed=s.seed)
     return model, tokenizer, lambda texts: rl.encode(model, tokenizer, texts, budget=sampling(s)["budget"])
-
-def learn(s, data, model, tokenizer, encode, who, cuts, m):
-    """Alignment, reward model, PPO, reasons. Fills m's time_s, reward, ppo, correction, reasons; returns (reasons, judge)."""
-    taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], lr=1e-3 if s.llm == "tiny" else 2e-4, reason_share=0.8, follow=0.0)
-    headline(s, "reward model")
-    judge = reward.Judge(data, encode)
-    fit = stage(s, "reward", m["time_s"], lambda units: {"report": judge.fit(seed=s.seed, state=units.state, save=units.save), "weights": judge.model.state_dict()})
-    judge.remember(fit["weights"])
-    rl.add_policy(model)
-    headline(s, "PPO")
-    m["ppo"] = reinforce(s, data, model, tokenizer, judge, who, cuts, m["time_s"])
-    headline(s, "reasons")
-    out = write_reasons(s, data, model, tokenizer, judge, who, cuts, m["time_s"])
-    m["reward"], m["correction"] = fit["report"], out["correction"]
-    m["reasons"] = {k: {**judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed),
-                        "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in out["kinds"].items()}
-    return out, judge
-
-def fit_arm(s: Settings, arm: str, data, inputs: dict, slices: dict, seed: int):
-    """One fit of an arm, kept like a stage: it may run in a worker process."""
-    return stage(s, f"fit-{seed}-{arm}", {}, lambda units: recommender.run_arm(
-        arm, data, inputs, slices, seed=seed, epochs=s.epochs, device=s.device, seconds=units.seconds, state=units.state, save=units.save))
 
 def downstream(s, data, encode, kinds, preferences, score, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. preferences: LANE's; score: the arm knowledge's."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        jobs = {arm: [pool.submit(fit_arm, s, arm, data, inputs, slices, s.seed + k)
-                      for inputs in [reward.features(arm, data, encode, kinds, s.seed, preferences)] for k in range(1 if arm in COUNTING else s.seeds)]
+        jobs = {arm: [pool.submit(stage, s, f"arm-{arm}.{k}", {}, partial(run_arm, arm, data, inputs, slices, seed=k, epochs=s.epochs, device=s.device))
+                      for inputs in [reward.features(arm, data, encode, kinds, s.seed, preferences)]
+                      for k in range(s.seed, s.seed + (1 if arm in COUNTING else s.seeds))]
                 for arm in arms if arm != "knowledge" and not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
             done = stage(s, f"arm-{arm}", seconds, lambda _: recommender.together([job.result() for job in jobs[arm]] if arm in jobs else [
-                recommender.run_arm(arm, data, {}, slices, seed=s.seed, score=score, seconds=m["time_s"]["knowledge"])]))
-            for fit in Path(s.out, "state").glob(f"fit-*[0-9]-{arm}.pt"):
-                fit.unlink()                                     # its results stand in the arm's file
+                run_arm(arm, data, {}, slices, SimpleNamespace(seconds=m["time_s"]["knowledge"]), seed=s.seed, score=score)]))
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
@@ -368,53 +283,56 @@ def downstream(s, data, encode, kinds, preferences, score, m):
 
 def pipeline(s: Settings):
     """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
-    begin = time.perf_counter()
+    begin, todo = time.perf_counter(), reward.needed(s)
+    announced = lambda name: name in todo and print(todo[name]) is None
     data, begun = load_data(s), open_run(s)                      # in this order: data that cannot be loaded costs no older run
     m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
     cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
-    config, encode, out, reasons, preferences, score = describe(s, cuts, begun), None, {"kinds": {}}, [], None, None
+    config, encode, kinds, reasons, preferences, score = describe(s, cuts, begun), None, {}, [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    if headline(s, "LLM"):
+    if announced("LLM"):
         path = stage(s, "tiny_llm", m["time_s"], lambda units: tiny_llm(s, data, units.state, units.save)) if s.llm == "tiny" else s.llm
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
         model, tokenizer, encode = open_llm(s, path)
     encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
-    if "PPO" in needed(s):
-        out, judge = learn(s, data, model, tokenizer, encode, who, cuts, m)
-        said = lambda kind, i: D.parse_answer(out["kinds"][kind][i])[0]
-        reasons = [{"item": item["id"], "title": item["title"], "aligned": said("aligned", i), "rl": said("rl", i),
-                    "timeline": out["timelines"][i], "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
-        keep(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
-    if headline(s, "preferences"):
+    if "PPO" in todo:
+        taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], lr=1e-3 if s.llm == "tiny" else 2e-4, reason_share=0.8, follow=0.0)
+        print(todo["reward model"])
+        judge = reward.Judge(data, encode)
+        fit = stage(s, "reward", m["time_s"], lambda u: {"report": judge.fit(seed=s.seed, state=u.state, save=u.save), "weights": judge.model.state_dict()})
+        judge.remember(fit["weights"])
+        rl.add_policy(model)
+        print(todo["PPO"])
+        m["ppo"], m["reward"] = reinforce(s, data, model, tokenizer, judge, who, cuts, m["time_s"]), fit["report"]
+        print(todo["reasons"])
+        kinds, reasons, m["correction"] = write_reasons(s, data, model, tokenizer, judge, who, cuts, m["time_s"])
+        m["reasons"] = {k: judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed) | {
+            "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in kinds.items()}
+    if announced("preferences"):
         preferences = stage(s, "prefer", m["time_s"], lambda units: prefer(s, data, model, tokenizer, units.state, units.save))
         m["lane"] = {"lists_asked": len(preferences["names"]), "lists_dropped": preferences["names"].count([])}
-    if headline(s, "knowledge"):
+    if announced("knowledge"):
         score = know(s, data, model, tokenizer, m)
-    headline(s, "arms")
-    downstream(s, data, encode, out["kinds"], preferences, score, m)
+    print(todo["arms"])
+    downstream(s, data, encode, kinds, preferences, score, m)
     if reasons and data.truth:
-        reward.tell_truth(data, judge, who, cuts, out["kinds"], m, s.seed)
+        reward.tell_truth(data, judge, who, cuts, kinds, m, s.seed)
     used = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "gpu": torch.cuda.max_memory_allocated() / 2 ** 20}
     m["time_s"]["total"], m["peak_memory_mb"] = sum(m["time_s"].values()), {k: v for k, v in used.items() if v}
     keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
-    notes = [f"LLM: {s.llm}" + ", trained from nothing on this data set's own texts." * (s.llm == "tiny"), *data.notes,
-             *(f"`{k}`: " + ", ".join(f"{name} {x:.4g}" for name, x in m[k].items()) for k in ("lane", "knowledge") if k in m),
-             *["**Quick run: these figures mean nothing.**"] * s.quick]
-    keep(os.path.join(s.out, "report.md"), "\n\n".join(recommender.report(m, notes) + (reward.report(m, reasons) if reasons else [])) + "\n")
-    print("", recommender.arms_table(m["arms"]), *recommender.recovered(m), *([reward.reasons_table(m)] if reasons else []),
-          *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
+    notes = [f"LLM: {s.llm}" + ", trained from nothing on these texts" * (s.llm == "tiny"), *data.notes, *["**Quick run: these figures mean nothing.**"] * s.quick]
+    keep(os.path.join(s.out, "report.md"), "\n\n".join(reward.report(m, reasons, notes)) + "\n")
+    print("", *reward.tables(m).values(), *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
 
 def plan(s: Settings):
     """--dry-run: prints downloads, memory, and what each stage learns, reads and writes; downloads and writes nothing."""
-    todo, llm = needed(s), None
-    absent = {} if s.dataset == "demo" or os.path.isdir(s.dataset) else D.amazon_files(D.ALIASES.get(s.dataset.lower(), s.dataset), s.data_dir)[1]
-    if "LLM" in todo and s.llm != "tiny":
-        llm = rl.forecast(s.llm, micro_batch=s.micro_batch, max_new=s.max_new, budget=sampling(s)["budget"])
-        gb = lambda x: "unknown size" if x is None else f"about {x:.1f} GB"
-        print(f"LLM {s.llm}: {'is here' if llm['here'] else 'download of ' + gb(llm['download_gb'])}; memory of the GPU, by arithmetic: {gb(llm['memory_gb'])}")
-    print(*(f"download {url} to {path}" for path, url in absent.items()), *["memory: 2 GB of RAM for the tiny LLM and the recommender"] * (not llm), sep="\n")
+    todo, here = reward.needed(s), s.dataset == "demo" or os.path.isdir(s.dataset)
+    absent = {} if here else D.amazon_files(D.ALIASES.get(s.dataset.lower(), s.dataset), s.data_dir)[1]
+    print(*(f"download {url} to {path}" for path, url in absent.items()), "memory: 1 to 2 GB of RAM for the tiny LLM and the recommender", sep="\n")
+    for name in {s.llm if "LLM" in todo else "tiny", s.encoder or "tiny"} - {"tiny"}:
+        print(name + ": " + ", ".join(f"{k} {'unknown' if x is None else f'{x:.3g}'}" for k, x in rl.forecast(name, sampling(s)["budget"]).items()))
     if absent:
         return print("prompts and tokens are counted when these files are there")
     data = load_data(s)
@@ -430,21 +348,18 @@ def plan(s: Settings):
 def look(s: Settings):
     """Prints a user's top items with their reasons (--method lane: with LANE's explanation of the first), or what a reason written by hand earns."""
     lane, load = bool(s.explain) and s.method == "lane", lambda name: torch.load(os.path.join(s.run, "state", name), weights_only=True)["value"]
-    arm, needed = ("lane", ["arm-lane.pt", "prefer.pt"]) if lane else ("curec", ["arm-curec.pt" if s.explain else "reward.pt"])
-    if missing := [f for f in (os.path.join(s.run, x) for x in ("config.json", *("state/" + f for f in needed))) if not os.path.exists(f)]:
-        raise D.DataError(f"--run {s.run}: {missing[0]} is missing; it needs a finished run with the arm {arm}" + "; for a run of LANE add --method lane" * (not lane))
     config = json.loads(Path(s.run, "config.json").read_text())
-    data, kept = load_data(old := Settings(**config["settings"])), load(needed[0])
+    kept, data = load("arm-lane.pt" if lane else "arm-curec.pt" if s.explain else "reward.pt"), load_data(old := Settings(**config["settings"]))
     known, name = (data.users, s.explain) if s.explain else ([item["id"] for item in data.items[1:]], s.item)
     if name not in known:
         raise D.DataError(f"{'--explain' if s.explain else '--item'} {name}: not in the data; some there are: {', '.join(known[:5])}")
     at, reasons = known.index(name), [] if lane else [json.loads(line) for _, line in D.lines(os.path.join(s.run, "reasons.jsonl"))]
     if s.explain:
-        print(reward.explain(data, kept["model"], at, lambda i: data.titles[i] if lane else reward.timeline(reasons[i - 1])))
+        print(recommender.explain(data, kept["model"], at, lambda i: data.titles[i] if lane else reward.timeline(reasons[i - 1])))
         if lane:
             prompt, (model, tokenizer, _) = reward.lane_question(data, kept["model"], load("prefer.pt"), at), open_llm(old, config["llm_path"])
             with model.disable_adapter():
-                print("\n" + prompt, *rl.generate(model, tokenizer, [prompt], **sampling(old) | {"max_new": 8 * old.max_new}, seed=old.seed)[0], sep="\n\n")
+                print("\n" + prompt, *rl.generate(model, tokenizer, [prompt], **sampling(old) | {"max_new": 8 * old.max_new})[0], sep="\n\n")
         return
     judge = reward.Judge(data, reward.load_encoder(old.encoder, old.device) if old.encoder else open_llm(old, config["llm_path"])[2])
     judge.remember(kept["weights"])
@@ -458,6 +373,8 @@ def told(e: Exception, s) -> str:
                 f"go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items")
     if re.search("No space left|quota exceeded|File too large|iostream error|inline_container", str(e)):
         return f"the disk is full ({e}) {where}. What is finished is kept: make room and go on with --resume"
+    if isinstance(e, FileNotFoundError) and s and s.run:
+        return f"--run {s.run}: {e.filename} is missing; it needs a finished run with the arm curec, or with lane and then also --method lane"
     return str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e} ({where}); --debug shows where, --resume goes on"
 
 def main(argv=None) -> int:

@@ -9,12 +9,12 @@ Sequences are padded on the right: behind a causal mask the last real position n
 table v is computed once, so features cost nothing at ranking. Weights are averaged over about the last epoch; validation and test see the average.
 
 Left out: negative sampling (the full softmax is stronger and simpler at this size), sampled metrics (they rank models differently: Krichene & Rendle
-2020). Sources: SASRec (Kang & McAuley 2018), with cross-entropy (Klenitskiy & Vasilev 2023).  Try it alone: pytest tests/test_recommender.py
-"""
+2020). Sources: SASRec (Kang & McAuley 2018), with cross-entropy (Klenitskiy & Vasilev 2023).  Try it alone: pytest tests/test_recommender.py"""
 import copy, itertools, os, signal, threading, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context, parent_process
-
+from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn as nn
@@ -31,17 +31,40 @@ LOCAL = 4                          # items that the convolution of a block looks
 SCORES_AT_ONCE = 800_000           # scores ranked in one batch: larger ones leave the processor's cache
 MISS = -1e9                        # score of an item that an arm did not consider: behind all others, in no list
 CUTOFFS = (5, 10, 20)              # k of HR@k and NDCG@k
+FRESH = SimpleNamespace(state=None, seconds=0.0, save=lambda state: None)      # of units of work: nothing done so far, and nothing is kept
 BARS = {"unit": "epoch", "mininterval": 1, "disable": None}        # of progress; None: on a terminal only
 ARMS = tuple("popularity markov id text-init content placebo aligned rl bestof curec lane-placebo lane knowledge oracle".split())
-COMPARISONS = [pair.split(":") for pair in (
-    "text-init:id lane:id lane:text-init lane:lane-placebo knowledge:id knowledge:markov content:id aligned:content rl:content rl:aligned bestof:content "
-    "curec:content curec:placebo curec:rl curec:bestof placebo:content oracle:content").split()]
+METHODS = {"curec": "popularity markov id content placebo aligned rl bestof curec oracle".split(), "lane": "id text-init lane-placebo lane".split(),
+           "knowledge": "popularity markov id knowledge".split()}
+REASON_ARMS = {"placebo", "aligned", "rl", "bestof", "curec"}      # these need the whole method
+COMPARISONS = [pair.split(":") for pair in ("text-init:id lane:id lane:text-init lane:lane-placebo knowledge:id knowledge:markov content:id "
+    "aligned:content rl:content rl:aligned bestof:content curec:content curec:placebo curec:rl curec:bestof placebo:content oracle:content").split()]
+# ---------------------------------------------------------------------------------------------- work that can go on
+def keep(path: str, value):
+    """Writes a text or what torch.save takes; atomic: a reader, a killed run or a full disk leaves the old file or the new one."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(part := f"{path}.{os.getpid()}.part", "wb") as file:
+        file.write(value.encode()) if isinstance(value, str) else torch.save(value, file)
+    os.replace(part, path)
 
-# ----------------------------------------------------------------------------------------------------------- model
+def stage(s, name: str, times: dict, work, of=""):
+    """The result of work(units) (tensors and plain values), kept in state/NAME.pt: a finished stage is never done again. Adds its time to
+    times[of or name]. units: state, what an unfinished one had kept of its units of work, or None; save, called after each; seconds they took."""
+    start, stage.now, (path, part) = time.perf_counter(), name, (os.path.join(s.out, "state", name + x) for x in (".pt", ".units.pt"))
+    if not os.path.exists(path):
+        units = SimpleNamespace(**torch.load(part, "cpu", weights_only=True) if os.path.exists(part) else {"state": None, "seconds": 0.0})
+        spent = lambda: units.seconds + time.perf_counter() - start
+        units.save = lambda state: keep(part, {"state": state, "seconds": spent()})
+        keep(path, {"value": work(units), "seconds": spent()})
+    for made_of in Path(s.out, "state").glob(f"{name}.*.pt"):
+        made_of.unlink()
+    value, seconds = torch.load(path, weights_only=True).values()
+    times[of or name] = times.get(of or name, 0.0) + seconds
+    return value
+# ------------------------------------------------------------------------------------------------------------ model
 class Block(nn.Module):
     """One pre-norm transformer block beside a causal convolution (depthwise, over LOCAL items, starting at 0): position t sees items 1..t only.
     The convolution stands in for BSARec's frequency filter (arXiv 2312.10325), which raises what changes from item to item against what stays."""
-
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         assert width % heads == 0, "width must be a multiple of heads"
@@ -68,7 +91,6 @@ class Alignment(nn.Module):
     """LANE's layer (arXiv 2407.02833): a state asks M preferences, which an LLM named, by which of them it goes.
     vectors (K, F): of all preferences, row 0 zeros. named (U, C, M): each user's by cut, row numbers of vectors.
     since (U, C): length of the history that each cut had seen, ascending; shorter histories know nothing of it."""
-
     def __init__(self, width: int, vectors, named, since, heads: int = 4, dropout: float = 0.3):
         super().__init__()
         self.register_buffer("vectors", vectors), self.register_buffer("named", named), self.register_buffer("since", since)
@@ -93,7 +115,6 @@ class SASRec(nn.Module):
     """SASRec whose item vectors are ID embeddings plus projected item features.
     n_items: catalogue size without padding. features: (n_items + 1, F) float tensor of mean length 1, row 0 zeros, or None.
     start: (n_items + 1, width) first ID vectors, or None: random. preferences: what Alignment takes, or None: no such layer."""
-
     def __init__(self, n_items, features=None, start=None, preferences=None, width=WIDTH, blocks=1, heads=2, dropout=0.3):
         super().__init__()
         self.item, self.pos = nn.Embedding(n_items + 1, width, padding_idx=0), nn.Embedding(MAX_LEN, width)
@@ -137,8 +158,7 @@ class SASRec(nn.Module):
 def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
     """The last max_len items of each sequence, right-padded with 0: (B, longest)."""
     return nn.utils.rnn.pad_sequence([torch.as_tensor(s[-max_len:]) for s in sequences], batch_first=True)
-
-# -------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------------- training
 def next_item_loss(model, ids: torch.Tensor, targets: torch.Tensor, known=None) -> torch.Tensor:
     """Mean cross-entropy of the next items, targets (B,), after the histories ids (B, T); see SASRec.forward."""
     table = model.table()
@@ -215,8 +235,7 @@ def train(n_items, train_seqs, valid_items, features=None, start=None, preferenc
     log, best = early_stopping(model, optimizer, losses, validate, [seed, 89], epochs, patience, least=LEAST_STEPS / steps, every=EVERY, clip=5.0,
                                average=average, name=name, text="valid NDCG@10 {value:.4f}, best {best:.4f}", state=state, save=save)
     return model.eval(), log | {"valid_ndcg@10": best}
-
-# -------------------------------------------------------------- scores: sequences and their users -> (B, n + 1)
+# ------------------------------------------------------------------ scores: sequences and their users -> (B, n + 1)
 def scorer(model: SASRec, device="cpu"):
     """A function from sequences and their users to the scores of every item, (B, n_items + 1), with the table fused once."""
     table = model.eval().table().detach()
@@ -225,6 +244,25 @@ def scorer(model: SASRec, device="cpu"):
         known = model.align.known(users, [len(s) for s in sequences]) if model.align else None
         return (model(pad(sequences).to(device), table, known) @ table.T).float().cpu()
     return score
+
+def ranker(n_items, weights: dict) -> SASRec:
+    """A trained model from its state dict."""
+    parts = {k[6:]: v for k, v in weights.items() if k in ("align.vectors", "align.named", "align.since")}
+    model = SASRec(n_items, weights.get("features"), preferences=parts or None, width=weights["item.weight"].shape[1])
+    model.load_state_dict(weights)
+    return model.eval()
+
+def top(data, weights, user: int, k: int = 5):
+    """A trained arm's model, what the user had chosen, and the k best items with their scores."""
+    history, model = data.seqs[user][:-1], ranker(data.n_items, weights)
+    best = scorer(model)([history], [user])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf).topk(k)
+    return model, history, best.indices.tolist(), best.values.tolist()
+
+def explain(data, weights, user: int, tell) -> str:
+    """What a user had chosen, and the top items of a trained arm with what tell(item) says of each."""
+    _, history, items, scores = top(data, weights, user)
+    chose = f"{data.users[user]} chose: " + "; ".join(data.titles[i] for i in history[-10:])
+    return "\n\n".join([chose] + [f"{x:+.2f}  {tell(i)}" for x, i in zip(scores, items)])
 
 def popularity(n_items, train_seqs):
     """Scores every item by its number of train interactions."""
@@ -240,12 +278,11 @@ def markov(n_items, train_seqs):
     return lambda sequences, users=None: follow.index_select(0, torch.tensor([int(s[-1]) for s in sequences])).to_dense() + fill
 
 COUNTING = {"popularity": popularity, "markov": markov}            # these arms draw nothing: one seed is enough
-
-# ------------------------------------------------------------------------------------------------------ evaluation
+# ------------------------------------------------------------------------------------------------------- evaluation
 def ranks(score, sequences, targets, batch: int = 0, lists=None) -> np.ndarray:
-    """Rank (1 = best) of each user's target among all items that the user has not seen; ties count against us.
-    score: sequences and user numbers -> (B, n + 1). sequences: what is known of each user. targets: (users,) item numbers.
-    batch: users at once; 0 chooses. lists: if a list is given, each user's ten best items are appended, (users, 10)."""
+    """Rank (1 = best) of each user's target among all items that the user has not seen; ties count against us. score: sequences and user numbers ->
+    (B, n + 1). sequences: what is known of each user. targets: (users,) item numbers. batch: users at once; 0 chooses. lists: if a list is given,
+    each user's ten best items are appended, (users, 10)."""
     out, batch = np.empty(len(sequences), dtype=np.int64), batch or SCORES_AT_ONCE // (max(map(int, targets)) + 1) + 16
     for start in range(0, len(sequences), batch):
         part = sequences[start: start + batch]
@@ -280,17 +317,6 @@ def audit(top: np.ndarray, n_items: int, train_seqs) -> dict:
     gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
     return {"coverage@10": float((shown > 0).mean()), "gini@10": float(gini), "mean_popularity_rank@10": float(place[top - 1].mean())}
 
-def test(score, n_items, train_seqs, valid_items, test_items, slices):
-    """Everything that is read once, after validation has chosen: ranks on valid and test, slices, audit, time.
-    slices: {name: (users,) bool}. Returns (test ranks (users,), the arm's entry of metrics.json for one seed)."""
-    known, tops, start = [np.append(s, v) for s, v in zip(train_seqs, valid_items)], [], time.perf_counter()
-    rank = ranks(score, known, test_items, lists=tops)
-    seconds = time.perf_counter() - start
-    mean = lambda rank: {m: float(v.mean()) for m, v in metrics(rank).items()}
-    return rank, {"valid": mean(ranks(score, train_seqs, valid_items)), "test": mean(rank),
-                  "slices": {name: mean(rank[keep]) for name, keep in slices.items() if keep.any()},
-                  "audit": audit(np.concatenate(tops), n_items, train_seqs), "rank_ms_per_user": 1000 * seconds / len(known)}
-
 def knows(data, ask, likelihood, seed: int = 0, people: int = 500) -> dict:
     """What an LLM knows of held-out choices. ask(history, task, *about) -> prompt; likelihood(list of (prompt, answer)) -> log-probabilities.
     ranking_accuracy: of five titles, four of them never chosen, the test item's is the likeliest to come next (chance .2). bpr_accuracy: asked which
@@ -309,30 +335,32 @@ def knows(data, ask, likelihood, seed: int = 0, people: int = 500) -> dict:
         for name, error in (("", (p @ torch.arange(1.0, 6.0)).numpy() - true), ("_of_mean", mean - true)):
             out |= {"rmse" + name: float((error ** 2).mean() ** 0.5), "mae" + name: float(np.abs(error).mean())}
     return out
-
-# ------------------------------------------------------------------------------------------- arms: train, test, compare
-def run_arm(arm, data, inputs, slices, *, seed=0, epochs=60, device="cpu", score=None, seconds=0.0, state=None, save=lambda state: None):
-    """Trains and tests one arm with one seed: {"ranks" (users,) on test, "row": what else test says, "model": its state dict}.
-    data: n_items, train, valid, test (see data.Dataset). inputs: the arm's arguments of SASRec. score: of an arm trained elsewhere. seconds: that
-    training took before, there or in a process that was killed. state, save: see early_stopping."""
+# --------------------------------------------------------------------------------------- arms: train, test, compare
+def run_arm(arm, data, inputs, slices, units=FRESH, *, seed=0, epochs=60, device="cpu", score=None):
+    """Trains one arm with one seed, then reads test, once: {"ranks" (users,) on test, "row": of the arm's entry, "model": its state dict}.
+    data: n_items, train, valid, test (see data.Dataset). inputs: the arm's arguments of SASRec. slices: {name: (users,) bool}. score: of an arm
+    trained elsewhere. units: seconds that training took before, there or in a process that was killed; state, save: see early_stopping."""
     start, model = time.perf_counter(), None
     if arm in COUNTING:
         score = COUNTING[arm](data.n_items, data.train)
     elif score is None:
         model, _ = train(data.n_items, data.train, data.valid, **inputs, seed=seed, epochs=epochs, device=device, name=f"{arm}, seed {seed}",
-                         state=state, save=save)
+                         state=units.state, save=units.save)
         score = scorer(model, device)
-    seconds += time.perf_counter() - start
-    rank, row = test(score, data.n_items, data.train, data.valid, data.test, slices)
-    return {"ranks": torch.from_numpy(rank), "row": row | {"seed": seed, "train_s": seconds}, "model": model.cpu().state_dict() if model else {}}
+    known, tops, trained = [np.append(s, v) for s, v in zip(data.train, data.valid)], [], time.perf_counter()
+    rank, mean = ranks(score, known, data.test, lists=tops), lambda rank: {m: float(v.mean()) for m, v in metrics(rank).items()}
+    row = {"train_s": units.seconds + trained - start, "rank_ms_per_user": 1000 * (time.perf_counter() - trained) / len(known), "seeds": seed}
+    row |= {"valid": mean(ranks(score, data.train, data.valid)), "test": mean(rank),
+            "slices": {name: mean(rank[some]) for name, some in slices.items() if some.any()},
+            "audit": audit(np.concatenate(tops), data.n_items, data.train)}
+    return {"ranks": torch.from_numpy(rank), "row": row, "model": model.cpu().state_dict() if model else {}}
 
 def together(fits) -> dict:
     """One arm's fits: {"ranks" (seeds, users), "entry": the arm's of metrics.json, "model": the first one's state dict}."""
-    rows, collect = [f["row"] for f in fits], lambda dicts: {m: [d[m] for d in dicts] for m in dicts[0]}
-    entry = {"seeds": [r["seed"] for r in rows], "valid": collect([r["valid"] for r in rows]), "test": collect([r["test"] for r in rows]),
-             "slices": {name: collect([r["slices"][name] for r in rows]) for name in rows[0]["slices"]},
-             "audit": {m: float(np.mean(v)) for m, v in collect([r["audit"] for r in rows]).items()},
-             "train_s": sum(r["train_s"] for r in rows), "rank_ms_per_user": float(np.median([r["rank_ms_per_user"] for r in rows]))}
+    collect = lambda rows: {k: collect([r[k] for r in rows]) for k in rows[0]} if isinstance(rows[0], dict) else rows
+    entry = collect([f["row"] for f in fits])
+    entry |= {"audit": {m: float(np.mean(v)) for m, v in entry["audit"].items()}, "train_s": sum(entry["train_s"]),
+              "rank_ms_per_user": float(np.median(entry["rank_ms_per_user"]))}
     return {"ranks": torch.stack([f["ranks"] for f in fits]), "entry": entry, "model": fits[0]["model"]}
 
 def alone():
@@ -363,34 +391,10 @@ def headroom(arms: dict, metric: str = "ndcg@10") -> dict:
     value = {a: float(np.mean(e["test"][metric])) for a, e in arms.items()}
     if not {"oracle", "content"} <= set(value):
         return {}
-    room, shown = value["oracle"] - value["content"], {"placebo", "aligned", "rl", "bestof", "curec"}
-    return {"headroom": {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in shown and room > 0}}}
-
-def recovered(m: dict) -> list:
-    """The headroom in metrics.json as one line; none without it."""
-    shares = ", ".join(f"{a} {r:.0%}" for a, r in m.get("headroom", {}).get("recovered", {}).items()) or "no share of nothing"
-    return [f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: {shares}."] if "headroom" in m else []
+    room = value["oracle"] - value["content"]
+    return {"headroom": {metric: room, "recovered": {a: (value[a] - value["content"]) / room for a in arms if a in REASON_ARMS and room > 0}}}
 
 def markdown(header: list, rows) -> str:
     """A Markdown table; floats with four digits."""
     cells = lambda row: "| " + " | ".join(f"{x:.4f}" if isinstance(x, float) else str(x) for x in row) + " |"
     return "\n".join([cells(header), "|" + "---|" * len(header), *map(cells, rows)])
-
-def arms_table(arms: dict) -> str:
-    columns = [("test", m) for m in ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")] + [("valid", "ndcg@10")]
-    rows = [[arm, len(e["seeds"]), *(np.mean(e[part][m]) for part, m in columns), e["rank_ms_per_user"]] for arm, e in arms.items()]
-    return markdown(["arm", "seeds", *(m.upper() for _, m in columns[:-1]), "valid NDCG@10", "ms/user"], rows)
-
-def report(m: dict, notes: list) -> list:
-    """The evaluation in metrics.json as Markdown paragraphs."""
-    title = "# CURec on {name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}".format(**m["dataset"])
-    cost = "Time: " + ", ".join(f"{k} {v:.0f} s" for k, v in m["time_s"].items()) + ". Peak memory: " + ", ".join(
-        f"{k} {v:,.0f} MB" for k, v in m["peak_memory_mb"].items()) + "."
-    slices, audits = (list(dict.fromkeys(n for e in m["arms"].values() for n in e[k])) for k in ("slices", "audit"))
-    difference = lambda c: [f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}", "{:+.4f} .. {:+.4f}".format(*c["ci95"])]
-    return [title, "\n".join(f"- {n}" for n in [*notes, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds."
-            + " `knowledge`: a title outside its beams is a miss, ranked last." * ("knowledge" in m["arms"]),
-            arms_table(m["arms"]), "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
-            markdown(["a - b", "delta", "95 % interval"], [difference(c) for c in m["comparisons"] if c["metric"] == "ndcg@10"]),
-            *recovered(m), "## Slices and popularity audit", markdown(["arm", *(f"NDCG@10, {n}" for n in slices), *audits], [
-                [arm, *(np.mean(e["slices"][n]["ndcg@10"]) for n in slices), *(e["audit"][k] for k in audits)] for arm, e in m["arms"].items()])]

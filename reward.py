@@ -6,21 +6,19 @@
     A(S,r) = mean_{e in S} s(e,r) - logmeanexp_{e in N} s(e,r)        N: states of 256 events of the same period, one draw
     R(r)   = (1 - l) A(shown,r) + l A(audience,r) - format penalty - ungrounded penalty
 
-If the score also saw the item's ID or content, the reason would tell it nothing new and the reward would ignore the
-text. Training: softmax over all train items' reasons, each epoch a fresh random grounded subset of every item's phrases,
-so that no reason can become an item ID. The epoch is chosen on held-out people x held-out items.
+If the score also saw the item's ID or content, the reason would tell it nothing new and the reward would ignore the text. Training: softmax over
+all train items' reasons, each epoch a fresh random grounded subset of every item's phrases, so that no reason can become an item ID. The epoch is
+chosen on held-out people x held-out items.
 
-Left out: an LLM as judge, pairwise preference data.  Try it alone: pytest tests/test_reward.py
-"""
+Left out: an LLM as judge, pairwise preference data.  Try it alone: pytest tests/test_reward.py"""
 import time
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 import data as D
-from recommender import WIDTH, Block, SASRec, early_stopping, markdown, pad, paired_bootstrap, scorer
+from recommender import REASON_ARMS, WIDTH, Block, early_stopping, markdown, pad, paired_bootstrap, top
 
 FORMAT_PENALTY, UNGROUNDED_PENALTY = 2.0, 2.0      # in units of A (nats); the second is times the ungrounded share
 AUDIENCE_WEIGHT = 0.5                              # lambda: weight of the audience
@@ -62,9 +60,10 @@ def at_once(encode, texts) -> torch.Tensor:
     once, place = np.unique(texts, return_inverse=True)
     return encode(once.tolist())[torch.from_numpy(place)]
 
+standing = lambda entry: entry["reward_after" if entry["accepted"] else "reward_before"]       # of the reason that a timeline's entry leaves
+
 class RewardModel(nn.Module):
     """User tower over text vectors and the shared projection P. width: of the whitened text vectors."""
-
     def __init__(self, width: int, dropout: float = 0.2):
         super().__init__()
         self.P = nn.Linear(width, width, bias=False)
@@ -91,7 +90,6 @@ class RewardModel(nn.Module):
 class Judge:
     """A trained reward model with the states of all train events: turns reasons into rewards.
     encode: list of texts -> raw vectors (M, D), frozen. Ready after `fit`, or after `remember` of saved weights."""
-
     def __init__(self, data, encode, whitening_size: int = 128):
         self.data, raw = data, encode([D.mask_identity(data, D.item_text(item)) for item in data.items[1:]])
         whiten = whitening(raw, whitening_size)
@@ -99,7 +97,6 @@ class Judge:
         self.items = F.pad(whiten(raw), (0, 0, 1, 0))                                                  # (n + 1, width)
         self.model = RewardModel(self.items.shape[1])
 
-    # ------------------------------------------------------------------------------------------------- training
     def fit(self, *, epochs: int = 30, patience: int = 6, batch: int = 256, lr: float = 2e-4, per_epoch: int = 20_000, seed: int = 0,
             state=None, save=lambda state: None) -> dict:
         """Trains on train events of the kept people and items (see held_out); the epoch that is best on held-out people x items stays.
@@ -115,7 +112,6 @@ class Judge:
         rest = [p for n, p in model.named_parameters() if n != "P.weight"]               # P: the shared space may turn slowly only
         optimizer = torch.optim.AdamW([{"params": [model.P.weight], "lr": lr * 0.1}, {"params": rest, "lr": lr}], weight_decay=0.01)
         validate = lambda: self.auc(held, np.searchsorted(held_items, item[held]), checks)
-
         def losses(rng):
             vectors = self.encode([D.random_reason(data, i, rng, size=int(rng.integers(2, 4))) for i in train_items])
             order = rng.permutation(train)[:per_epoch]
@@ -149,10 +145,8 @@ class Judge:
         self.model.load_state_dict(weights)
         self.model.eval()
         E = len(self.data.events["user"])
-        self.states = torch.cat([self.model.states(self.histories(range(k, min(k + batch, E))), self.items)
-                                 for k in range(0, E, batch)])
+        self.states = torch.cat([self.model.states(self.histories(range(k, min(k + batch, E))), self.items) for k in range(0, E, batch)])
 
-    # -------------------------------------------------------------------------------------------------- rewards
     def pool(self, period: tuple, seed: int) -> torch.Tensor:
         """STATES event numbers of the period [start, end), drawn once by seed: the N of A(S, r)."""
         inside = np.flatnonzero((self.data.events["time"] >= period[0]) & (self.data.events["time"] < period[1]))
@@ -166,8 +160,7 @@ class Judge:
         others = self.model.scores(self.states[self.pool(period, seed)], z)                       # (N, M)
         level = others.logsumexp(0) - np.log(len(others))
         tau = self.model.log_tau.exp()
-        return [(self.states[torch.as_tensor(p)] @ v / tau - b).numpy() if len(p) else np.zeros(0)
-                for p, v, b in zip(people, z, level)]
+        return [(self.states[torch.as_tensor(p)] @ v / tau - b).numpy() if len(p) else np.zeros(0) for p, v, b in zip(people, z, level)]
 
     def rewards(self, items, answers, shown, audience, period, seed):
         """R of decoded LLM answers, (M,), and its parts {"shown", "audience", "grounded", "format_ok"} as arrays.
@@ -182,27 +175,33 @@ class Judge:
         return total, {"shown": a_shown, "audience": a_audience, "grounded": ground, "format_ok": ok}
 
     def choose(self, items, current, proposals, shown, judges, period, seed, margin):
-        """For each item the proposal of highest reward, and whether it may replace the current answer.
-        proposals: K answers an item, item by item. Accepted if well-formed, no less grounded than the old one, and its mean paired gain over
-        the judges exceeds margin standard errors; a malformed old one pays the penalty. Returns a list of {"best", "before", "after", "accepted"}
-        and the false-accept rate: the same with a sign drawn for each judge, who may as well have liked the old one better by as much."""
+        """For each item the proposal of highest reward, and whether it may replace the current answer. proposals: K answers an item, item by item.
+        Accepted if well-formed, no less grounded than the old one, and its mean paired gain over the judges exceeds margin standard errors; a
+        malformed old one pays the penalty. Returns (answers from now on, a timeline's entry an item, all of it in figures: a row of metrics.json).
+        False-accept rate: the same with a sign drawn for each judge, who may as well have liked the old one better by as much."""
         K, rng = len(proposals) // len(items), np.random.default_rng([seed, 37, len(items)])
         spread = lambda xs: [x for x in xs for _ in range(K)]
         reasons, old_reasons = ([D.parse_answer(a)[0] for a in answers] for answers in (proposals, current))
         total, parts = self.rewards(spread(items), proposals, spread(shown), spread(judges), period, seed)
         old = [x - FORMAT_PENALTY * (not D.parse_answer(a)[2]) for a, x in zip(current, self.judge(old_reasons, judges, period, seed))]
         new = self.judge(reasons, spread(judges), period, seed)
-        rows, false = [], 0
+        answers, entries, false = [], [], 0
         for k, before in enumerate(old):
             mine, signs = range(k * K, (k + 1) * K), rng.choice([-1.0, 1.0], len(before))
             least = D.grounded(self.data, items[k], old_reasons[k])
             passes = lambda j, gain: bool(parts["format_ok"][j] and parts["grounded"][j] >= least) and convincing(gain, margin)
             best = max(mine, key=lambda j: total[j])
-            yes = passes(best, new[best] - before)
-            rows.append({"best": best, "before": float(before.mean()), "after": float(new[best].mean()), "accepted": yes})
+            people, shared = self.data.events["user"][shown[k]], D.shared_words(self.data, items[k], shown[k])[:3]
+            entries.append({"window_end": period[1], "people": [self.data.users[u] for u in people], "judges": len(before), "shared": shared,
+                            "proposal": reasons[best], "reward_before": float(before.mean()), "reward_after": float(new[best].mean()),
+                            "accepted": passes(best, new[best] - before)})
+            answers.append(proposals[best] if entries[-1]["accepted"] else current[k])
             lucky = max(mine, key=lambda j: total[j] + AUDIENCE_WEIGHT * ((signs - 1) * (new[j] - before)).mean())
             false += passes(lucky, signs * (new[lucky] - before))
-        return rows, false / len(items)
+        gains, mean = [e["reward_after"] - e["reward_before"] for e in entries if e["accepted"]], lambda values: float(np.mean([*values]))
+        return answers, entries, {"items": len(items), "proposed": len(proposals), "accepted": len(gains), "rejected": len(items) - len(gains),
+                                  "mean_gain": mean(gains or [0.0]), "false_accept_rate": false / len(items),
+                                  "reward_before": mean(e["reward_before"] for e in entries), "reward_after": mean(map(standing, entries))}
 
     def figures(self, answers, shown, audience, period, seed) -> dict:
         """Share grounded and well-formed and mean reward of one kind of reasons (index 0 unused), items with choosers."""
@@ -216,6 +215,13 @@ class Judge:
         total, parts = self.rewards([i] * n, [D.ANSWER.format("by hand", r) for r in reasons], [shown] * n, [audience] * n, (cuts[0], cuts[-1]), seed)
         return f"{len(shown)} people as shown, {len(audience)} as audience\n\n" + markdown(
             ["reason", "reward", *parts], [[r, float(x), *(v[k].item() for v in parts.values())] for k, (r, x) in enumerate(zip(reasons, total))])
+
+def needed(s) -> dict:
+    """The stages of curec.py that the arms of these settings need, in their order, each with its headline."""
+    arms, texts = set(s.arms.split(",")), {"text-init", "content", "oracle"} if s.encoder else set()      # these need text vectors only
+    own = {"LLM": arms - {"popularity", "markov", "id"} - texts, "preferences": {"lane", "lane-placebo"} & arms, "knowledge": {"knowledge"} & arms, "arms": arms}
+    names = [name for name in ("LLM", "reward model", "PPO", "reasons", "preferences", "knowledge", "arms") if own.get(name, REASON_ARMS & arms)]
+    return {name: f"[{k}/{len(names)}] {name}" for k, name in enumerate(names, 1)}
 
 def features(arm, data, encode, kinds, seed, preferences=None) -> dict:
     """What an arm's SASRec is given, as its arguments: whitened vectors of the item's text beside those of its reason; first ID vectors, from titles;
@@ -280,19 +286,17 @@ def windows(data, who, cuts, seed):
             yield number + 1, (start, end), items, *zip(*split)
 
 def practice(data, who, cuts, seed):
-    """PPO's prompts, for every item one of each kind: lists (items, prompts, shown people, audiences), rows held out, rows to train.
+    """PPO's prompts, for every item one of each kind: tuples (items, prompts, shown people, audiences), rows held out, rows to train.
     One-shot kind: all train choosers, no reason yet. Correction kind: the people of one window and a random reason. A tenth of
     the items is held out; rows whose prompt shows nobody are in neither set: there is nothing to judge them by."""
     rng = np.random.default_rng([seed, 47])
-    shown, audience = one_shot_people(who, seed + 1)
-    items, prompts, people, ears = [], [], [], []
+    (shown, audience), rows = one_shot_people(who, seed + 1), []
     for i in range(1, data.n_items + 1):
-        w = int(rng.integers(len(cuts) - 1))
-        times = data.events["time"][who[i]]
+        w, times = int(rng.integers(len(cuts) - 1)), data.events["time"][who[i]]
         few, others = divide(who[i][(times >= cuts[w]) & (times < cuts[w + 1])], rng)
-        for reason, some, rest in (("", shown[i], audience[i]), (D.random_reason(data, i, rng), few, others)):
-            items.append(i), people.append(some), ears.append(rest)
-            prompts.append(D.reason_prompt(data, i, reason, some))
+        rows += [(i, D.reason_prompt(data, i, reason, some), some, rest)
+                 for reason, some, rest in (("", shown[i], audience[i]), (D.random_reason(data, i, rng), few, others))]
+    items, prompts, people, ears = zip(*rows)
     kept_out = np.isin(items, rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1)
     judged = rng.permutation([k for k in range(len(items)) if len(people[k])])
     return items, prompts, people, ears, judged[kept_out[judged]], judged[~kept_out[judged]]
@@ -338,29 +342,10 @@ def tell_truth(data, judge, who, cuts, kinds, m, seed):
 def timeline(r: dict) -> str:
     """How a reason came about: who came, what they share, what was proposed, why it was taken; r: a line of reasons.jsonl."""
     day = lambda t: time.strftime("%Y-%m-%d", time.gmtime(t))
-    return "\n".join([f"**{r['title']}** ({r['item']}): {r['reason']}"] + [
+    return "\n".join([f"**{r['title']}** ({r['item']}): {r['reason']}", *(
         f"- until {day(t['window_end'])} came {', '.join(t['people'])}, who had chosen {', '.join(t['shared']) or 'nothing of it'}: *{t['proposal']}* "
-        f"{'accepted' if t['accepted'] else 'rejected'}; for {t['judges']} others the reward {t['reward_before']:+.2f} -> {t['reward_after']:+.2f}"
-        for t in r["timeline"]])
-
-def ranker(n_items, weights: dict) -> SASRec:
-    """A trained model from its state dict."""
-    parts = {k[6:]: v for k, v in weights.items() if k in ("align.vectors", "align.named", "align.since")}
-    model = SASRec(n_items, weights.get("features"), preferences=parts or None, width=weights["item.weight"].shape[1])
-    model.load_state_dict(weights)
-    return model.eval()
-
-def top(data, weights, user: int, k: int = 5):
-    """A trained arm's model, what the user had chosen, and the k best items with their scores."""
-    history, model = data.seqs[user][:-1], ranker(data.n_items, weights)
-    best = scorer(model)([history], [user])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf).topk(k)
-    return model, history, best.indices.tolist(), best.values.tolist()
-
-def explain(data, weights, user: int, tell) -> str:
-    """What a user had chosen, and the top items of a trained arm with what tell(item) says of each."""
-    _, history, items, scores = top(data, weights, user)
-    chose = f"{data.users[user]} chose: " + "; ".join(data.titles[i] for i in history[-10:])
-    return "\n\n".join([chose] + [f"{x:+.2f}  {tell(i)}" for x, i in zip(scores, items)])
+        + "{}; for {judges} others the reward {reward_before:+.2f} -> {reward_after:+.2f}".format("accepted" if t["accepted"] else "rejected", **t)
+        for t in r["timeline"])])
 
 @torch.no_grad()
 def lane_question(data, weights, preferences, user: int) -> str:
@@ -371,23 +356,45 @@ def lane_question(data, weights, preferences, user: int) -> str:
     weighted = ", ".join(f"{n} {w:.2f}" for n, w in zip(names, model.align(state, known)[1][0].tolist())) or "none known"
     return D.question(data, history, "explain", weighted, D.item_text(data.items[items[0]]), longest=D.LONGEST)
 
-def reasons_table(m: dict) -> str:
-    """The kinds of reasons in metrics.json, truth first where it is known, and how much more often correction found a new driver than `bestof` did."""
-    keys = sorted({k for v in m["reasons"].values() for k in v}, key=lambda k: (k[:5] not in ("truth", "new_d"), k))
-    new = [c for c in m["comparisons"] if c["metric"] == "new_driver"]
-    return markdown(["reasons", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]) + "".join(
-        f"\n\nNew driver named where one changed, curec - bestof: {c['delta']:+.3f} [{c['ci95'][0]:+.3f}, {c['ci95'][1]:+.3f}]." for c in new)
+def tables(m: dict) -> dict:
+    """metrics.json in short, as Markdown: the arms and, where they are known, the headroom and the kinds of reasons, truth first."""
+    columns = [("test", k) for k in ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")] + [("valid", "ndcg@10")]
+    rows = [[arm, len(e["seeds"]), *(np.mean(e[part][k]) for part, k in columns), e["rank_ms_per_user"]] for arm, e in m["arms"].items()]
+    out = {"arms": markdown(["arm", "seeds", *(k.upper() for _, k in columns[:-1]), "valid NDCG@10", "ms/user"], rows)}
+    if "headroom" in m:
+        shares = ", ".join(f"{a} {r:.0%}" for a, r in m["headroom"]["recovered"].items()) or "no share of nothing"
+        out["headroom"] = f"Headroom (oracle - content): {m['headroom']['ndcg@10']:+.4f}. Recovered: {shares}."
+    if "reasons" in m:
+        keys = sorted({k for v in m["reasons"].values() for k in v}, key=lambda k: (k[:5] not in ("truth", "new_d"), k))
+        out["reasons"] = markdown(["reasons", *keys], [[kind, *(v[k] for k in keys)] for kind, v in m["reasons"].items()]) + "".join(
+            "\n\nNew driver named where one changed, curec - bestof: {:+.3f} [{:+.3f}, {:+.3f}].".format(c["delta"], *c["ci95"])
+            for c in m["comparisons"] if c["metric"] == "new_driver")
+    return out
 
-def report(m: dict, reasons: list, log=None) -> list:
-    """What became of the reasons, as Markdown paragraphs. m: metrics.json; reasons: reasons.jsonl; log: ppo.jsonl, no longer read."""
-    standing = lambda r: r["timeline"][-1]["reward_after" if r["timeline"][-1]["accepted"] else "reward_before"]
-    judged = sorted((r for r in reasons if r["timeline"]), key=standing, reverse=True)
+def report(m: dict, reasons: list, notes: list) -> list:
+    """metrics.json and reasons.jsonl as Markdown paragraphs."""
+    short, comparisons = tables(m), [c for c in m["comparisons"] if c["metric"] == "ndcg@10"]
+    figures = lambda values, form: ", ".join(f"{k} {v:{form if isinstance(v, float) else ''}}" for k, v in values.items())
+    relatives = [f"`{k}`: {figures(m[k], '.4g')}" for k in ("lane", "knowledge") if k in m]
+    cost = "Time: {}. Peak memory: {}.".format(*(", ".join(f"{k} {v:,.0f} {u}" for k, v in m[x].items()) for x, u in (("time_s", "s"), ("peak_memory_mb", "MB"))))
+    slices, audits = (list(dict.fromkeys(n for e in m["arms"].values() for n in e[k])) for k in ("slices", "audit"))
+    out = ["# CURec on {name}: {users:,} users, {items:,} items, {interactions:,} interactions, ties: {ties}".format(**m["dataset"]),
+           "\n".join(f"- {n}" for n in [*notes, *relatives, cost]), "## Ranking\n\nTest, whole catalogue, seen items masked, mean of the seeds."
+           + " `knowledge`: a title outside its beams is a miss, ranked last." * ("knowledge" in m["arms"]),
+           short["arms"], "## Differences in NDCG@10\n\nPaired over users, each averaged over seeds first.",
+           markdown(["a - b", "delta", "95 % interval"], [
+               [f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}", "{:+.4f} .. {:+.4f}".format(*c["ci95"])] for c in comparisons]),
+           *[short[k] for k in ("headroom",) if k in short], "## Slices and popularity audit",
+           markdown(["arm", *(f"NDCG@10, {n}" for n in slices), *audits], [
+               [arm, *(np.mean(e["slices"][n]["ndcg@10"]) for n in slices), *(e["audit"][k] for k in audits)] for arm, e in m["arms"].items()])]
+    if not reasons:
+        return out
+    judged = sorted((r for r in reasons if r["timeline"]), key=lambda r: standing(r["timeline"][-1]), reverse=True)
     moved = sorted(judged, key=lambda r: -sum(t["accepted"] for t in r["timeline"]))[:2]
-    return ["## Reasons", reasons_table(m),
-            "Reward model: " + ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in m["reward"].items()) + ". PPO, held-out prompts: "
-            f"reward {m['ppo']['reward_before']:+.3f} before, {m['ppo']['reward_after']:+.3f} after {m['ppo']['updates']} updates.",
-            "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
-            "False-accept rate: what would be accepted if every old reason were as good (each judge's gains with a random sign), no share of mistakes.",
-            "## Two reasons and how they came about", *map(timeline, moved),
-            "## Best and worst reasons, by what the judges of their last window gave (no penalties, but for an old reason that is malformed)",
-            "\n".join(f"- {standing(r):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]
+    return out + ["## Reasons", short["reasons"], f"Reward model: {figures(m['reward'], '.3f')}. PPO, held-out prompts: "
+                  "reward {reward_before:+.3f} before, {reward_after:+.3f} after {updates} updates.".format(**m["ppo"]),
+                  "## Correction", *([markdown(list(m["correction"][0]), [c.values() for c in m["correction"]])] if m["correction"] else []),
+                  "False-accept rate: what would be accepted if every old reason were as good (each judge's gains with a random sign), no share of mistakes.",
+                  "## Two reasons and how they came about", *map(timeline, moved),
+                  "## Best and worst reasons, by what the judges of their last window gave (no penalties, but for an old reason that is malformed)",
+                  "\n".join(f"- {standing(r['timeline'][-1]):+.2f} **{r['title']}**: {r['reason']}" for r in judged[:5] + judged[5:][-5:])]

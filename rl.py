@@ -79,7 +79,7 @@ def loading(name):
         raise OSError(f"the LLM '{name}' could not be loaded ({said}). Check name and network: the same command takes an interrupted download "
                       "up again, a gated model needs `hf auth login`, a damaged file must be deleted. Or give --llm PATH, or --llm tiny.") from e
 
-def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
+def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None, seed=0):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter `align`: (PeftModel, tokenizer)."""
     from peft import LoraConfig, get_peft_model
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
@@ -98,6 +98,7 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     for module in base.modules():    # every dropout 0: sampling, reference and update must be the same function (TRAPS 14)
         for rate in [n for n, v in vars(module).items() if ("drop" in n or n == "p") and isinstance(v, float)]:
             setattr(module, rate, 0.0)
+    torch.manual_seed(seed)
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear",
                                             task_type="CAUSAL_LM"), adapter_name="align", autocast_adapter_dtype=True)    # float32 LoRA (TRAPS 4)
     if checkpointing:   # reentrant, it drops every gradient where its input needs none, as here (TRAPS 5)
@@ -106,27 +107,21 @@ def load(name, device="cpu", *, rank=16, checkpointing=False, compute=None):
     set_mode(model, training=False)
     return model, tokenizer
 
-def forecast(name, *, micro_batch=4, max_new=128, prompt=512, budget=32_768) -> dict:
-    """{"here": on disk or whole in the cache, "parameters", "download_gb", "memory_gb"} of an LLM for load, nothing fetched; None: unknown.
-    Memory on CUDA is arithmetic, no measurement. Bytes: 0.52 a linear weight but the head's, 2 any other, 20 a LoRA weight (two adapters in float32,
-    gradient and moments of one). And the larger of a training micro-batch (12 a logit of an answer, 2 a number between layers, 6 a number that one
-    layer's linear modules take or give) and a pass of `budget` tokens (2 a key, a value and a number of one layer)."""
+def forecast(name, budget=32_768) -> dict:
+    """{"here": on disk or whole in the cache, "parameters", "download_gb", "memory_gb"} of an LLM for load; nothing is fetched; None: unknown.
+    Memory on CUDA by arithmetic, not measured: 0.9 GB a billion weights in 4 bits with adapters and Adam; 2 GB, and 0.75 GB a billion weights, for a
+    pass of 32,768 tokens (keys, values, states): a line through Qwen2.5's shapes, 0.5B to 14B."""
     at = lambda file: pathlib.Path(name, file) if os.path.isdir(name) else pathlib.Path(str(huggingface_hub.try_to_load_from_cache(name, file) or ""))
     with loading(name), torch.device("meta"):
-        if not at("config.json").is_file():              # the size from the name, the memory from a line through Qwen2.5's, 0.5B to 14B
+        if here := at("config.json").is_file():
+            config, index = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False), at("model.safetensors.index.json")
+            files = {*json.loads(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
+            n, here = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters(), all(at(f).is_file() for f in files)
+        else:
             said = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", os.path.basename(name), re.I)
             n = said and round(float(said[1]) * (1e9 if said[2] in "Bb" else 1e6))
-            return {"here": False, "parameters": n, "download_gb": n and 2e-9 * n, "memory_gb": n and 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32768}
-        config, index = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False), at("model.safetensors.index.json")
-        files = {*json.loads(index.read_text())["weight_map"].values()} if index.is_file() else {"model.safetensors"}
-        model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    linear = [m.weight for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D") and m is not model.get_output_embeddings()]
-    here, text, wide = all(at(f).is_file() for f in files), config.get_text_config(), sum(sum(w.shape) for w in linear)
-    n, layers, heads = sum(p.numel() for p in model.parameters()), text.num_hidden_layers, getattr(text, "num_attention_heads", 1)
-    learning = micro_batch * (12 * max_new * text.vocab_size + (prompt + max_new) * (2 * layers * text.hidden_size + 6 * wide / layers))
-    answering = budget * (4 * layers * text.hidden_size * (getattr(text, "num_key_value_heads", None) or heads) / heads + 2 * wide / layers)
-    memory = 2 * n - 1.48 * sum(w.numel() for w in linear) + 20 * 16 * wide + max(learning, answering)
-    return {"here": here, "parameters": n, "download_gb": 0.0 if here else 2e-9 * n, "memory_gb": 1e-9 * memory}
+    memory = n and 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32768
+    return {"here": here, "parameters": n, "download_gb": 0.0 if here else n and 2e-9 * n, "memory_gb": memory}
 
 def set_mode(model, training: bool):
     """Training or evaluation mode, with the 4-bit layers always in training mode: one that runs once without repacks its weight on some CPUs for
@@ -289,6 +284,11 @@ def generate(model, tokenizer, prompts, *, max_new=48, temperature=1.0, budget=3
         print(f"  {name}: {len(out):,} answers, {sum(map(len, out)) / (time.perf_counter() - start):,.0f} tokens/s")
     # a reward may see the texts up to EOS; the policy trains on the sampled ids themselves (TRAPS 17)
     return [t.strip() for t in tokenizer.batch_decode([[i for i in a if i != tokenizer.eos_token_id] for a in out])], out
+
+def ask(model, tokenizer, adapter, prompts, **how) -> list:
+    """The texts that an adapter answers; how: see generate."""
+    use(model, adapter)
+    return generate(model, tokenizer, prompts, **how)[0]
 
 @torch.no_grad()
 def encode(model, tokenizer, texts, *, budget=32_768) -> torch.Tensor:

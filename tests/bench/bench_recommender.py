@@ -84,9 +84,9 @@ def quality(args):
             model = rec.SASRec(data.n_items, weights.get("features"))
             model.load_state_dict(weights)
             score = rec.scorer(model)
-        rank, row = rec.test(score, data.n_items, data.train, data.valid, data.test, rec.slices_of(data))
+        rank, row, _ = rec.run_arm(arm, data, {}, rec.slices_of(data), seed=seed, score=score).values()
         entries[f"{arm}-{ties}-{seed}"] = log | row
-        ranks.setdefault((arm, ties), []).append(rank)
+        ranks.setdefault((arm, ties), []).append(rank.numpy())
         print(f"{arm:10s} {ties:8s} {seed}  " + "  ".join(f"{m} {row['test'][m]:.4f}" for m in ("hr@10", "ndcg@10")), flush=True)
     ranks, differences = {k: np.stack(v) for k, v in ranks.items()}, {}
     for ties in ("file", "shuffle"):
