@@ -5,16 +5,19 @@
 
 Each stage leaves its result in the run folder, long ones after every update, epoch or window: from there --resume goes on. The hidden truth
 of the demo world is read in two places of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else."""
-import argparse, fcntl, hashlib, importlib.metadata, json, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
+import argparse, fcntl, functools, hashlib, importlib.metadata, json, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+def stop(number, frame):
+    """Ctrl-C: every file is whole at any time, so nothing needs to be put in order."""
+    print(f"\ninterrupted; go on with: python {shlex.join(a for a in sys.argv if a != '--resume')} --resume", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+if __name__ in ("__main__", "__mp_main__"):           # before the imports that take seconds; worker processes end in silence
+    signal.signal(signal.SIGINT, stop if __name__ == "__main__" else signal.SIG_DFL)
 import numpy as np
 import torch
 from tqdm import tqdm
-import data as D
-import recommender, reward, rl
+import data as D, recommender, reward, rl
 from recommender import ARMS, COUNTING, METHODS, keep, run_arm, stage
 
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
@@ -75,7 +78,8 @@ def parse_args(argv=None):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper(), "choices": f.metadata["choices"]}
         groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"].replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    if sorted({*given} & {"run", "explain", "score", "item"}) not in ([], ["explain", "run"], ["item", "run", "score"]):
+    looked = [k for k in ("explain", "item", "run", "score") if k in given]
+    if looked not in ([], ["explain", "run"], ["item", "run", "score"]) or not all(given[k] for k in looked):
         raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**{**(QUICK if "quick" in given else {}), **given})
 
@@ -98,7 +102,7 @@ def resolve(s: Settings) -> Settings:
     tiny = (llm := s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)) == "tiny"
     usual = {"max_new": 24, "micro_batch": 16, "ppo_lr": 1.5e-3} if tiny else {"max_new": 128, "micro_batch": 4, "ppo_lr": 1e-5}
     usual |= {"tiny_steps": 1000 if demo else 4000, "out": f"runs/{Path(s.dataset).resolve().name.lower()}"}
-    return replace(s, device=device, llm=llm, arms=",".join(arms), **{k: getattr(s, k) or v for k, v in usual.items()})
+    return replace(s, device=device, llm=llm, arms=",".join(dict.fromkeys(arms)), **{k: getattr(s, k) or v for k, v in usual.items()})
 # ------------------------------------------------------------------------------------------------------ run folder
 def open_run(s: Settings):
     """Clears an older run out of the run folder, or checks that the run to resume was made with the same settings, and tells its commits."""
@@ -107,19 +111,20 @@ def open_run(s: Settings):
     open_run.lock = open(out / ".lock", "w")
     try:
         fcntl.lockf(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                        # goes with the process, however that ends
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         raise D.DataError(f"--out {s.out}: another run is at work there; wait until it has ended, or choose another folder") from None
-    old, begun = [*out.rglob("*.part")], {"git_commit": ""}                              # what a killed run was writing
+    ours, begun = config.exists() and '"settings"' in config.read_text(), {"git_commit": ""}
+    old = [part for folder in (out, out / "state") for part in folder.glob("*.[0-9]*.part") if ours]       # what a killed run was writing
     if s.resume:
-        if not config.exists():
-            raise D.DataError(f"--resume: {config} does not exist; leave --resume out to start")
+        if not ours:
+            raise D.DataError(f"--resume: {config} of a run does not exist; leave --resume out to start")
         begun = json.loads(config.read_text())                   # another micro-batch: same method, but other groups and so other samples
         if changed := [k for k, v in begun["settings"].items() if k != "micro_batch" and getattr(s, k, None) != v]:
             raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {begun['settings'][changed[0]]}")
-    elif config.exists():
+    elif ours:
         old += [out / name for name in ("state", "align", "policy", "knowledge", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")]
-    elif (out / "state").exists():
-        raise D.DataError(f"--out {s.out}: holds a folder 'state' but no config.json, so it is no run of ours; choose another folder")
+    elif config.exists() or (out / "state").exists():
+        raise D.DataError(f"--out {s.out}: holds a config.json or a folder 'state', but no run of ours; choose another folder")
     for path in old:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return begun["git_commit"]
@@ -131,7 +136,7 @@ def describe(s: Settings, cuts, begun: str) -> dict:
     return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in UNSAVED},
             "windows": cuts, "python": platform.python_version(), "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit))),
             "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft bitsandbytes accelerate numpy tqdm".split()},
-            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": torch.cuda.get_device_name() if "cuda" in s.device else None}}
+            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": torch.cuda.get_device_name(s.device) if "cuda" in s.device else None}}
 # -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
 def tiny_llm(s: Settings, data, state=None, save=lambda state: None) -> str:
     """Path of the tiny LLM trained from nothing on this data set's texts and prompts, a catalogue's words first; cached by what it depends on."""
@@ -140,7 +145,7 @@ def tiny_llm(s: Settings, data, state=None, save=lambda state: None) -> str:
     spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and s.dataset != "demo"]
     parts = {"spelling": spell, "short prompts": easy, "all prompts": samples + D.lane_samples(data, 3000, rng)}
     lessons = [(name, part, round(x * s.tiny_steps)) for (name, part), x in zip(parts.items(), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)) if part]
-    path = f"cache/tiny-{data.name}-" + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
+    path = os.path.abspath(f"cache/tiny-{data.name}-") + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
     if not os.path.exists(path):
         rl.train_tiny(path, [*map(D.item_text, data.items[1:])], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device, state=state, save=save)
     return path
@@ -158,7 +163,7 @@ def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times:
 def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict) -> dict:
     """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt. Returns m["ppo"]."""
     items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
-    train, found = train[: s.ppo_updates * s.ppo_batch], {}                   # more is never drawn
+    train, held, found = train[: s.ppo_updates * s.ppo_batch], held if len(held) else train, {}            # more is never drawn
     def total(texts, rows):
         value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows], (cuts[0], cuts[-1]), s.seed)
         found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
@@ -268,14 +273,14 @@ def downstream(s, data, encode, kinds, preferences, score, m):
     """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. preferences: LANE's; score: the arm knowledge's."""
     slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
     with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        jobs = {arm: [pool.submit(stage, s, f"arm-{arm}.{k}", {}, partial(run_arm, arm, data, inputs, slices, seed=k, epochs=s.epochs, device=s.device))
+        jobs = {arm: [pool.submit(stage, s, f"arm-{arm}.{k}", {}, functools.partial(run_arm, arm, data, inputs, slices, seed=k, epochs=s.epochs, device=s.device))
                       for inputs in [reward.features(arm, data, encode, kinds, s.seed, preferences)]
                       for k in range(s.seed, s.seed + (1 if arm in COUNTING else s.seeds))]
                 for arm in arms if arm != "knowledge" and not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
         seconds["features"] = time.perf_counter() - start
         for arm in bar:
             done = stage(s, f"arm-{arm}", seconds, lambda _: recommender.together([job.result() for job in jobs[arm]] if arm in jobs else [
-                run_arm(arm, data, {}, slices, SimpleNamespace(seconds=m["time_s"]["knowledge"]), seed=s.seed, score=score)]))
+                run_arm(arm, data, {}, slices, argparse.Namespace(seconds=m["time_s"]["knowledge"]), seed=s.seed, score=score)]))
             ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
             print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
     m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
@@ -297,6 +302,8 @@ def pipeline(s: Settings):
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
         model, tokenizer, encode = open_llm(s, path)
     encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
+    if "PPO" in todo and min(len(data.users), data.n_items) < 10:
+        raise D.DataError(f"{data.name}: reasons need at least 10 people and 10 items; take more data, or --arms popularity,markov,id")
     if "PPO" in todo:
         taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], lr=1e-3 if s.llm == "tiny" else 2e-4, reason_share=0.8, follow=0.0)
         print(todo["reward model"])
@@ -329,10 +336,10 @@ def pipeline(s: Settings):
 def plan(s: Settings):
     """--dry-run: prints downloads, memory, and what each stage learns, reads and writes; downloads and writes nothing."""
     todo, here = reward.needed(s), s.dataset == "demo" or os.path.isdir(s.dataset)
-    absent = {} if here else D.amazon_files(D.ALIASES.get(s.dataset.lower(), s.dataset), s.data_dir)[1]
+    absent = {} if here else D.amazon_files(s.dataset, s.data_dir)[1]
     print(*(f"download {url} to {path}" for path, url in absent.items()), "memory: 1 to 2 GB of RAM for the tiny LLM and the recommender", sep="\n")
-    for name in {s.llm if "LLM" in todo else "tiny", s.encoder or "tiny"} - {"tiny"}:
-        print(name + ": " + ", ".join(f"{k} {'unknown' if x is None else f'{x:.3g}'}" for k, x in rl.forecast(name, sampling(s)["budget"]).items()))
+    for name in filter(None, (s.llm if "LLM" in todo and s.llm != "tiny" else "", s.encoder)):
+        print(f"{name}: " + ", ".join(f"{k} {x if isinstance(x, bool | None) else f'{x:.3g}'}" for k, x in rl.forecast(name, sampling(s)["budget"]).items()))
     if absent:
         return print("prompts and tokens are counted when these files are there")
     data = load_data(s)
@@ -369,8 +376,8 @@ def told(e: Exception, s) -> str:
     """What went wrong and what to do, in one line (a list of files may follow)."""
     where = f"in or after stage {getattr(stage, 'now', 'load')}"
     if isinstance(e, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):
-        return (f"out of memory on {s.device} {where} with --micro-batch {s.micro_batch}. What is finished is kept: "
-                f"go on with --resume --micro-batch {max(1, s.micro_batch // 2)}, or take a smaller --llm, --max-new or --limit-items")
+        how = f"--resume --micro-batch {max(1, s.micro_batch // 2)}, or with a smaller --llm, --max-new or --limit-items"
+        return f"out of memory on {s.device} {where} with --micro-batch {s.micro_batch}. What is finished is kept: go on with {how}"
     if re.search("No space left|quota exceeded|File too large|iostream error|inline_container", str(e)):
         return f"the disk is full ({e}) {where}. What is finished is kept: make room and go on with --resume"
     if isinstance(e, FileNotFoundError) and s and s.run:
@@ -378,7 +385,7 @@ def told(e: Exception, s) -> str:
     return str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e} ({where}); --debug shows where, --resume goes on"
 
 def main(argv=None) -> int:
-    sys.stdout.reconfigure(line_buffering=True)        # progress in a log file too
+    sys.stdout and sys.stdout.reconfigure(line_buffering=True)            # progress in a log file too
     s = None
     try:
         look(s) if (s := parse_args(argv)).run else (plan if s.dry_run else pipeline)(s := resolve(s))
@@ -389,12 +396,5 @@ def main(argv=None) -> int:
         print(f"curec.py: error: {told(e, s)}", file=sys.stderr)
         return 2
 
-def stop(number, frame):
-    """Ctrl-C or a polite kill: every file is whole at any time, so nothing needs to be put in order."""
-    print(f"\ninterrupted; go on with: python {shlex.join(a for a in sys.argv if a != '--resume')} --resume", file=sys.stderr, flush=True)
-    os._exit(128 + number)
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     sys.exit(main())

@@ -144,10 +144,8 @@ def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, l
     if os.path.isdir(name):
         rows, records, notes = read_folder(name)
         k_core = 5 if k_core < 0 else k_core
-    elif not re.fullmatch(r"[A-Za-z0-9_]+", name):
-        raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
     else:
-        rows, records, notes = read_amazon(ALIASES.get(name.lower(), name), data_dir)
+        rows, records, notes = read_amazon(name, data_dir)
     if ties == "shuffle":
         rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
     rows.sort(key=lambda r: r[2])                                              # list.sort is stable
@@ -271,8 +269,10 @@ def catalogue(path: str, key: str, rows: list, notes: list) -> dict:
     notes += counted(*((n, what.format(os.path.basename(path))) for what, n in skipped.items() if what))
     return records
 
-def amazon_files(category: str, data_dir: str):
+def amazon_files(name: str, data_dir: str):
     """Paths of reviews and items, of the 2018 files if only they are there, else of those of 2014; {path: address} of what is not there."""
+    if not re.fullmatch(r"[A-Za-z0-9_]+", category := ALIASES.get(name.lower(), name)):
+        raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
     pairs = [{os.path.join(data_dir, os.path.basename(url).format(category)): url.format(category) for url in urls} for urls in URLS]
     pair = next((pair for pair in pairs if os.path.exists([*pair][0])), pairs[0])
     return [*pair], {path: url for path, url in pair.items() if not os.path.exists(path)}
@@ -319,7 +319,7 @@ def download(category: str, wanted: dict, data_dir: str):
             files = "\n".join(f"  {os.path.basename(p)}  from  {u}" for p, u in wanted.items())
             raise DataError(f"data set '{category}' is not in {os.path.abspath(data_dir)} and could not be downloaded ({e}).\n"
                             f"Put there by hand:\n{files}\nor name their folder with --data-dir. `--dataset demo` needs no files.") from e
-        finally:                                   # broken, refused or interrupted
+        finally:                                   # broken or refused; what Ctrl-C leaves, the next download overwrites
             if os.path.exists(part):
                 os.remove(part)
 

@@ -57,7 +57,7 @@ def stage(s, name: str, times: dict, work, of=""):
         units.save = lambda state: keep(part, {"state": state, "seconds": spent()})
         keep(path, {"value": work(units), "seconds": spent()})
     for made_of in Path(s.out, "state").glob(f"{name}.*.pt"):
-        made_of.unlink()
+        made_of.unlink(missing_ok=True)
     value, seconds = torch.load(path, weights_only=True).values()
     times[of or name] = times.get(of or name, 0.0) + seconds
     return value
@@ -255,7 +255,7 @@ def ranker(n_items, weights: dict) -> SASRec:
 def top(data, weights, user: int, k: int = 5):
     """A trained arm's model, what the user had chosen, and the k best items with their scores."""
     history, model = data.seqs[user][:-1], ranker(data.n_items, weights)
-    best = scorer(model)([history], [user])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf).topk(k)
+    best = scorer(model)([history], [user])[0].index_fill(0, torch.tensor([0, *history]), -torch.inf).topk(min(k, data.n_items - len({*history})))
     return model, history, best.indices.tolist(), best.values.tolist()
 
 def explain(data, weights, user: int, tell) -> str:

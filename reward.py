@@ -108,7 +108,7 @@ class Judge:
         train = np.flatnonzero(~people[user] & ~things[item])
         held = np.random.default_rng([seed, 71]).permutation(np.flatnonzero(people[user] & things[item]))[:HELD_OUT]
         train_items, held_items = (np.flatnonzero(x[1:]) + 1 for x in (~things, things))
-        checks = [self.encode([D.random_reason(data, i, rng) for i in held_items]) for _ in range(4)]
+        checks = [self.encode([D.random_reason(data, i, rng) for i in held_items]) for _ in range(4 if len(held_items) else 0)]
         rest = [p for n, p in model.named_parameters() if n != "P.weight"]               # P: the shared space may turn slowly only
         optimizer = torch.optim.AdamW([{"params": [model.P.weight], "lr": lr * 0.1}, {"params": rest, "lr": lr}], weight_decay=0.01)
         validate = lambda: self.auc(held, np.searchsorted(held_items, item[held]), checks)
@@ -343,7 +343,7 @@ def timeline(r: dict) -> str:
     """How a reason came about: who came, what they share, what was proposed, why it was taken; r: a line of reasons.jsonl."""
     day = lambda t: time.strftime("%Y-%m-%d", time.gmtime(t))
     return "\n".join([f"**{r['title']}** ({r['item']}): {r['reason']}", *(
-        f"- until {day(t['window_end'])} came {', '.join(t['people'])}, who had chosen {', '.join(t['shared']) or 'nothing of it'}: *{t['proposal']}* "
+        f"- until {day(t['window_end'])} came {', '.join(t['people'])}, who had chosen {', '.join(t['shared']) or 'nothing of it'}: *{t['proposal'] or 'malformed'}* "
         + "{}; for {judges} others the reward {reward_before:+.2f} -> {reward_after:+.2f}".format("accepted" if t["accepted"] else "rejected", **t)
         for t in r["timeline"])])
 

@@ -1,7 +1,9 @@
 """curec.py: correction in time order, the truth firewall, and the real command line as a subprocess."""
 import ast
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -89,12 +91,10 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_others(finished,
 # ------------------------------------------------------------------------------- killed, interrupted, twice, no space left
 def test_killed_at_six_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path_factory):
     """Guards: any random state, finished unit or half-written file that a kill loses or doubles. Twenty kills: tests/bench/bench_kill.py."""
-    flags = [*SMALL, "--ppo-updates", "3", "--epochs", "6", "--windows", "3"]
-    cwd, begun = tmp_path_factory.mktemp("undisturbed"), time.monotonic()
+    flags, cwd = [*SMALL, "--ppo-updates", "3", "--epochs", "6", "--windows", "3"], tmp_path_factory.mktemp("undisturbed")
     assert run("--dataset", "demo", "--quick", *flags, cwd=cwd).returncode == 0
-    seconds = time.monotonic() - begun
-    killed = bench_kill.survive(flags, 6, bench_kill.outcome(cwd / "runs/demo"), seconds, seed=int.from_bytes(os.urandom(4), "big"))
-    assert len(killed) == 6 and len({stage for _, stage in killed}) >= 3, killed
+    killed = bench_kill.survive(flags, 6, bench_kill.outcome(cwd / "runs/demo"), seed=int.from_bytes(os.urandom(4), "big"))
+    assert len(killed) == 6 and len({last for _, last, _ in killed}) >= 4, killed
 
 
 def begin(cwd, *flags, until):
@@ -107,15 +107,14 @@ def begin(cwd, *flags, until):
     return process
 
 
-@pytest.mark.parametrize("polite, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(tmp_path, polite, status):
+@pytest.mark.parametrize("until", ["align.pt", "bestof.pt"])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, until):
     """Guards: a traceback, a hang behind worker processes, a command that cannot be copied."""
-    for until in ("runs/a b/state/align.pt", "runs/a b/state/bestof.pt"):
-        process = begin(tmp_path, "--out", "runs/a b", *["--resume"] * (tmp_path / "runs").exists(), until=until)
-        process.send_signal(polite)
-        _, err = process.communicate(timeout=20)
-        assert process.returncode == status and "Traceback" not in err
-        assert err.strip().splitlines()[-1].endswith("--out 'runs/a b' --resume") and err.count("--resume") == 1
+    process = begin(tmp_path, "--out", "runs/a b", until=f"runs/a b/state/{until}")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert re.search(r"--out 'runs/a b' --resume$", err, re.M) and err.count("--resume") == 1
 
 
 def test_a_run_folder_in_use_refuses_a_second_process(tmp_path):
@@ -194,15 +193,34 @@ VALUES = st.one_of(st.text(st.characters(blacklist_characters="\0", blacklist_ca
 @settings(max_examples=400, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(FLAGS), st.one_of(st.none(), VALUES)), max_size=6))
 def test_any_command_line_is_taken_or_refused_in_one_line(pairs):
-    """Guards: tracebacks of a mistyped command line."""
-    try:
-        s = curec.parse_args([x for flag, value in pairs for x in ([flag] if value is None else [f"{flag}={value}"])])
-        s = s if s.run else curec.resolve(s)
-        assert s.seeds >= 1 and s.temperature == s.temperature
-    except D.DataError as e:
-        assert str(e)
-    except SystemExit as e:
-        assert e.code == 2
+    """Guards: tracebacks of a mistyped command line; a look at a run that starts one and deletes the old."""
+    args, went, err = [x for flag, value in pairs for x in ([flag] if value is None else [f"{flag}={value}"])], [], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        for name in ("pipeline", "plan", "look"):
+            patch.setattr(curec, name, lambda s, name=name: went.append((name, s)))
+        patch.setattr(sys, "stdout", None)                      # closed, as by >&-
+        try:
+            status = curec.main([a for a in args if not a.startswith("--debug")])
+        except SystemExit as e:
+            status = e.code
+    assert (status, len(went)) in ((0, 1), (2, 0)) and (status == 0 or re.fullmatch("curec.py: error: [^\n]*(\n[^\n]*)*\n", err.getvalue()))
+    assert not (any(a.startswith("--run") for a in args) and went and went[0][0] != "look")
+
+
+@pytest.mark.parametrize("people, seed", [(1, 0), (4, 1), (12, 2), (12, 3)])
+def test_very_few_people_end_in_one_line_or_in_a_report(finished, tmp_path, people, seed):
+    """Guards: a PPO that looks for ever for a prompt to train on, means of nothing, stacks of nothing; an explanation that offers what is there already."""
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/interactions.csv").write_text("user,item,timestamp\n" + "".join(f"u{u},i{(u + k * (1 + u % 3)) % 13},{k}\n" for u in range(people) for k in range(5)))
+    (tmp_path / "few/items.jsonl").write_text("".join(json.dumps({"id": f"i{i}", "title": " ".join(D.ASPECTS[i: i + 3])}) + "\n" for i in range(13)))
+    done = run("--dataset", "few", "--k-core", "0", "--quick", *SMALL, "--arms", "content,curec", "--seed", str(seed), cwd=tmp_path)
+    if people < 10:
+        assert done.returncode == 2 and "at least 10 people" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    assert "NaN" not in (tmp_path / "runs/few/metrics.json").read_text()
+    done = run("--run", "runs/few", "--explain", "u3", cwd=tmp_path)
+    assert done.returncode == 0 and "-inf" not in done.stdout and done.stdout.count("** (i") == 13 - 4
 
 
 def test_the_readmes_python_runs(finished, tmp_path):
@@ -267,16 +285,21 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone_and_a_new_one_clears_i
     """Guards: hours of work deleted by a mistyped --data-dir; figures of an older run beside the new ones; other people's folders."""
     monkeypatch.chdir(tmp_path)
     s = curec.resolve(curec.Settings(dataset="demo", out="runs/x"))
-    old = [tmp_path / "runs/x" / name for name in ("state/arm-id.pt", "align/a", "metrics.json", "reasons.jsonl", "config.json", "own.txt")]
+    old = [tmp_path / "runs/x" / name for name in ("state/arm-id.pt", "align/a", "metrics.json", "reasons.jsonl", "config.json", "own.txt", "own.part", "sub/9.part")]
     for p in old:
-        p.parent.mkdir(parents=True, exist_ok=True), p.write_text("{}")
+        p.parent.mkdir(parents=True, exist_ok=True), p.write_text('{"settings": {}}')
     assert curec.main(["--dataset", "no_such_folder/here", "--data-dir", "nowhere", "--out", "runs/x"]) == 2
     assert all(p.exists() for p in old), capsys.readouterr().err
     curec.open_run(s)
-    assert [p.name for p in old if p.exists()] == ["config.json", "own.txt"] and not (tmp_path / "runs/x/state").exists()
+    assert [p.name for p in old if p.exists()] == ["config.json", "own.txt", "own.part", "9.part"] and not (tmp_path / "runs/x/state").exists()
+    (tmp_path / "runs/x/config.json").write_text('{"model_type": "qwen2"}'), (tmp_path / "runs/x/align").mkdir()
+    for resume in (False, True):                                # somebody's model, then somebody's state
+        with pytest.raises(D.DataError, match="another folder|does not exist"):
+            curec.open_run(replace(s, resume=resume))
     (tmp_path / "runs/x/config.json").unlink(), (tmp_path / "runs/x/state").mkdir()
     with pytest.raises(D.DataError, match="another folder"):
         curec.open_run(s)
+    assert (tmp_path / "runs/x/align").exists() and (tmp_path / "runs/x/own.part").exists()
 
 
 def test_a_run_gone_on_with_at_another_commit_says_so(tmp_path, monkeypatch):
@@ -395,6 +418,7 @@ def test_explain_shows_items_reasons_and_their_history(finished):
     cwd, _ = finished
     done = run("--run", "runs/demo", "--explain", "user3", cwd=cwd)
     assert done.returncode == 0 and "user3 chose:" in done.stdout and "until 20" in done.stdout
+    assert "-inf" not in done.stdout and "** rejected" not in done.stdout
     done = run("--run", "runs/demo", "--explain", "nobody", cwd=cwd)
     assert done.returncode == 2 and "user0" in done.stderr and "Traceback" not in done.stderr
 
@@ -403,7 +427,7 @@ def test_explain_shows_items_reasons_and_their_history(finished):
     (["--no-such-flag"], "--no-such-flag"), (["--seeds", "many"], "--seeds"), (["--arms", "id,magic"], "magic"), (["--method", "lane", "--arms", "id"], "--arms"),
     (["--knowledge-steps", "0"], "knowledge-steps"),
     (["--dataset", "demo", "--ties", "shuffle"], "--ties"), (["--dataset", "beauty", "--arms", "oracle"], "oracle"),
-    (["--run", "runs/x"], "--explain"), (["--run", "nowhere", "--explain", "u"], "config.json"), (["--seeds", "0"], "--seeds"),
+    (["--run", "runs/x"], "--explain"), (["--run", "", "--explain", "u"], "--run"), (["--run", ""], "--run"), (["--run", "runs/x", "--explain", ""], "--explain"), (["--run", "nowhere", "--explain", "u"], "config.json"), (["--seeds", "0"], "--seeds"),
     (["--resume", "--out", "nowhere"], "--resume"), (["--ties", "random"], "--ties"), (["--windows", "-1"], "--windows"), (["--temperature", "0"], "--temperature")])
 def test_bad_flags_end_with_one_line_and_status_2(args, hint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_kill.py               20 kills; the tests do six of a smaller run
 
-A round starts in a folder of its own, tiny LLM included, and ends with a run that nobody killed; rounds follow each other until all kills are done.
+A round starts in a folder of its own, tiny LLM included, and ends with a run that nobody killed; another follows if kills are left.
 metrics.json (times and memory apart), reasons.jsonl, ppo.jsonl (apart from its speed) and both adapters must equal those of an undisturbed run, byte for byte.
 """
 import argparse
@@ -40,33 +40,36 @@ def start(cwd: pathlib.Path, flags) -> subprocess.Popen:
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def survive(flags, kills: int, expected: dict, seconds: float, seed: int) -> list:
-    """Rounds of killed and resumed runs until there were `kills` kills, spread over the `seconds` that a run takes; each round's outcome must be the
-    one expected. Returns what was killed: (seconds after the start, the stage that was finished last)."""
+STAGES = "tiny_llm align reward before reference ppo after aligned rl curec bestof arm-popularity arm-id arm-content arm-rl arm-curec".split()
+
+
+def survive(flags, kills: int, expected: dict, seed: int) -> list:
+    """Rounds of killed and resumed runs until there were `kills` kills; each round's outcome must be the one expected. A kill comes at random within two
+    seconds after a stage has written something: a unit of work or its result; which stages, is spread evenly over all.
+    Returns what was killed: (the stage that was waited for, what was written last, seconds after that)."""
     rng, killed = random.Random(seed), []
     while len(killed) < kills:
         with tempfile.TemporaryDirectory() as cwd:
-            out, resume = pathlib.Path(cwd, "runs/demo"), []
+            state, resume = pathlib.Path(cwd, "runs/demo/state"), []
             while True:
                 run, begun = start(cwd, [*flags, *resume]), time.monotonic()
-                delay = rng.uniform(0, 2 * seconds / max(6, kills / 3)) if len(killed) < kills else float("inf")
-                while run.poll() is None and not (out / "config.json").exists():
-                    time.sleep(0.01)
-                warm = time.monotonic() + (4 if resume else 0)          # packages and the LLM are loaded again: no progress yet
-                while run.poll() is None and time.monotonic() < warm + delay:
-                    time.sleep(0.01)
+                goal = STAGES[len(killed) * len(STAGES) // kills] if len(killed) < kills else "nothing"
+                early = 7 if list(state.glob(f"{goal}.*pt")) else 0            # from an earlier process: packages and LLM are loaded first
+                while run.poll() is None and not (list(state.glob(f"{goal}.*pt")) and time.monotonic() > begun + early):
+                    time.sleep(0.005)
+                time.sleep(rng.uniform(0, 2) if run.poll() is None else 0)
                 if run.poll() is not None:
                     error = run.stderr.read()
-                    assert run.returncode == 0, error
+                    assert run.returncode == 0, f"seed {seed}, killed {killed}: {error}"
                     break
                 run.kill()
                 run.wait()
                 run.stderr.close()
-                done = sorted((out / "state").glob("*.pt"), key=lambda p: p.stat().st_mtime_ns) if out.exists() else []
-                killed.append((round(time.monotonic() - begun, 1), done[-1].stem if done else "nothing"))
+                last = max(state.glob("*.pt"), key=lambda p: p.stat().st_mtime_ns)
+                killed.append((goal, last.name.removesuffix(".pt"), round(time.time() - last.stat().st_mtime, 1)))
                 resume = ["--resume"]
-            found = outcome(out)
-            assert [name for name in FILES if found[name] != expected[name]] == [], killed
+            found = outcome(state.parent)
+            assert [name for name in FILES if found[name] != expected[name]] == [], f"seed {seed}, killed {killed}"
     return killed
 
 
@@ -80,9 +83,9 @@ def main():
         error = run.communicate()[1]
         assert run.returncode == 0, error
         seconds, expected = time.monotonic() - begun, outcome(pathlib.Path(cwd, "runs/demo"))
-    killed = survive([], args.kills, expected, seconds, args.seed)
-    print(f"an undisturbed run takes {seconds:.0f} s; killed after (s, finished last): {killed}")
-    print(f"{len(killed)} kills, and every round ended byte for byte like the undisturbed run")
+    killed = survive([], args.kills, expected, args.seed)
+    print(*(f"killed in or after {goal}, {after} s after {last} was written" for goal, last, after in killed), sep="\n")
+    print(f"{len(killed)} kills of a run of {seconds:.0f} s, and every round ended byte for byte like the undisturbed run")
     HERE.with_suffix(".json").write_text(json.dumps({"command": f"python tests/bench/bench_kill.py --kills {args.kills} --seed {args.seed}", "cpus": os.cpu_count(),
                                                      "run_s": seconds, "killed": killed, "equal": True}, indent=1) + "\n")
 
