@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
 import recommender as rec
-import reward
 
 
 # ------------------------------------------------------------------------------------------------------- helpers
@@ -626,8 +625,9 @@ def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch, tmp_p
         whole, rest = (Keeper(tmp_path / f"{fits}-{part}") for part in ("whole", "rest"))
         with rec.workers("cpu", fits) as pool:
             assert pool.submit(worker_shows_bars).result() == (fits == 1)
-            found.append(pool.submit(rec.run_arm, *arm, seed=1, epochs=3, save=whole.save).result())
-            found.append(pool.submit(rec.run_arm, *arm, seed=1, epochs=3, state=whole.states()[0], seconds=1e6, save=rest.save).result())
+            found.append(pool.submit(rec.run_arm, *arm, SimpleNamespace(state=None, seconds=0.0, save=whole.save), seed=1, epochs=3).result())
+            units = SimpleNamespace(state=whole.states()[0], seconds=1e6, save=rest.save)
+            found.append(pool.submit(rec.run_arm, *arm, units, seed=1, epochs=3).result())
         kept.append(whole.states())
         assert [state["epoch"] for state in kept[-1]] == [1, 2, 3] and equal(rest.states(), kept[-1][1:])
     assert equal(*kept) and [fit["row"]["train_s"] > 1e6 for fit in found] == [False, True] * 2
@@ -701,7 +701,7 @@ def test_lane_trains_ranks_and_comes_back_from_its_weights():
     histories = d.train[:6]
     together, apart = score(histories, range(6)), torch.cat([score([h], [u]) for u, h in enumerate(histories)])
     assert torch.allclose(together, apart, atol=1e-5) and not torch.allclose(together, score(histories, range(6, 12)), atol=1e-3)
-    assert torch.equal(together, rec.scorer(reward.ranker(12, model.state_dict()))(histories, range(6)))
+    assert torch.equal(together, rec.scorer(rec.ranker(12, model.state_dict()))(histories, range(6)))
 
 
 def test_first_id_vectors_are_those_given_and_train_on():
