@@ -288,13 +288,14 @@ def downstream(s, data, encode, kinds, preferences, score, m):
 
 def pipeline(s: Settings):
     """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
-    begin, todo = time.perf_counter(), reward.needed(s)
+    begin, todo, data = time.perf_counter(), reward.needed(s), load_data(s)
     announced = lambda name: name in todo and print(todo[name]) is None
-    data, begun = load_data(s), open_run(s)                      # in this order: data that cannot be loaded costs no older run
+    if "PPO" in todo and min(len(data.users), data.n_items) < 10:
+        raise D.DataError(f"{data.name}: reasons need at least 10 people and 10 items; take more data, or --arms popularity,markov,id")
+    cuts, who, begun = reward.window_cuts(data, s.windows), D.choosers(data), open_run(s)         # in this order: useless data cost no older run
     m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
                      "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
     print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
-    cuts, who = reward.window_cuts(data, s.windows), D.choosers(data)
     config, encode, kinds, reasons, preferences, score = describe(s, cuts, begun), None, {}, [], None, None
     keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
     if announced("LLM"):
@@ -302,8 +303,6 @@ def pipeline(s: Settings):
         keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
         model, tokenizer, encode = open_llm(s, path)
     encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
-    if "PPO" in todo and min(len(data.users), data.n_items) < 10:
-        raise D.DataError(f"{data.name}: reasons need at least 10 people and 10 items; take more data, or --arms popularity,markov,id")
     if "PPO" in todo:
         taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], lr=1e-3 if s.llm == "tiny" else 2e-4, reason_share=0.8, follow=0.0)
         print(todo["reward model"])

@@ -378,8 +378,7 @@ def test_adapters_off_equal_base_logits(tiny, shared):
     model, tokenizer = shared
     batch = dict(input_ids=batch_of(tokenizer).ids)
     plain = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32)
-    plain.train()                    # it has no dropout; in eval() some CPUs repack 4-bit weights and round otherwise (TRAPS 1)
-    rl.use(model, "align"), rl.set_mode(model, training=False)
+    rl.use(model, "align"), rl.set_mode(model, training=False), rl.set_mode(plain, training=False)
     with torch.no_grad(), model.disable_adapter():
         ours, theirs = model(**batch).logits, plain(**batch).logits
     assert torch.equal(ours, theirs)
@@ -399,7 +398,7 @@ def test_saved_adapter_loads_in_plain_peft(tiny, shared, tmp_path):
     model.save_pretrained(str(tmp_path), selected_adapters=["align"])
     assert not (tmp_path / "policy").exists()
     base = AutoModelForCausalLM.from_pretrained(tiny, quantization_config=nf4(), dtype=torch.float32)
-    plain = PeftModel.from_pretrained(base, str(tmp_path / "align")).train()                             # see the test above
+    rl.set_mode(plain := PeftModel.from_pretrained(base, str(tmp_path / "align")), training=False)
     rl.use(model, "align"), rl.set_mode(model, training=False)
     with torch.no_grad():
         ours, theirs = (m(input_ids=batch_of(tokenizer).ids).logits for m in (model, plain))
