@@ -1,399 +1,1239 @@
-"""CURec on one GPU: an LLM writes why people choose an item, a recommender judges it, and the reasons help to rank.
+"""CURec on one GPU: an LLM writes why people choose an item, a recommender judges the reasons, and
+they help an ordinary recommender to rank and to say why.
 
-    python curec.py --dataset demo            everything offline on a laptop CPU, in minutes
-    data -> LLM (align) -> reward model -> PPO (policy) -> chronological correction -> SASRec with reasons -> report
+    python curec.py --dataset demo            everything offline on a laptop's CPU, in minutes
 
-Each stage leaves its result in the run folder, long ones after every update, epoch or window: from there --resume goes on. The hidden truth
-of the demo world is read in two places of reward.py only, `tell_truth` and the features of the arm `oracle`, and feeds nothing else."""
-import argparse, fcntl, functools, hashlib, importlib.metadata, json, os, platform, re, resource, shlex, shutil, signal, subprocess, sys, time
-from dataclasses import dataclass, field, fields, replace
+     1. data: a chronological sequence per user -> train | valid (last but one) | test (last)
+     2. align: teach a 4-bit LLM with LoRA the form of reasons, and recommendation knowledge
+     3. reward model: train a small sequential recommender that sees an item by its reason alone
+     4. PPO: sample reasons, reward them, update the adapter `policy`; `align` is the reference
+     5. correction: cut train time into windows; an item starts with a reason from its text alone
+     6.    at the end of a window: show the LLM the reason and a third of the item's new choosers
+     7.    it proposes corrections; the other new choosers (the audience) judge the best of them
+     8.    accept it if their paired gain exceeds a margin; the timeline keeps what happened
+     9. downstream: train SASRec with the last reasons as item features, beside control arms
+    10. evaluate: rank the whole catalogue for each test user; compare arms with paired intervals
+
+Each stage leaves its result in the run folder, long ones after every update or window: from there
+--resume goes on. The demo's hidden truth is read by `add_truth` and by the arm `oracle` alone.
+"""
+
+import argparse
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-def stop(number, frame):
-    """Ctrl-C: every file is whole at any time, so nothing needs to be put in order."""
-    print(f"\ninterrupted; go on with: python {shlex.join(a for a in sys.argv if a != '--resume')} --resume", file=sys.stderr, flush=True)
-    os._exit(128 + number)
-if __name__ in ("__main__", "__mp_main__"):           # before the imports that take seconds; worker processes end in silence
-    signal.signal(signal.SIGINT, stop if __name__ == "__main__" else signal.SIG_DFL)
+from typing import NamedTuple
+
 import numpy as np
 import torch
-from tqdm import tqdm
-import data as D, recommender, reward, rl
-from recommender import ARMS, COUNTING, METHODS, keep, run_arm, stage
+import torch.nn.functional as F
 
-DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"         # Apache-2.0; the default for real data where CUDA is at hand
-opt = lambda usual, group, text, choices=None: field(default=usual, metadata={
-    "group": group, "help": text + f" [{usual}]" * (usual not in ("", False)), "choices": choices})
+import data as D
+import recommender
+import reward
+import rl
+from recommender import ARMS, METHODS, REASON_TEXTS
+
+DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where there is CUDA
+MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
+TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
+
+
+def option(default, group: str, text: str, choices=None):
+    """A field of Settings, and a flag of the command line."""
+    text += f" [{default}]" if default not in ("", False) else ""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = opt("demo", "data", "demo | beauty | toys | sports | another Amazon category | a folder of your own")
-    data_dir: str = opt("data", "data", "folder that holds, or receives, the downloaded files")
-    ties: str = opt("file", "data", "order within a timestamp: file (as published numbers) | shuffle (honest)", ("file", "shuffle"))
-    k_core: int = opt(-1, "data", "fewest interactions a user and an item must have; -1: 5 for a folder, else 0")
-    limit_items: int = opt(0, "data", "keep the N items with most train interactions, then a 5-core; 0: all")
-    limit_users: int = opt(0, "data", "then keep N users drawn by seed; 0: all")
-    llm: str = opt("", "LLM", f"tiny | Hugging Face name or path; default: tiny for demo or CPU, else {DEFAULT_LLM}")
-    encoder: str = opt("", "LLM", "Hugging Face text encoder, name or path; default: the LLM's own hidden states")
-    tiny_steps: int = opt(0, "LLM", "training steps of the tiny LLM, 16 prompts each; 0: 1000 for demo, else 4000")
-    align_steps: int = opt(200, "LLM", "supervised LoRA steps, 32 prompts each")
-    temperature: float = opt(0.7, "LLM", "of reasons and PPO's answers; proposals to choose from are sampled at 1")
-    max_new: int = opt(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
-    micro_batch: int = opt(0, "LLM", "rows a pass with gradients holds; lower it if memory runs out; 0: 16 for tiny, else 4")
-    knowledge_steps: int = opt(600, "LLM", "supervised LoRA steps of the arm knowledge, 32 prompts each")
-    ppo_updates: int = opt(20, "method", "PPO updates (sample, score, learn)")
-    ppo_batch: int = opt(192, "method", "answers sampled for each PPO update")
-    ppo_lr: float = opt(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
-    windows: int = opt(2, "method", "time windows of the correction, equal in train events")
-    proposals: int = opt(12, "method", "corrections proposed for an item and window")
-    margin: float = opt(0.25, "method", "accept a correction if its paired gain exceeds this many standard errors")
-    method: str = opt("curec", "evaluation", "whose arms: curec | lane | knowledge (two relatives, see README)", METHODS)
-    arms: str = opt("", "evaluation", "instead: comma-separated arms, or all: " + ",".join(ARMS))
-    seeds: int = opt(3, "evaluation", "downstream repeats of every arm")
-    epochs: int = opt(60, "evaluation", "most downstream epochs; validation stops earlier")
-    out: str = opt("", "run", "run folder; default runs/DATASET")
-    seed: int = opt(0, "run", "seed of everything, the demo world included")
-    device: str = opt("", "run", "cpu | cuda | cuda:1; default: cuda where there is one")
-    quick: bool = opt(False, "run", "a tiny run of every stage, for CI: its figures mean nothing")
-    resume: bool = opt(False, "run", "go on with the run folder after its last finished unit of work")
-    dry_run: bool = opt(False, "run", "only print what would be downloaded, asked and learnt, and the memory it takes")
-    debug: bool = opt(False, "run", "show the traceback of an error")
-    run: str = opt("", "look at a finished run", "the run folder to look at")
-    explain: str = opt("", "look at a finished run", "USER: this user's top items, each with its reason and the reason's history")
-    score: str = opt("", "look at a finished run", "TEXT: the reward of a reason written by hand, as 'people choose it for X and Y'")
-    item: str = opt("", "look at a finished run", "ID of the item that --score is about")
+    dataset: str = option("demo", "data", "demo | beauty | other Amazon category | folder")
+    data_dir: str = option("data", "data", "folder that holds or receives downloaded files")
+    ties: str = option("file", "data", "order within a timestamp: as published, or honest", D.TIES)
+    k_core: int = option(-1, "data", "fewest interactions a user, item; -1: 5 for a folder or 0")
+    limit_items: int = option(0, "data", "keep the N items chosen most, then a 5-core; 0: all")
+    limit_users: int = option(0, "data", "then keep N users drawn by seed; 0: all")
+    llm: str = option("", "LLM", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]")
+    encoder: str = option("", "LLM", "Hugging Face text encoder; default: the LLM's own states")
+    tiny_steps: int = option(0, "LLM", "steps of the tiny LLM; 0: 1000 for demo, else 4000")
+    align_steps: int = option(200, "LLM", "supervised LoRA steps, 32 prompts each")
+    temperature: float = option(0.7, "LLM", "of reasons and of PPO's answers; of proposals it is 1")
+    max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
+    micro_batch: int = option(0, "LLM", "rows a pass; lower to save memory; 0: 16 for tiny or 4")
+    knowledge_steps: int = option(600, "LLM", "supervised LoRA steps of the arm knowledge")
+    ppo_updates: int = option(20, "method", "PPO updates (sample, reward, update)")
+    ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
+    ppo_lr: float = option(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
+    windows: int = option(2, "method", "time windows of the correction, equal in train events")
+    proposals: int = option(12, "method", "corrections proposed for an item and window")
+    margin: float = option(0.25, "method", "standard errors that the gain of a correction exceeds")
+    method: str = option("curec", "evaluation", "whose arms: CURec's or a relative's", METHODS)
+    arms: str = option("", "evaluation", "instead: all, or some of " + ",".join(ARMS))
+    seeds: int = option(3, "evaluation", "downstream repeats of every arm")
+    epochs: int = option(60, "evaluation", "most downstream epochs; validation stops earlier")
+    out: str = option("", "run", "run folder; default runs/DATASET")
+    seed: int = option(0, "run", "seed of everything, the demo world included")
+    device: str = option("", "run", "cpu | cuda | cuda:1; default: cuda where there is one")
+    quick: bool = option(False, "run", "a tiny run of every stage: its figures mean nothing")
+    resume: bool = option(False, "run", "go on after the last finished unit of work")
+    dry_run: bool = option(False, "run", "only print what would be downloaded, asked and learnt")
+    debug: bool = option(False, "run", "show the traceback of an error")
+    run: str = option("", "look at a finished run", "the run folder to look at")
+    explain: str = option("", "look at a finished run", "USER: top items with their reasons")
+    score: str = option("", "look at a finished run", "TEXT: the reward of a reason of yours ...")
+    item: str = option("", "look at a finished run", "ID: ... about this item")
 
-load_data = lambda s: D.load(s.dataset, s.data_dir, small=s.quick, **{k: getattr(s, k) for k in "seed ties k_core limit_items limit_users".split()})
-QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2, "knowledge_steps": 12, "seeds": 1, "epochs": 3}
-UNSAVED = "resume", "dry_run", "debug", "run", "explain", "score", "item"            # flags that are no setting of a run
-sampling = lambda s: {"max_new": s.max_new, "temperature": s.temperature, "seed": s.seed, "budget": s.micro_batch * (2048 if s.llm == "tiny" else 8192)}
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        "curec.py", description="CURec on one GPU: LLM reasons for recommendation, judged, reinforced, corrected in time.", allow_abbrev=False,
-        epilog="Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl, ppo.jsonl, align/, policy/.",
-        argument_default=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=118))
-    parser.error = lambda message: (print(f"curec.py: error: {message} (see --help)", file=sys.stderr), sys.exit(2))
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields(Settings))}
+def main(run: "Run") -> None:
+    """The whole method, a stage a line."""
+    s, todo = run.settings, stages_needed(run.settings)
+    data = load_data(s)
+    cuts = window_cuts(data, s.windows)
+    run.open(data, cuts)
+    llm = encode = preferences = score = None
+    reasons, lines = {}, []
+    if run.announce(todo, "LLM"):
+        llm, encode = open_llm(s, llm_path(run, data))
+    if s.encoder:
+        encode = reward.load_encoder(s.encoder, s.device)
+    if "PPO" in todo:
+        align(run, data, llm)
+        run.announce(todo, "reward model")
+        judge = fit_reward_model(run, data, encode)
+        run.announce(todo, "PPO")
+        reinforce(run, data, llm, judge, cuts)
+        run.announce(todo, "reasons")
+        reasons, timelines = write_reasons(run, data, llm, judge, cuts)
+        lines = list_reasons(run, data, reasons, timelines)
+        run.metrics["reasons"] = reason_figures(data, llm, judge, reasons, cuts)
+    if run.announce(todo, "preferences"):
+        preferences = ask_preferences(run, data, llm)
+    if run.announce(todo, "knowledge"):
+        score = teach_knowledge(run, data, llm)
+    run.announce(todo, "arms")
+    inputs = arm_inputs(s, data, encode, reasons, preferences)
+    train_and_test_arms(run, data, inputs, score)
+    if reasons and data.truth:
+        add_truth(run.metrics, data, judge, reasons, cuts)
+    write_report(run, data, lines)
+
+
+# ------------------------------------------------------------------------- stages 1 to 4: the LLM
+def stages_needed(s: Settings) -> dict:
+    """The stages that the arms need, in their order, each with its headline."""
+    arms = [ARMS[arm] for arm in s.arms.split(",")]
+    reasons = any(set(arm.texts) & set(REASON_TEXTS) for arm in arms)
+    preferences = any(arm.preferences for arm in arms)
+    knowledge = "knowledge" in s.arms.split(",")
+    texts = any(arm.texts or arm.titles for arm in arms) and not s.encoder
+    needed = {"LLM": reasons or preferences or knowledge or texts}
+    needed |= dict.fromkeys(("reward model", "PPO", "reasons"), reasons)
+    needed |= {"preferences": preferences, "knowledge": knowledge, "arms": True}
+    names = [name for name, yes in needed.items() if yes]
+    return {name: f"[{k}/{len(names)}] {name}" for k, name in enumerate(names, 1)}
+
+
+def load_data(s: Settings):
+    """The data set, large enough for what the arms need."""
+    subset = D.Subset(s.ties, s.k_core, s.limit_items, s.limit_users)
+    data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
+    if "PPO" in stages_needed(s) and min(len(data.users), data.n_items) < 10:
+        advice = "take more data, or --arms popularity,markov,id"
+        raise D.DataError(f"{data.name}: reasons need at least 10 users and 10 items; {advice}")
+    return data
+
+
+def llm_path(run, data) -> str:
+    """Name or path of the LLM; the tiny one is trained from scratch on this data set's own texts
+    and prompts, and cached by what it depends on."""
+    s, steps = run.settings, run.settings.tiny_steps
+    if s.llm != "tiny":
+        return s.llm
+    path = run.load("tiny_llm")
+    if path and os.path.exists(path):
+        return path
+    rng, spelling = np.random.default_rng([s.seed, 41]), []
+    # no more samples than the steps can see
+    short = D.alignment_samples(data, min(10_000, 10 * steps), rng, D.Mixture(1.0, people=1))
+    every = D.alignment_samples(data, min(20_000, 20 * steps), rng, D.Mixture(1.0))
+    every += D.lane_samples(data, min(3000, 3 * steps), rng)
+    lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
+    if s.dataset != "demo":
+        # the words of a real catalogue first
+        for i in range(1, data.n_items + 1):
+            spelling.append((D.reason_prompt(data, i, "", ()), " ".join(data.phrases[i])))
+        lessons = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
+        lessons.append(("all prompts", every, 0.45))
+    lessons = [(name, part, round(share * steps)) for name, part, share in lessons if part]
+    digest = hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
+    path = os.path.abspath(f"cache/tiny-{data.name}-{digest}")
+    if not os.path.exists(path):
+        texts = [D.item_text(item) for item in data.items[1:]]
+        config = rl.TinyConfig(lowercase=s.dataset != "demo", device=s.device)
+        rl.train_tiny(path, texts, lessons, D.TAGS, config, s.seed, run.checkpoint())
+    return run.save(path)
+
+
+def open_llm(s: Settings, path: str) -> tuple:
+    """The LLM in 4 bits with a new adapter, (model, tokenizer), and its text embeddings as a
+    function."""
+    llm = rl.load(path, s.device, checkpointing=s.device != "cpu", seed=s.seed)
+    return llm, functools.partial(rl.encode, *llm, budget=sampling(s).budget)
+
+
+def sampling(s: Settings) -> rl.Sampling:
+    """How reasons are sampled."""
+    budget = s.micro_batch * (2048 if s.llm == "tiny" else 8192)
+    return rl.Sampling(s.max_new, s.temperature, budget, s.seed)
+
+
+def ask(llm, adapter: str, prompts: list, how: rl.Sampling, name: str) -> list:
+    """The texts that an adapter answers."""
+    rl.use(llm[0], adapter)
+    return rl.generate(*llm, prompts, how, name)[0]
+
+
+def align(run, data, llm) -> None:
+    """Stage 1: the adapter `align` learns the form of reasons from weak targets, and recommendation
+    knowledge. Which phrases matter is left to the reward."""
+    lr = 1e-3 if run.settings.llm == "tiny" else 2e-4
+    mix = D.Mixture(reason_share=0.8, follow=0.0)
+    train_adapter(run, data, llm, "align", run.settings.align_steps, lr, mix)
+
+
+def train_adapter(run, data, llm, name: str, steps: int, lr: float, mix) -> None:
+    """Supervised training of an adapter on alignment samples, kept in the run folder."""
+    s, (model, tokenizer) = run.settings, llm
+    if run.load(name) is None:
+        rl.use(model, name, trainable=True)
+        rng = np.random.default_rng([s.seed, 59])
+        samples = D.alignment_samples(data, 32 * steps, rng, mix)
+        config = rl.SupervisedConfig(steps, 32, s.micro_batch, lr, s.seed)
+        loss = rl.supervise(model, tokenizer, samples, config, name, run.checkpoint())
+        rl.save_adapter(model, s.out, name)
+        run.save(loss)
+    rl.restore_adapter(model, s.out, name)
+
+
+def fit_reward_model(run, data, encode) -> reward.Judge:
+    """The reward model, trained, with the states of all train events."""
+    judge = reward.Judge(data, encode, run.settings.seed)
+    fit = run.load("reward")
+    if fit is None:
+        report = judge.fit()
+        fit = run.save({"report": report, "weights": judge.model.state_dict()})
+    judge.load_weights(fit["weights"])
+    run.metrics["reward"] = fit["report"]
+    return judge
+
+
+class Practice(NamedTuple):
+    """PPO's prompts, a list each, and the row numbers that it trains on and that it is tested on."""
+
+    items: list
+    prompts: list
+    shown: list
+    audience: list
+    train: np.ndarray
+    held_out: np.ndarray
+
+
+def practice_prompts(data, cuts, seed: int) -> Practice:
+    """For every item a one-shot prompt (all train choosers, no reason yet) and one as in correction
+    (choosers of one window, a random reason). A tenth of the items is held out; prompts that show
+    nobody are in neither set: there is nothing to judge their answers by."""
+    rng = np.random.default_rng([seed, 47])
+    shown, audience = one_shot_people(data, seed + 1)
+    rows = []
+    for i in range(1, data.n_items + 1):
+        w = int(rng.integers(len(cuts) - 1))
+        times = data.events["time"][data.events_by_item[i]]
+        in_window = data.events_by_item[i][(times >= cuts[w]) & (times < cuts[w + 1])]
+        few, others = split_people(in_window, rng)
+        current = D.random_reason(data, i, rng)
+        rows.append((i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
+        rows.append((i, D.reason_prompt(data, i, current, few), few, others))
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    some = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
+    judged = rng.permutation([k for k, row in enumerate(rows) if len(row[2])])
+    held = np.isin(columns[0], some)[judged]
+    return Practice(*columns, judged[~held], judged[held])
+
+
+def reinforce(run, data, llm, judge, cuts) -> None:
+    """Stage 4: PPO on the adapter `policy`. The score of an answer is its reward less the mean
+    reward of two answers of `align` to the same prompt."""
+    s, practice = run.settings, practice_prompts(data, cuts, run.settings.seed)
+    train = practice.train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
+    held = practice.held_out if len(practice.held_out) else train
+    rl.add_policy(llm[0])
+
+    def rewards(texts, rows) -> reward.Rewards:
+        columns = (practice.items, practice.shown, practice.audience)
+        items, shown, audience = ([column[k] for k in rows] for column in columns)
+        return reward.rewards(judge, items, texts, shown, audience, (cuts[0], cuts[-1]))
+
+    def sample(stage: str, adapter: str, rows, name: str) -> torch.Tensor:
+        kept = run.load(stage, "ppo")
+        if kept is None:
+            prompts = [practice.prompts[k] for k in rows]
+            texts = ask(llm, adapter, prompts, sampling(s), name)
+            kept = run.save(torch.from_numpy(rewards(texts, rows).total))
+        return kept
+
+    def score(texts, rows) -> tuple:
+        found = rewards(texts, train[rows])
+        logged = {"grounded": float(found.grounded.mean())}
+        logged["format_ok"] = float(found.format_ok.mean())
+        return torch.from_numpy(found.total) - reference[rows], logged
+
+    before = sample("before", "align", held, "held-out prompts before PPO")
+    reference = sample("reference", "align", np.repeat(train, 2), "reference: two answers a prompt")
+    reference = reference.view(-1, 2).mean(1)
+    log = run.load("ppo", "ppo")
+    if log is None:
+        sizes = {"batch": s.ppo_batch, "minibatch": s.ppo_batch // 3, "micro_batch": s.micro_batch}
+        # one epoch: fresh answers beat reused ones at this size
+        config = rl.PPOConfig(s.ppo_updates, **sizes, epochs=1, lr=s.ppo_lr, seed=s.seed)
+        config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
+        prompts = [practice.prompts[k] for k in train]
+        log = rl.ppo(*llm, prompts, score, config, run.checkpoint())
+        rl.save_adapter(llm[0], s.out, "policy")
+        run.save(log)
+    rl.restore_adapter(llm[0], s.out, "policy")
+    after = sample("after", "policy", held, "held-out prompts after PPO")
+    change = {"reward_before": before.mean().item(), "reward_after": after.mean().item()}
+    run.metrics["ppo"] = change | {"kl": log[-1]["kl"], "updates": len(log)}
+
+
+# ----------------------------------------------------- stages 5 to 8: chronological correction
+class Window(NamedTuple):
+    """The items that step in a window, and by whom: arrays of event numbers an item."""
+
+    number: int
+    period: tuple  # [start, end)
+    items: list
+    shown: list  # in the prompt
+    audience: list  # who judges
+
+
+def window_cuts(data, windows: int) -> list:
+    """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events;
+    equal times stay together."""
+    times = data.events["time"]
+    starts = np.quantile(times, np.arange(windows) / windows, method="lower")
+    return sorted({*map(int, starts), int(times.max()) + 1})
+
+
+def one_shot_people(data, seed: int) -> tuple:
+    """For every item a seeded sample of all its train choosers: shown and audience."""
+    rng = np.random.default_rng([seed, 43])
+    mixed = [rng.permutation(events) for events in data.events_by_item]
+    shown = [events[: D.PEOPLE] for events in mixed]
+    return shown, [events[D.PEOPLE :][: reward.MAX_AUDIENCE] for events in mixed]
+
+
+def split_people(events, rng) -> tuple:
+    """A third of the choosers is shown, the others are the audience."""
+    mixed, third = rng.permutation(events), max(1, round(len(events) / 3))
+    return mixed[:third][: D.PEOPLE], mixed[third:][: reward.MAX_AUDIENCE]
+
+
+def correction_windows(data, cuts, seed: int):
+    """Yields a Window after another. An item with fewer than 4 new choosers waits: they join its
+    next window. Nobody who came after the end of a window is in it."""
+    waiting = [np.zeros(0, int)] * (data.n_items + 1)
+    for number in range(1, len(cuts)):
+        start, end = cuts[number - 1], cuts[number]
+        rng = np.random.default_rng([seed, 53, number - 1])
+        items, shown, audience = [], [], []
+        for i, events in enumerate(data.events_by_item):
+            times = data.events["time"][events]
+            waiting[i] = np.append(waiting[i], events[(times >= start) & (times < end)])
+            if len(waiting[i]) >= 4:
+                some, others = split_people(waiting[i], rng)
+                items.append(i)
+                shown.append(some)
+                audience.append(others)
+                waiting[i] = waiting[i][:0]
+        if items:
+            yield Window(number, (start, end), items, shown, audience)
+
+
+def propose(s: Settings, llm, prompts: list, seed: int, name: str) -> list:
+    """An answer a prompt, at temperature 1, for the audience to choose from; every third by
+    `align`, whose guesses PPO has not narrowed down."""
+    hot = replace(sampling(s), temperature=1.0, seed=seed)
+    answers = [""] * len(prompts)
+    by_policy = [k for k in range(len(prompts)) if k % 3]
+    for adapter, rows in (("align", range(0, len(prompts), 3)), ("policy", by_policy)):
+        asked = [prompts[k] for k in rows]
+        texts = ask(llm, adapter, asked, hot, f"{name}, by {adapter}")
+        for k, text in zip(rows, texts, strict=True):
+            answers[k] = text
+    return answers
+
+
+def accept(judge, window: Window, current: list, proposals: list, margin: float) -> tuple:
+    """For each item of a window the proposal of highest reward, and whether it replaces the current
+    answer. proposals: K answers an item, item by item. Returns (answers from now on, an entry of
+    the timeline each, a row of metrics.json). The row's false-accept rate: what choice and test
+    let pass where each user of the audience may as well have liked the current answer better by as
+    much: a sign is drawn for each."""
+    people = (window.shown, window.audience, window.period)
+    new = reward.rewards(judge, window.items, proposals, *people)
+    old = reward.rewards(judge, window.items, current, *people)
+    K = len(proposals) // len(window.items)
+    rng = np.random.default_rng([judge.seed, 37, len(window.items)])
+    answers, entries, false_accepts = [], [], 0
+    for k in range(len(window.items)):
+        mine = range(k * K, (k + 1) * K)
+        # a malformed current answer pays for it
+        before = old.by_audience[k] - float(old.format_penalty[k])
+        best = mine[np.argmax(new.total[mine])]
+        accepted = is_accepted(new, best, new.by_audience[best] - before, old.grounded[k], margin)
+        answers.append(proposals[best] if accepted else current[k])
+        entry = timeline_entry(judge.data, window, k, proposals[best])
+        entry["reward_before"] = float(before.mean())
+        entry["reward_after"] = float(new.by_audience[best].mean())
+        entries.append(entry | {"accepted": accepted})
+        signs = rng.choice([-1.0, 1.0], len(before))
+        gains = {j: new.by_audience[j] - before for j in mine}
+        changes = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]
+        lucky = mine[np.argmax(new.total[mine] + changes)]
+        false_accepts += is_accepted(new, lucky, signs * gains[lucky], old.grounded[k], margin)
+    return answers, entries, window_row(entries, len(proposals), false_accepts)
+
+
+def is_accepted(new: reward.Rewards, best: int, gains, old_grounded: float, margin: float) -> bool:
+    """A proposal must be well-formed, no less grounded, and convince the audience."""
+    sound = new.format_ok[best] and new.grounded[best] >= old_grounded
+    return bool(sound and is_convincing(gains, margin))
+
+
+def is_convincing(gains: np.ndarray, margin: float) -> bool:
+    """Does the mean of the paired gains exceed zero by more than margin standard errors?"""
+    if len(gains) < 2:
+        return False
+    error = gains.std(ddof=1) / len(gains) ** 0.5
+    return bool(gains.mean() > margin * error + MIN_GAIN)
+
+
+def timeline_entry(data, window: Window, k: int, proposal: str) -> dict:
+    """What happened to the k-th item of a window, but for the judgement."""
+    shown = window.shown[k]
+    return {
+        "window_end": window.period[1],
+        "people": [data.users[u] for u in data.events["user"][shown]],
+        "judges": len(window.audience[k]),
+        "shared": D.shared_phrases(data, window.items[k], shown)[:3],
+        "proposal": D.parse_answer(proposal)[0],
+    }
+
+
+def window_row(entries: list, proposed: int, false_accepts: int) -> dict:
+    """A window in metrics.json."""
+    gains = [e["reward_after"] - e["reward_before"] for e in entries if e["accepted"]]
+    return {
+        "items": len(entries),
+        "proposed": proposed,
+        "accepted": len(gains),
+        "rejected": len(entries) - len(gains),
+        "mean_gain": float(np.mean(gains or [0.0])),
+        "false_accept_rate": false_accepts / len(entries),
+        "reward_before": float(np.mean([e["reward_before"] for e in entries])),
+        "reward_after": float(np.mean([standing(e) for e in entries])),
+    }
+
+
+def standing(entry: dict) -> float:
+    """The reward, by its audience, of the reason that an entry of the timeline leaves."""
+    return entry["reward_after" if entry["accepted"] else "reward_before"]
+
+
+def correct(run, data, llm, judge, windows: list) -> tuple:
+    """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a
+    judgement. Returns the answers at first and at last (index 0 empty), the timelines, and the
+    rows of metrics.json."""
+    s, done = run.settings, run.load("curec", "correct")
+    checkpoint = run.checkpoint()
+    state = done or checkpoint.state
+    if state is None:
+        alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
+        first = ask(llm, "policy", alone, sampling(s), "first reasons, from the text alone")
+        state = {"first": ["", *first], "windows": []}
+        checkpoint.save(state)
+    answers, timelines = list(state["first"]), [[] for _ in state["first"]]
+    for n, window in enumerate(windows):
+        if n == len(state["windows"]):
+            prompts = []
+            for i, shown in zip(window.items, window.shown, strict=True):
+                reason = D.parse_answer(answers[i])[0]
+                prompts += [D.reason_prompt(data, i, reason, shown)] * s.proposals
+            name = f"correction, window {window.number} of {s.windows}"
+            proposals = propose(s, llm, prompts, s.seed + window.number, name)
+            current = [answers[i] for i in window.items]
+            state["windows"].append(accept(judge, window, current, proposals, s.margin))
+            checkpoint.save(state)
+        chosen, entries, _ = state["windows"][n]
+        for i, answer, entry in zip(window.items, chosen, entries, strict=True):
+            answers[i] = answer
+            timelines[i].append(entry)
+    if not done:
+        run.save(state)
+    rows = []
+    for window, (_, _, row) in zip(windows, state["windows"], strict=True):
+        rows.append({"window": window.number} | row)
+    return state["first"], answers, timelines, rows
+
+
+def best_of(run, data, llm, judge, windows: list, first: list) -> list:
+    """The control for correction: the first reason and as many proposals as correction made, to the
+    same users shown, but with no reason so far, and judged by all their audiences at once."""
+    s, kept = run.settings, run.load("bestof", "correct")
+    if kept is not None:
+        return kept
+    shown, audience = ([np.zeros(0, int)] * (data.n_items + 1) for _ in range(2))
+    asked = [[] for _ in shown]
+    for window in windows:
+        for i, some, others in zip(window.items, window.shown, window.audience, strict=True):
+            shown[i], audience[i] = np.append(shown[i], some), np.append(audience[i], others)
+            asked[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
+    prompts = [prompt for mine in asked for prompt in mine]
+    texts = propose(s, llm, prompts, s.seed + 91, "best of one-shot proposals")
+    items = list(range(1, data.n_items + 1))
+    items = np.array(items + [i for i in items for _ in asked[i]])
+    texts = [*first[1:], *texts]
+    some, others = [shown[i] for i in items], [audience[i] for i in items]
+    # the period is the whole train time: from the first window's start to the last one's end
+    period = (int(data.events["time"].min()), int(data.events["time"].max()) + 1)
+    total = reward.rewards(judge, items, texts, some, others, period).total
+    best = [""]
+    for i in range(1, data.n_items + 1):
+        mine = np.flatnonzero(items == i)
+        best.append(texts[mine[np.argmax(total[mine])]])
+    return run.save(best)
+
+
+def write_reasons(run, data, llm, judge, cuts) -> tuple:
+    """All kinds of reasons, {kind: decoded answers, index 0 empty}, and the timelines."""
+    s, reasons = run.settings, {}
+    shown, _ = one_shot_people(data, s.seed)
+    prompts = [D.reason_prompt(data, i, "", shown[i]) for i in range(1, data.n_items + 1)]
+    for kind, adapter in (("aligned", "align"), ("rl", "policy")):
+        reasons[kind] = run.load(kind, "correct")
+        if reasons[kind] is None:
+            texts = ask(llm, adapter, prompts, sampling(s), f"reasons: {kind}")
+            reasons[kind] = run.save(["", *texts])
+    windows = list(correction_windows(data, cuts, s.seed))
+    first, reasons["curec"], timelines, rows = correct(run, data, llm, judge, windows)
+    run.metrics["correction"] = rows
+    reasons["bestof"] = best_of(run, data, llm, judge, windows, first)
+    return reasons, timelines
+
+
+def list_reasons(run, data, reasons: dict, timelines: list) -> list:
+    """Writes reasons.jsonl, and returns its lines."""
+    lines = []
+    for i in range(1, data.n_items + 1):
+        said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
+        line = {"item": data.items[i]["id"], "title": data.items[i]["title"]}
+        line |= {"aligned": said["aligned"], "rl": said["rl"], "timeline": timelines[i]}
+        lines.append(line | {"reason": said["curec"]})
+    texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    run.write("reasons.jsonl", "".join(texts))
+    return lines
+
+
+def reason_figures(data, llm, judge, reasons: dict, cuts) -> dict:
+    """Share grounded and well-formed, mean reward and length of each kind of reasons; rewards by
+    the one-shot people, of items that have them."""
+    shown, audience = one_shot_people(data, judge.seed)
+    items = [i for i in range(1, data.n_items + 1) if len(shown[i])]
+    people, others = [shown[i] for i in items], [audience[i] for i in items]
+    figures = {}
+    for kind, answers in reasons.items():
+        texts = [answers[i] for i in items]
+        found = reward.rewards(judge, items, texts, people, others, (cuts[0], cuts[-1]))
+        figures[kind] = {
+            "grounded": float(found.grounded.mean()),
+            "format_ok": float(found.format_ok.mean()),
+            "mean_reward": float(found.total.mean()),
+            "mean_tokens": float(np.mean([len(llm[1](a)["input_ids"]) for a in answers[1:]])),
+        }
+    return figures
+
+
+# -------------------------------------------------------------- stages 9 and 10: the arms
+def arm_inputs(s: Settings, data, encode, reasons: dict, preferences) -> dict:
+    """What the SASRec of each arm gets: {arm: recommender.Inputs}, as its row of ARMS says. The
+    features of a text: its embeddings, whitened. preferences: LANE's (see ask_preferences)."""
+    inputs, features = {}, {}
+    for arm in s.arms.split(","):
+        row = ARMS[arm]
+        for kind in row.texts:
+            if kind not in features:
+                vectors = encode(item_texts(s, data, reasons, kind))
+                features[kind] = F.pad(reward.whitening(vectors)(vectors), (0, 0, 1, 0))
+        parts = [features[kind] for kind in row.texts]
+        inputs[arm] = recommender.Inputs(torch.cat(parts, 1) if parts else None, ids=row.ids)
+        if row.titles:
+            inputs[arm] = title_inputs(s, data, encode, row, preferences)
+    return inputs
+
+
+def item_texts(s: Settings, data, reasons: dict, kind: str) -> list:
+    """A text an item of one of recommender.TEXTS; of reasons, without what tells the item."""
+    if kind == "item":
+        return [D.item_text(item) for item in data.items[1:]]
+    if kind == "truth":
+        texts = [" ".join(drivers) for drivers in data.truth["late"][1:]]
+    else:
+        answers = reasons["curec" if kind == "shuffled" else kind]
+        texts = [D.parse_answer(answer)[0] for answer in answers[1:]]
+    texts = [D.mask_identity(data, text) for text in texts]
+    if kind == "shuffled":
+        np.random.default_rng([s.seed, 61]).shuffle(texts)
+    return texts
+
+
+def train_and_test_arms(run, data, inputs: dict, score) -> None:
+    """Trains every arm with every seed and fills the metrics arms, comparisons and headroom. score:
+    of the arm `knowledge`, which is no SASRec."""
+    s, ranks, jobs = run.settings, {}, {}
+    config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
+    with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
+        for arm in inputs:
+            drawn = not ARMS[arm].baseline and arm != "knowledge"
+            for seed in range(s.seed, s.seed + (s.seeds if drawn else 1)):
+                job = (arm, data, inputs[arm], config, seed)
+                if arm != "knowledge" and not run.has(f"arm-{arm}.{seed}"):
+                    jobs[arm, seed] = pool.submit(recommender.fit_arm, *job)
+                else:
+                    jobs[arm, seed] = None
+        for arm in inputs:
+            fits = []
+            for name, seed in jobs:
+                if name == arm:
+                    fit = run.load(f"arm-{arm}.{seed}", "downstream")
+                    if fit is None and arm == "knowledge":
+                        fit = run.save(recommender.fit_arm(arm, data, None, config, seed, score))
+                    fits.append(fit or run.save(jobs[arm, seed].result()))
+            ranks[arm] = torch.stack([fit["ranks"] for fit in fits]).numpy()
+            run.metrics["arms"][arm] = entry = recommender.arm_entry(fits)
+            print(f"  {arm:10s} test NDCG@10 {np.mean(entry['test']['ndcg@10']):.4f}")
+    if score:
+        run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
+    run.metrics["comparisons"] = recommender.compare(ranks)
+    run.metrics |= recommender.headroom(run.metrics["arms"])
+
+
+def add_truth(metrics: dict, data, judge, reasons: dict, cuts) -> None:
+    """Demo only: how true the reasons are, and how well the judge knows it. Read after everything
+    else; feeds nothing."""
+    truth, named = {name: values[1:] for name, values in data.truth.items()}, {}
+    for kind, answers in reasons.items():
+        named[kind] = [D.parse_answer(answer)[1] for answer in answers[1:]]
+        metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
+    new = [
+        np.array([reward.names_new_driver(named[kind], truth)], float)
+        for kind in ("curec", "bestof")
+    ]
+    delta, ci = recommender.paired_bootstrap(*new)
+    row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
+    metrics["comparisons"].append(row | {"delta": delta, "ci95": ci})
+    metrics["reward"] |= reward.driver_choice(judge, data.truth, (cuts[0], cuts[-1]))
+
+
+# ------------------------------------------------------------------------------- the run folder
+class Run:
+    """The run folder: what each finished stage gave, state/STAGE.pt, and how long it took."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.folder = settings, Path(settings.out)
+        self.stage, self.start, self.times = "load", time.perf_counter(), {}
+        self.metrics = {"dataset": {}, "arms": {}}
+
+    def open(self, data, cuts) -> None:
+        """Locks the folder, clears an older run out of it or checks that the one to resume was
+        made with the same settings, and writes config.json."""
+        s, config, begun = self.settings, self.folder / "config.json", {}
+        self.times["load"] = time.perf_counter() - self.start
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (it goes with the process)
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            advice = "wait until it has ended, or choose another folder"
+            raise D.DataError(f"--out {s.out}: another run is at work there; {advice}") from None
+        if config.exists() and '"settings"' in config.read_text():
+            begun = json.loads(config.read_text())["settings"]
+        elif s.resume or config.exists() or (self.folder / "state").exists():
+            advice = "leave --resume out" if s.resume else "choose another folder"
+            raise D.DataError(f"--out {s.out}: holds no run of ours; {advice}")
+        for name, value in begun.items():
+            # another micro-batch is the same method
+            if s.resume and name != "micro_batch" and getattr(s, name, None) != value:
+                flag = "--" + name.replace("_", "-")
+                raise D.DataError(f"--resume: {s.out} was made with {flag} {value}")
+        if begun and not s.resume:
+            for name in OUTPUTS:
+                if (self.folder / name).is_dir():
+                    shutil.rmtree(self.folder / name)
+                (self.folder / name).unlink(missing_ok=True)
+        for part in self.folder.glob("**/*.part"):
+            part.unlink()
+        self.config = describe(s, cuts)
+        self.write("config.json", json.dumps(self.config, indent=1))
+        sizes = {"users": len(data.users), "items": data.n_items}
+        sizes["interactions"] = sum(map(len, data.seqs))
+        self.metrics["dataset"] = {"name": data.name, **sizes, "ties": s.ties}
+        print(f"{data.name}: {figures(sizes)}", *data.notes, sep="\n  note: ")
+
+    def announce(self, todo: dict, stage: str) -> bool:
+        """Prints the headline of a stage, if it is to be done."""
+        if stage in todo:
+            print(todo[stage])
+        return stage in todo
+
+    def has(self, stage: str) -> bool:
+        """Is the stage finished?"""
+        return (self.folder / "state" / f"{stage}.pt").exists()
+
+    def load(self, stage: str, time_as: str = ""):
+        """What a finished stage gave; None starts it. Its time counts as time_as, or its name."""
+        self.stage, self.time_as, self.start = stage, time_as or stage, time.perf_counter()
+        if not self.has(stage):
+            return None
+        kept = torch.load(self.folder / "state" / f"{stage}.pt", weights_only=True)
+        return self.finish(kept)
+
+    def save(self, value):
+        """Keeps what the stage that was started gave, and gives it back."""
+        kept = {"value": value, "seconds": time.perf_counter() - self.start}
+        rl.write_atomically(f"{self.folder}/state/{self.stage}.pt", kept)
+        for unit in (self.folder / "state").glob(f"{self.stage}.unit*"):
+            unit.unlink()
+        return self.finish(kept)
+
+    def finish(self, kept: dict):
+        self.times[self.time_as] = self.times.get(self.time_as, 0.0) + kept["seconds"]
+        return kept["value"]
+
+    def checkpoint(self) -> rl.Checkpoint:
+        """Keeps units of work of the stage that was started."""
+        return rl.Checkpoint(f"{self.folder}/state/{self.stage}.unit")
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the run folder."""
+        rl.write_atomically(f"{self.folder}/{name}", text)
+
+
+OUTPUTS = ("state", "align", "policy", "knowledge")
+OUTPUTS += ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")
+
+
+def describe(s: Settings, cuts) -> dict:
+    """config.json: what another machine needs to know to repeat the run."""
+    folder, commit = Path(__file__).resolve().parent, "unknown"
+    if shutil.which("git"):
+        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
+    gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
+    return {
+        "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
+        "windows": cuts,
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": gpu},
+    }
+
+
+# --------------------------------------------------------------------------------- the report
+def markdown(header: list, rows) -> str:
+    """A Markdown table; floats with four digits."""
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figures(values: dict, form: str = ",") -> str:
+    """Named numbers as one line of text."""
+    return ", ".join(f"{x:{form if isinstance(x, float) else ','}} {k}" for k, x in values.items())
+
+
+def tables(m: dict) -> dict:
+    """metrics.json in short, as Markdown: the arms and, where they are known, the headroom and the
+    kinds of reasons, truth first."""
+    names, rows, out = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr"), [], {}
+    for arm, entry in m["arms"].items():
+        values = [np.mean(entry["test"][name]) for name in names]
+        values += [np.mean(entry["valid"]["ndcg@10"]), entry["rank_ms_per_user"]]
+        rows.append([arm, len(entry["seeds"]), *values])
+    header = ["arm", "seeds", *(name.upper() for name in names), "valid NDCG@10", "ms/user"]
+    out["arms"] = markdown(header, rows)
+    if "headroom" in m:
+        room = m["headroom"]
+        shares = ", ".join(f"{arm} {share:.0%}" for arm, share in room["recovered"].items())
+        out["headroom"] = f"Headroom (oracle - content): {room['ndcg@10']:+.4f}. "
+        out["headroom"] += f"Recovered: {shares or 'no share of nothing'}."
+    if "reasons" in m:
+        kinds = m["reasons"]
+        names = sorted(
+            kinds["curec"], key=lambda name: (not name.startswith(("truth", "new")), name)
+        )
+        rows = [[kind, *(values[name] for name in names)] for kind, values in kinds.items()]
+        out["reasons"] = markdown(["reasons", *names], rows)
+        for c in m["comparisons"]:
+            if c["metric"] == "new_driver":
+                out["reasons"] += "\n\nNew driver named where one changed, curec - bestof: "
+                out["reasons"] += "{:+.3f} [{:+.3f}, {:+.3f}].".format(c["delta"], *c["ci95"])
+    return out
+
+
+def write_report(run: Run, data, lines: list) -> None:
+    """Writes metrics.json and report.md, and prints the tables. lines: of reasons.jsonl."""
+    s, m = run.settings, run.metrics
+    used = {"MB of RAM": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    m["peak_memory_mb"] = {"ram": used["MB of RAM"]}
+    if s.device != "cpu":
+        m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+    m["time_s"] = run.times | {"total": sum(run.times.values())}
+    run.write("metrics.json", json.dumps(m, indent=1))
+    short = tables(m)
+    notes = [f"LLM: {s.llm}", *data.notes, *(f"{k}: {figures(m[k])}" for k in ("lane",) if k in m)]
+    notes.append(
+        f"Seconds: {figures(m['time_s'], ',.0f')}. MB: {figures(m['peak_memory_mb'], ',.0f')}"
+    )
+    parts = ["# CURec on {name}, ties: {ties}: ".format(**m["dataset"]) + f"{data.n_items:,} items"]
+    parts.append("\n".join(f"- {note}" for note in notes))
+    parts.append("## Ranking: test, whole catalogue, seen items masked, mean of the seeds")
+    parts += [
+        short["arms"],
+        "## Differences in NDCG@10, paired over users",
+        differences(m),
+        short.get("headroom", ""),
+    ]
+    parts += ["## Slices and popularity audit", audit_table(m["arms"])]
+    if lines:
+        parts += ["## Reasons", short["reasons"], *reasons_report(m, lines)]
+    warning = ["**Quick run: these figures mean nothing.**"] * s.quick
+    run.write("report.md", "\n\n".join(filter(None, parts + warning)) + "\n")
+    print("", *short.values(), *warning, f"report: {run.folder / 'report.md'}", sep="\n\n")
+
+
+def differences(m: dict) -> str:
+    """The paired comparisons of the arms, as a table."""
+    rows = []
+    for c in m["comparisons"]:
+        if c["metric"] == "ndcg@10":
+            low, high = c["ci95"]
+            rows.append(
+                [f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}", f"{low:+.4f} .. {high:+.4f}"]
+            )
+    return markdown(["a - b", "delta", "95 % interval"], rows)
+
+
+def audit_table(arms: dict) -> str:
+    """NDCG@10 by slice, and the popularity audit of the arms."""
+    rows, header = [], ["arm"]
+    for arm, entry in arms.items():
+        slices = {f"NDCG@10, {name}": np.mean(v["ndcg@10"]) for name, v in entry["slices"].items()}
+        values = slices | entry["audit"]
+        header = ["arm", *values]
+        rows.append([arm, *values.values()])
+    return markdown(header, rows)
+
+
+def reasons_report(m: dict, lines: list) -> list:
+    """The judge, PPO, correction, two timelines, the best and the worst reasons."""
+    judged = [line for line in lines if line["timeline"]]
+    judged.sort(key=lambda line: standing(line["timeline"][-1]), reverse=True)
+    moved = sorted(judged, key=lambda line: -sum(e["accepted"] for e in line["timeline"]))[:2]
+    ends = []
+    for line in judged[:5] + judged[5:][-5:]:
+        value = standing(line["timeline"][-1])
+        ends.append(f"- {value:+.2f} **{line['title']}**: {line['reason']}")
+    correction = [list(row.values()) for row in m["correction"]]
+    return [
+        f"Reward model: {figures(m['reward'], '.3f')}. PPO, on held-out prompts: "
+        + figures(m["ppo"], "+.3f"),
+        "## Correction",
+        markdown(list(m["correction"][0]), correction) if correction else "no window",
+        "False-accept rate: what would be accepted if every old reason were as good (a random sign "
+        "for each gain), no share of mistakes.",
+        "## Two reasons and how they came about",
+        *(timeline_text(line) for line in moved),
+        "## Best and worst reasons, by the audience of their last window",
+        "\n".join(ends),
+    ]
+
+
+def timeline_text(line: dict) -> str:
+    """How a reason came about, of a line of reasons.jsonl: who came, what they share, what was
+    proposed, why it was taken."""
+    out = [f"**{line['title']}** ({line['item']}): {line['reason']}"]
+    for entry in line["timeline"]:
+        day = time.strftime("%Y-%m-%d", time.gmtime(entry["window_end"]))
+        people, shared = ", ".join(entry["people"]), ", ".join(entry["shared"]) or "nothing of it"
+        verdict = "accepted" if entry["accepted"] else "rejected"
+        change = "{reward_before:+.2f} -> {reward_after:+.2f}".format(**entry)
+        out.append(f"- until {day} came {people}, who had chosen {shared}:")
+        out[-1] += f" *{entry['proposal'] or 'malformed'}* {verdict};"
+        out[-1] += f" for {entry['judges']} others the reward {change}"
+    return "\n".join(out)
+
+
+# -------------------------------------------------------------- before a run, and after it
+def dry_run(s: Settings) -> None:
+    """--dry-run: prints downloads, memory, and what each stage learns and asks; writes nothing."""
+    todo, absent = stages_needed(s), {}
+    if s.dataset != "demo" and not os.path.isdir(s.dataset):
+        _, absent = D.amazon_files(s.dataset, s.data_dir)
+    for path, url in absent.items():
+        print(f"download {url} to {path}")
+    print("memory: 1 to 2 GB of RAM for recommender and tiny LLM")
+    if "LLM" in todo and s.llm != "tiny":
+        print(f"{s.llm}: {figures(rl.forecast(s.llm, sampling(s).budget), '.3g')}")
+    if absent:
+        print("prompts are counted when these files are there")
+        return
+    data = load_data(s)
+    cuts = window_cuts(data, s.windows)
+    windows = correction_windows(data, cuts, s.seed)
+    proposed = 2 * s.proposals * sum(len(window.items) for window in windows)
+    practised = practice_prompts(data, cuts, s.seed)
+    drawn = s.ppo_updates * s.ppo_batch
+    train, held = min(len(practised.train), drawn), len(practised.held_out)
+    length = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in practised.prompts])
+    rows = {
+        "LLM": (16 * s.tiny_steps * (s.llm == "tiny") + 32 * s.align_steps * ("PPO" in todo), 0),
+        "PPO": (0, 2 * held + 2 * train + drawn),
+        "reasons": (0, 3 * data.n_items + proposed),
+        "preferences": (0, 2 * len(data.users)),
+        "knowledge": (32 * s.knowledge_steps, 2 * len(data.users)),
+    }
+    table = []
+    for name, (learnt, asked) in rows.items():
+        if name in todo:
+            counts = (learnt, asked, round((learnt + asked) * length), asked * s.max_new)
+            table.append([name, *(f"{count:,}" for count in counts)])
+    header = ["stage", "texts learnt", "answers", "tokens read, about", "tokens written, at most"]
+    print(markdown(header, table))
+
+
+def look(s: Settings) -> None:
+    """Looks at the finished run in the folder s.run: --explain or --score."""
+    config = json.loads(Path(s.run, "config.json").read_text())
+    old = replace(Settings(**config["settings"]), out=s.run)
+    data = load_data(old)
+    ids = data.users if s.explain else [item["id"] for item in data.items[1:]]
+    name = s.explain or s.item
+    if name not in ids:
+        flag = "--explain" if s.explain else "--item"
+        raise D.DataError(f"{flag} {name}: not in the data; some there are: {', '.join(ids[:5])}")
+    if s.explain and s.method == "lane":
+        explain_lane(old, data, ids.index(name), config["llm_path"])
+    elif s.explain:
+        lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
+        history, items, scores, _ = recommend(old, data, "curec", ids.index(name))
+        print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
+        for item, score in zip(items, scores, strict=True):
+            print(f"\n{score:+.2f}  {timeline_text(lines[item - 1])}")
+    else:
+        print_score(old, data, s.score, ids.index(name) + 1, config)
+
+
+def load_stage(s: Settings, stage: str):
+    """What a stage of a finished run gave."""
+    path = Path(s.out, "state", f"{stage}.pt")
+    if not path.exists():
+        raise D.DataError(f"--run {s.out}: {path} is missing; it needs a finished run of that arm")
+    return torch.load(path, weights_only=True)["value"]
+
+
+def recommend(s: Settings, data, arm: str, user: int, k: int = 5) -> tuple:
+    """A user's history, and the k best items of a trained arm, their scores, the arm's model."""
+    model = recommender.from_weights(data.n_items, load_stage(s, f"arm-{arm}.{s.seed}")["model"])
+    history = data.seqs[user][:-1]
+    scores = recommender.scorer(model)([history], [user])[0]
+    scores[[0, *history]] = -torch.inf
+    best = scores.topk(min(k, data.n_items - len(set(history))))
+    return history, best.indices.tolist(), best.values.tolist(), model
+
+
+def print_score(s: Settings, data, text: str, item: int, config: dict) -> None:
+    """The reward of a reason written by hand, part by part, beside that of the item's own."""
+    if s.encoder:
+        encode = reward.load_encoder(s.encoder, s.device)
+    else:
+        _, encode = open_llm(s, config["llm_path"])
+    judge = reward.Judge(data, encode, s.seed)
+    judge.load_weights(load_stage(s, "reward")["weights"])
+    lines = [json.loads(line) for _, line in D.read_lines(f"{s.out}/reasons.jsonl")]
+    shown, audience = one_shot_people(data, s.seed)
+    reasons = [text, lines[item - 1]["reason"]]
+    answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
+    period = (config["windows"][0], config["windows"][-1])
+    found = reward.rewards(judge, [item], answers, [shown[item]], [audience[item]], period)
+    names = ("total", "shown", "audience", "grounded", "format_ok")
+    rows = [
+        [reason, *(getattr(found, name)[k].item() for name in names)]
+        for k, reason in enumerate(reasons)
+    ]
+    print(D.item_text(data.items[item]) + "\n")
+    print(f"{len(shown[item])} users as shown, {len(audience[item])} as audience\n")
+    print(markdown(["reason", *names], rows))
+
+
+# ------------------------------------------------------------------------------ the command line
+QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2}
+QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
+# flags that are no setting of a run
+NOT_KEPT = ("resume", "dry_run", "debug", "run", "explain", "score", "item")
+# what an LLM trained from scratch, and any other, has for settings left at 0
+TINY = {"max_new": 24, "micro_batch": 16, "ppo_lr": 1.5e-3}
+PRETRAINED = {"max_new": 128, "micro_batch": 4, "ppo_lr": 1e-5}
+POSITIVE = (
+    "seeds",
+    "windows",
+    "ppo_updates",
+    "epochs",
+    "align_steps",
+    "knowledge_steps",
+    "proposals",
+)
+LEAST = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys(POSITIVE, 1)
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message):
+        raise D.DataError(f"{message} (see --help)")
+
+
+def parse_args(argv=None) -> Settings:
+    """The settings given; DataError says what is wrong with them."""
+    parser = Parser(
+        "curec.py",
+        description="CURec on one GPU: LLM reasons for recommendation, judged, reinforced, "
+        "corrected in time.",
+        epilog="Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl, "
+        "ppo.jsonl, align/, policy/.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups = {}
     for f in fields(Settings):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": f.name.split("_")[-1].upper(), "choices": f.metadata["choices"]}
-        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"].replace("%", "%%"), **kind)
+        group = f.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": "store_true"}
+        elif not f.metadata["choices"]:
+            kind["metavar"] = f.name.split("_")[-1].upper()
+        text = f.metadata["help"].replace("%", "%%")
+        groups[group].add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
-    looked = [k for k in ("explain", "item", "run", "score") if k in given]
-    if looked not in ([], ["explain", "run"], ["item", "run", "score"]) or not all(given[k] for k in looked):
+    looked = {"explain", "item", "run", "score"} & set(given)
+    if looked not in (set(), {"explain", "run"}, {"item", "run", "score"}):
         raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
-    return Settings(**{**(QUICK if "quick" in given else {}), **given})
+    if not all(given[name] for name in looked):
+        raise D.DataError(f"--{min(looked)}: may not be empty")
+    return Settings(**(QUICK if given.get("quick") else {}) | given)
+
 
 def resolve(s: Settings) -> Settings:
-    """Fills what depends on the machine and refuses what contradicts itself."""
-    demo, device = s.dataset == "demo", s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arms = s.arms.split(",") if s.arms not in ("", "all") else [a for a in (ARMS if s.arms else METHODS[s.method]) if a != "oracle" or demo]
-    least = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys("seeds windows ppo_updates epochs align_steps knowledge_steps proposals".split(), 1)
-    odd = [f.name for f in fields(Settings) if f.type in (int, float) and not least.get(f.name, 0) <= getattr(s, f.name) < 2 ** 31]      # nan too
-    for wrong, message in (
-            (not re.fullmatch(r"cpu|cuda(:\d+)?", device), f"--device {device}: it is cpu, cuda or cuda:N"),
-            (device != "cpu" and int((device + ":0").split(":")[1]) >= torch.cuda.device_count(), f"--device {device}: PyTorch sees no such GPU; use --device cpu"),
-            (demo and (s.limit_items or s.limit_users or s.ties != "file"), "--limit-items, --limit-users and --ties are for real data"),
-            (set(arms) - set(ARMS), f"--arms: unknown {', '.join(set(arms) - set(ARMS))}; choose from {', '.join(ARMS)}"),
-            (s.arms and s.method != "curec", "--method and --arms both choose arms: give one of them"),
-            ("oracle" in arms and not demo, "--arms oracle: only the demo world knows its truth"),
-            (odd, f"--{''.join(odd[:1]).replace('_', '-')}: too small or too large")):
-        if wrong:
-            raise D.DataError(message)
-    tiny = (llm := s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)) == "tiny"
-    usual = {"max_new": 24, "micro_batch": 16, "ppo_lr": 1.5e-3} if tiny else {"max_new": 128, "micro_batch": 4, "ppo_lr": 1e-5}
-    usual |= {"tiny_steps": 1000 if demo else 4000, "out": f"runs/{Path(s.dataset).resolve().name.lower()}"}
-    return replace(s, device=device, llm=llm, arms=",".join(dict.fromkeys(arms)), **{k: getattr(s, k) or v for k, v in usual.items()})
-# ------------------------------------------------------------------------------------------------------ run folder
-def open_run(s: Settings):
-    """Clears an older run out of the run folder, or checks that the run to resume was made with the same settings, and tells its commits."""
-    out, config = Path(s.out), Path(s.out, "config.json")
-    out.mkdir(parents=True, exist_ok=True)
-    open_run.lock = open(out / ".lock", "w")
+    """Fills what depends on data and machine, and refuses what contradicts itself."""
+    demo, cuda = s.dataset == "demo", torch.cuda.device_count()
+    device = s.device or ("cuda" if cuda else "cpu")
+    arms = [arm for arm in ARMS if arm != "oracle" or demo]
+    if not s.arms:
+        arms = [arm for arm in arms if s.method in ARMS[arm].methods.split()]
+    elif s.arms != "all":
+        arms = s.arms.split(",")
+    wrong = []
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        wrong.append(f"--device {device}: it is cpu, cuda or cuda:N")
+    elif device != "cpu" and int((device + ":0").split(":")[1]) >= cuda:
+        wrong.append(f"--device {device}: PyTorch sees no such GPU; use --device cpu")
+    if demo and (s.limit_items or s.limit_users or s.ties != "file"):
+        wrong.append("--limit-items, --limit-users and --ties are for real data")
+    for arm in set(arms) - set(ARMS):
+        wrong.append(f"--arms: unknown {arm}; choose from {', '.join(ARMS)}")
+    if s.arms and s.method != "curec":
+        wrong.append("--method and --arms both choose arms: give one of them")
+    if "oracle" in arms and not demo:
+        wrong.append("--arms oracle: only the demo world knows its truth")
+    for f in fields(Settings):
+        value = getattr(s, f.name)
+        # "not" before the comparison: nan is refused too
+        if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < 2**31:
+            wrong.append(f"--{f.name.replace('_', '-')} {value}: too small or too large")
+    if wrong:
+        raise D.DataError(wrong[0])
+    llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
+    usual = {"tiny_steps": 1000 if demo else 4000, **(TINY if llm == "tiny" else PRETRAINED)}
+    usual["out"] = f"runs/{Path(s.dataset).resolve().name.lower()}"
+    filled = {name: getattr(s, name) or value for name, value in usual.items()}
+    return replace(s, device=device, llm=llm, arms=",".join(dict.fromkeys(arms)), **filled)
+
+
+def error_text(e: Exception, s: Settings | None, stage: str) -> str:
+    """What went wrong and what to do, in one line."""
+    if isinstance(e, D.DataError):
+        return str(e)
+    advice = "what is finished is kept: mend it and go on with --resume; --debug shows where"
+    if isinstance(e, MemoryError) or "out of memory" in str(e):
+        less = f"--micro-batch {max(1, s.micro_batch // 2)}, a smaller --llm or --max-new"
+        advice = f"out of memory; what is finished is kept: go on with --resume and {less}"
+    return f"{type(e).__name__} in stage {stage}: {e} ({advice})"
+
+
+def stop(number, frame):
+    """Ctrl-C: every file is whole at any time, so nothing needs to be put in order."""
+    command = shlex.join(arg for arg in sys.argv if arg != "--resume")
+    print(f"\ninterrupted; go on with: python {command} --resume", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def command_line(argv=None) -> int:
+    """Does what the command line says: 0, or 2 after an error in one line."""
+    run = s = None
     try:
-        fcntl.lockf(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                        # goes with the process, however that ends
-    except (BlockingIOError, PermissionError):
-        raise D.DataError(f"--out {s.out}: another run is at work there; wait until it has ended, or choose another folder") from None
-    ours, begun = config.exists() and '"settings"' in config.read_text(), {"git_commit": ""}
-    old = [part for folder in (out, out / "state") for part in folder.glob("*.[0-9]*.part") if ours]       # what a killed run was writing
-    if s.resume:
-        if not ours:
-            raise D.DataError(f"--resume: {config} of a run does not exist; leave --resume out to start")
-        begun = json.loads(config.read_text())                   # another micro-batch: same method, but other groups and so other samples
-        if changed := [k for k, v in begun["settings"].items() if k != "micro_batch" and getattr(s, k, None) != v]:
-            raise D.DataError(f"--resume: {s.out} was made with --{changed[0].replace('_', '-')} {begun['settings'][changed[0]]}")
-    elif ours:
-        old += [out / name for name in ("state", "align", "policy", "knowledge", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")]
-    elif config.exists() or (out / "state").exists():
-        raise D.DataError(f"--out {s.out}: holds a config.json or a folder 'state', but no run of ours; choose another folder")
-    for path in old:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return begun["git_commit"]
-
-def describe(s: Settings, cuts, begun: str) -> dict:
-    """config.json: what another machine needs to know to repeat the run. begun: commits that a resumed run was made at so far."""
-    git = "git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
-    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    return {"settings": {f.name: getattr(s, f.name) for f in fields(s) if f.name not in UNSAVED},
-            "windows": cuts, "python": platform.python_version(), "git_commit": begun if commit in begun else ", ".join(filter(None, (begun, commit))),
-            "versions": {p: importlib.metadata.version(p) for p in "torch transformers peft bitsandbytes accelerate numpy tqdm".split()},
-            "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": torch.cuda.get_device_name(s.device) if "cuda" in s.device else None}}
-# -------------------------------------------------------------------------------------------- stages 1 to 4: the LLM
-def tiny_llm(s: Settings, data, state=None, save=lambda state: None) -> str:
-    """Path of the tiny LLM trained from nothing on this data set's texts and prompts, a catalogue's words first; cached by what it depends on."""
-    rng = np.random.default_rng([s.seed, 41])
-    easy, samples = (D.alignment_samples(data, n, rng, reason_share=1.0, people=most) for n, most in ((10_000, 1), (20_000, D.PEOPLE)))
-    spell = [(D.reason_prompt(data, i, "", ()), " ".join(own)) for i, own in enumerate(data.phrases) if i and s.dataset != "demo"]
-    parts = {"spelling": spell, "short prompts": easy, "all prompts": samples + D.lane_samples(data, 3000, rng)}
-    lessons = [(name, part, round(x * s.tiny_steps)) for (name, part), x in zip(parts.items(), (0.25, 0.3, 0.45) if spell else (0, 0.4, 0.6)) if part]
-    path = os.path.abspath(f"cache/tiny-{data.name}-") + hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
-    if not os.path.exists(path):
-        rl.train_tiny(path, [*map(D.item_text, data.items[1:])], lessons, D.TAGS, lower=bool(spell), seed=s.seed, device=s.device, state=state, save=save)
-    return path
-
-def taught(s: Settings, data, model, tokenizer, adapter: str, steps: int, times: dict, lr: float, **mixture):
-    """Supervised training of an adapter on data.alignment_samples (mixture: its arguments), kept in the run folder."""
-    def work(units):
-        rl.use(model, adapter, trainable=True)
-        pairs = D.alignment_samples(data, 32 * steps, np.random.default_rng([s.seed, 59]), **mixture)
-        rl.supervise(model, tokenizer, pairs, steps=steps, batch=32, micro_batch=s.micro_batch, lr=lr, seed=s.seed, name=adapter, state=units.state, save=units.save)
-        rl.save_adapter(model, s.out, adapter)
-    stage(s, adapter, times, work)
-    rl.restore(model, s.out, adapter)
-
-def reinforce(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict) -> dict:
-    """PPO on the adapter `policy`; the score is R(answer) - mean R of two answers of `align` to the same prompt. Returns m["ppo"]."""
-    items, prompts, people, ears, held, train = reward.practice(data, who, cuts, s.seed)
-    train, held, found = train[: s.ppo_updates * s.ppo_batch], held if len(held) else train, {}            # more is never drawn
-    def total(texts, rows):
-        value, parts = judge.rewards([items[k] for k in rows], texts, [people[k] for k in rows], [ears[k] for k in rows], (cuts[0], cuts[-1]), s.seed)
-        found.update({k: float(parts[k].mean()) for k in ("grounded", "format_ok")})
-        return torch.from_numpy(value)
-    sample = lambda rows, adapter, name: total(rl.ask(model, tokenizer, adapter, [prompts[k] for k in rows], **sampling(s), name=name), rows)
-    def updates(units):
-        def save(state):
-            state["log"][-1] |= found                            # of the answers judged last: this update's
-            keep(os.path.join(s.out, "ppo.jsonl"), "".join(json.dumps(row) + "\n" for row in state["log"]))
-            units.save(state)
-        log = rl.ppo(model, tokenizer, [prompts[k] for k in train], lambda texts, rows: total(texts, train[rows]) - reference[rows],
-                     updates=s.ppo_updates, batch=s.ppo_batch, minibatch=s.ppo_batch // 3, micro_batch=s.micro_batch, epochs=1,
-                     lr=s.ppo_lr, **sampling(s), state=units.state, save=save)        # one epoch: fresh answers beat reused ones here
-        rl.save_adapter(model, s.out, "policy")
-        return log
-    before = stage(s, "before", times, lambda _: sample(held, "align", "held-out prompts before PPO"), "ppo")
-    reference = stage(s, "reference", times, lambda _: sample(np.repeat(train, 2), "align", "reference: two answers a prompt").view(-1, 2).mean(1), "ppo")
-    log = stage(s, "ppo", times, updates)
-    rl.restore(model, s.out, "policy")
-    after = stage(s, "after", times, lambda _: sample(held, "policy", "held-out prompts after PPO"), "ppo")
-    return {"reward_before": before.mean().item(), "reward_after": after.mean().item(), "kl": log[-1]["kl"], "updates": len(log)}
-# ----------------------------------------------------------------------------- stage 5: chronological correction
-def propose(s: Settings, model, tokenizer, prompts, seed, name):
-    """An answer a prompt for the judge to choose from: at temperature 1, every third by `align`, whose guesses PPO has not narrowed down."""
-    hot = lambda adapter, some: iter(rl.ask(model, tokenizer, adapter, some, **sampling(s) | {"seed": seed, "temperature": 1.0, "name": f"{name}, by {adapter}"}))
-    third, others = hot("align", prompts[::3]), hot("policy", [p for k, p in enumerate(prompts) if k % 3])
-    return [next(others if k % 3 else third) for k in range(len(prompts))]
-
-def correct(s: Settings, data, model, tokenizer, judge, who, cuts, state=None, save=lambda state: None):
-    """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a judgement. A third of its choosers are shown, others judge.
-    state, save: what is done, window by window. Returns (first answers, last answers, timelines, people shown a prompt and judges by item, rows a window)."""
-    alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
-    done = state or {"first": ["", *rl.ask(model, tokenizer, "policy", alone, **sampling(s), name="first reasons, from the text alone")], "windows": []}
-    save(done)
-    answers, (timelines, groups, ears) = [*done["first"]], ([[] for _ in done["first"]] for _ in range(3))
-    for n, (w, period, items, shown, judges) in enumerate(reward.windows(data, who, cuts, s.seed)):
-        if n == len(done["windows"]):
-            prompts = [D.reason_prompt(data, i, D.parse_answer(answers[i])[0], p) for i, p in zip(items, shown)]
-            proposals = propose(s, model, tokenizer, [p for p in prompts for _ in range(s.proposals)], s.seed + w, f"correction, window {w} of {len(cuts) - 1}")
-            chosen, entries, row = judge.choose(items, [answers[i] for i in items], proposals, shown, judges, period, s.seed, s.margin)
-            done["windows"].append((chosen, entries, {"window": w} | row))
-            save(done)
-        for i, p, j, answer, entry in zip(items, shown, judges, *done["windows"][n][:2]):
-            answers[i] = answer
-            timelines[i].append(entry), groups[i].append(p.tolist()), ears[i].extend(j.tolist())
-    return done["first"], answers, timelines, groups, ears, [row for *_, row in done["windows"]]
-
-def write_reasons(s: Settings, data, model, tokenizer, judge, who, cuts, times: dict):
-    """Writes reasons.jsonl. Returns all kinds of reasons, {KIND: decoded answers, index 0 empty}, the lines of the file, and the correction's rows."""
-    shown, items = reward.one_shot_people(who, s.seed)[0], list(range(1, data.n_items + 1))
-    prompts = [D.reason_prompt(data, i, "", shown[i]) for i in items]
-    one_shot = lambda adapter, kind: ["", *rl.ask(model, tokenizer, adapter, prompts, **sampling(s), name=f"reasons: {kind}")]
-    def best(_):
-        """The control for correction: its first reason and as many proposals, to the same groups of people, no reason so far; all judges at once."""
-        asked = [(i, p) for i in items for p in groups[i] for _ in range(s.proposals)]
-        texts = propose(s, model, tokenizer, [D.reason_prompt(data, i, "", p) for i, p in asked], s.seed + 91, "best of one-shot proposals")
-        many, texts = np.array([*items, *(i for i, _ in asked)]), [*first[1:], *texts]
-        people = [np.concatenate([*x, []]).astype(int) for x in groups], [np.array(x, int) for x in ears]
-        total, _ = judge.rewards(many, texts, *([x[i] for i in many] for x in people), (cuts[0], cuts[-1]), s.seed)
-        return [""] + [texts[max(np.flatnonzero(many == i), key=lambda k: total[k])] for i in items]
-    kinds = {kind: stage(s, kind, times, lambda _: one_shot(adapter, kind), "correct") for kind, adapter in (("aligned", "align"), ("rl", "policy"))}
-    first, kinds["curec"], timelines, groups, ears, rows = stage(s, "curec", times, lambda units: correct(
-        s, data, model, tokenizer, judge, who, cuts, units.state, units.save), "correct")
-    kinds["bestof"] = stage(s, "bestof", times, best, "correct")
-    said = lambda kind, i: D.parse_answer(kinds[kind][i])[0]
-    reasons = [{"item": item["id"], "title": item["title"], "aligned": said("aligned", i), "rl": said("rl", i), "timeline": timelines[i],
-                "reason": said("curec", i)} for i, item in enumerate(data.items) if i]
-    keep(os.path.join(s.out, "reasons.jsonl"), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in reasons))
-    return kinds, reasons, rows
-# ------------------------------------------------------------------------------------------------- the two relatives
-def prefer(s: Settings, data, model, tokenizer, state=None, save=lambda state: None):
-    """LANE: what the untuned LLM says each user prefers, at two cuts of the train history. {"names": two lists a user, [] where five answers
-    in a row were malformed; "since": (users, 2) lengths of the histories it saw}. state, save: as in rl.ppo, after every time of asking."""
-    cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
-    prompts = [D.question(data, seq[:n], "prefer", longest=D.LONGEST) for seq, n in cuts]
-    (asked, names), how = state or (0, [[]] * len(prompts)), sampling(s) | {"max_new": max(64, s.max_new), "name": "preferences"}
-    for attempt in range(asked + 1, 6):
-        if todo := [k for k, named in enumerate(names) if not named]:
-            with model.disable_adapter():
-                for k, text in zip(todo, rl.generate(model, tokenizer, [prompts[k] for k in todo], **how | {"seed": s.seed + attempt})[0]):
-                    names[k] = D.parse_preferences(text)
-            save((attempt, names))
-    return {"names": names, "since": torch.tensor([n for _, n in cuts]).view(-1, 2)}
-
-def know(s: Settings, data, model, tokenizer, m: dict, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
-    """Trains the adapter `knowledge` (three of four samples ask what comes next, the others are of these tasks), fills m["knowledge"] and returns
-    a score function for recommender.ranks: the titles that beam search finds, in their order; all others are a miss."""
-    ask, paths = lambda h, *task: D.question(data, h, *task, longest=D.LONGEST), rl.title_trie(tokenizer, data.titles[1:])
-    torch.manual_seed(s.seed)
-    model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))           # it is to know the titles by heart
-    taught(s, data, model, tokenizer, "knowledge", s.knowledge_steps, m["time_s"], lr=3e-3 if s.llm == "tiny" else 2e-4,
-           reason_share=0.0, tasks=tasks, next_share=0.75, longest=D.LONGEST, ahead=D.LONGEST)
-    rl.use(model, "knowledge")
-    def score(sequences, users):
-        found = 1 + rl.retrieve(model, tokenizer, [ask(h, "next") for h in sequences], *paths, beams=beams, budget=sampling(s)["budget"], name="beam search")
-        return torch.full((len(found), data.n_items + 1), recommender.MISS).scatter_(1, found, torch.arange(beams, 0, -1.0).expand(found.shape))
-    likelihood = lambda pairs: rl.likelihood(model, tokenizer, pairs, 4 * s.micro_batch)
-    m["knowledge"] = stage(s, "knows", m["time_s"], lambda _: recommender.knows(data, ask, likelihood, s.seed))
-    return score
-# --------------------------------------------------------------------------------------------------------- the run
-def open_llm(s: Settings, path: str):
-    """The LLM in 4 bits with a new adapter, its tokenizer, and its text vectors as a function."""
-    model, tokenizer = rl.load(path, s.device, checkpointing=s.device.startswith("cuda"), seed=s.seed)
-    return model, tokenizer, lambda texts: rl.encode(model, tokenizer, texts, budget=sampling(s)["budget"])
-
-def downstream(s, data, encode, kinds, preferences, score, m):
-    """Trains and tests the arms; fills m's time_s, arms, comparisons and headroom. preferences: LANE's; score: the arm knowledge's."""
-    slices, ranks, seconds, arms, start = recommender.slices_of(data), {}, {}, s.arms.split(","), time.perf_counter()
-    with recommender.workers(s.device, len(arms) * s.seeds) as pool, tqdm(arms, "arms", unit="arm", disable=None) as bar:
-        jobs = {arm: [pool.submit(stage, s, f"arm-{arm}.{k}", {}, functools.partial(run_arm, arm, data, inputs, slices, seed=k, epochs=s.epochs, device=s.device))
-                      for inputs in [reward.features(arm, data, encode, kinds, s.seed, preferences)]
-                      for k in range(s.seed, s.seed + (1 if arm in COUNTING else s.seeds))]
-                for arm in arms if arm != "knowledge" and not os.path.exists(os.path.join(s.out, "state", f"arm-{arm}.pt"))}
-        seconds["features"] = time.perf_counter() - start
-        for arm in bar:
-            done = stage(s, f"arm-{arm}", seconds, lambda _: recommender.together([job.result() for job in jobs[arm]] if arm in jobs else [
-                run_arm(arm, data, {}, slices, argparse.Namespace(seconds=m["time_s"]["knowledge"]), seed=s.seed, score=score)]))
-            ranks[arm], m["arms"][arm] = done["ranks"].numpy(), done["entry"]
-            print(f"  {arm:10s} test NDCG@10 {np.mean(m['arms'][arm]['test']['ndcg@10']):.4f}")
-    m["time_s"]["downstream"], m["comparisons"] = sum(seconds.values()), recommender.compare(ranks)
-    m |= recommender.headroom(m["arms"])
-
-def pipeline(s: Settings):
-    """Runs every stage that the arms need and writes the run folder: config, metrics, reasons, ppo, report."""
-    begin, todo, data = time.perf_counter(), reward.needed(s), load_data(s)
-    announced = lambda name: name in todo and print(todo[name]) is None
-    if "PPO" in todo and min(len(data.users), data.n_items) < 10:
-        raise D.DataError(f"{data.name}: reasons need at least 10 people and 10 items; take more data, or --arms popularity,markov,id")
-    cuts, who, begun = reward.window_cuts(data, s.windows), D.choosers(data), open_run(s)         # in this order: useless data cost no older run
-    m = {"dataset": {"name": data.name, "users": len(data.users), "items": data.n_items, "interactions": sum(map(len, data.seqs)),
-                     "ties": s.ties}, "arms": {}, "comparisons": [], "time_s": {"load": time.perf_counter() - begin}}
-    print("{name}: {users:,} users, {items:,} items, {interactions:,} interactions".format(**m["dataset"]), *data.notes, sep="\n  note: ")
-    config, encode, kinds, reasons, preferences, score = describe(s, cuts, begun), None, {}, [], None, None
-    keep(os.path.join(s.out, "config.json"), json.dumps(config, indent=1))
-    if announced("LLM"):
-        path = stage(s, "tiny_llm", m["time_s"], lambda units: tiny_llm(s, data, units.state, units.save)) if s.llm == "tiny" else s.llm
-        keep(os.path.join(s.out, "config.json"), json.dumps(config | {"llm_path": path}, indent=1))
-        model, tokenizer, encode = open_llm(s, path)
-    encode = reward.load_encoder(s.encoder, s.device) if s.encoder else encode
-    if "PPO" in todo:
-        taught(s, data, model, tokenizer, "align", s.align_steps, m["time_s"], lr=1e-3 if s.llm == "tiny" else 2e-4, reason_share=0.8, follow=0.0)
-        print(todo["reward model"])
-        judge = reward.Judge(data, encode)
-        fit = stage(s, "reward", m["time_s"], lambda u: {"report": judge.fit(seed=s.seed, state=u.state, save=u.save), "weights": judge.model.state_dict()})
-        judge.remember(fit["weights"])
-        rl.add_policy(model)
-        print(todo["PPO"])
-        m["ppo"], m["reward"] = reinforce(s, data, model, tokenizer, judge, who, cuts, m["time_s"]), fit["report"]
-        print(todo["reasons"])
-        kinds, reasons, m["correction"] = write_reasons(s, data, model, tokenizer, judge, who, cuts, m["time_s"])
-        m["reasons"] = {k: judge.figures(v, *reward.one_shot_people(who, s.seed), (cuts[0], cuts[-1]), s.seed) | {
-            "mean_tokens": float(np.mean([len(tokenizer(a)["input_ids"]) for a in v[1:]]))} for k, v in kinds.items()}
-    if announced("preferences"):
-        preferences = stage(s, "prefer", m["time_s"], lambda units: prefer(s, data, model, tokenizer, units.state, units.save))
-        m["lane"] = {"lists_asked": len(preferences["names"]), "lists_dropped": preferences["names"].count([])}
-    if announced("knowledge"):
-        score = know(s, data, model, tokenizer, m)
-    print(todo["arms"])
-    downstream(s, data, encode, kinds, preferences, score, m)
-    if reasons and data.truth:
-        reward.tell_truth(data, judge, who, cuts, kinds, m, s.seed)
-    used = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "gpu": torch.cuda.max_memory_allocated() / 2 ** 20}
-    m["time_s"]["total"], m["peak_memory_mb"] = sum(m["time_s"].values()), {k: v for k, v in used.items() if v}
-    keep(os.path.join(s.out, "metrics.json"), json.dumps(m, indent=1))
-    notes = [f"LLM: {s.llm}" + ", trained from nothing on these texts" * (s.llm == "tiny"), *data.notes, *["**Quick run: these figures mean nothing.**"] * s.quick]
-    keep(os.path.join(s.out, "report.md"), "\n\n".join(reward.report(m, reasons, notes)) + "\n")
-    print("", *reward.tables(m).values(), *["quick run: these figures mean nothing"] * s.quick, f"report: {os.path.join(s.out, 'report.md')}", sep="\n\n")
-
-def plan(s: Settings):
-    """--dry-run: prints downloads, memory, and what each stage learns, reads and writes; downloads and writes nothing."""
-    todo, here = reward.needed(s), s.dataset == "demo" or os.path.isdir(s.dataset)
-    absent = {} if here else D.amazon_files(s.dataset, s.data_dir)[1]
-    print(*(f"download {url} to {path}" for path, url in absent.items()), "memory: 1 to 2 GB of RAM for the tiny LLM and the recommender", sep="\n")
-    for name in filter(None, (s.llm if "LLM" in todo and s.llm != "tiny" else "", s.encoder)):
-        print(f"{name}: " + ", ".join(f"{k} {x if isinstance(x, bool | None) else f'{x:.3g}'}" for k, x in rl.forecast(name, sampling(s)["budget"]).items()))
-    if absent:
-        return print("prompts and tokens are counted when these files are there")
-    data = load_data(s)
-    who, cuts, n, drawn = D.choosers(data), reward.window_cuts(data, s.windows), data.n_items, s.ppo_updates * s.ppo_batch
-    _, prompts, *_, held, train = reward.practice(data, who, cuts, s.seed)
-    length = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in prompts])          # in words and signs: a token each, or a little more
-    proposed = s.proposals * sum(len(items) for _, _, items, *_ in reward.windows(data, who, cuts, s.seed))
-    rows = {"LLM": (16 * s.tiny_steps * (s.llm == "tiny") + 32 * s.align_steps * ("PPO" in todo), 0), "PPO": (0, 2 * len(held) + 2 * min(len(train), drawn) + drawn),
-            "reasons": (0, 3 * n + 2 * proposed), "preferences": (0, 2 * len(data.users)), "knowledge": (32 * s.knowledge_steps, 2 * len(data.users))}
-    print(recommender.markdown(["stage", "texts learnt", "answers", "tokens read, about", "tokens written, at most"], [
-        [name, f"{a:,}", f"{b:,}", f"{(a + b) * length:,.0f}", f"{b * s.max_new:,}"] for name, (a, b) in rows.items() if name in todo]))
-
-def look(s: Settings):
-    """Prints a user's top items with their reasons (--method lane: with LANE's explanation of the first), or what a reason written by hand earns."""
-    lane, load = bool(s.explain) and s.method == "lane", lambda name: torch.load(os.path.join(s.run, "state", name), weights_only=True)["value"]
-    config = json.loads(Path(s.run, "config.json").read_text())
-    kept, data = load("arm-lane.pt" if lane else "arm-curec.pt" if s.explain else "reward.pt"), load_data(old := Settings(**config["settings"]))
-    known, name = (data.users, s.explain) if s.explain else ([item["id"] for item in data.items[1:]], s.item)
-    if name not in known:
-        raise D.DataError(f"{'--explain' if s.explain else '--item'} {name}: not in the data; some there are: {', '.join(known[:5])}")
-    at, reasons = known.index(name), [] if lane else [json.loads(line) for _, line in D.lines(os.path.join(s.run, "reasons.jsonl"))]
-    if s.explain:
-        print(recommender.explain(data, kept["model"], at, lambda i: data.titles[i] if lane else reward.timeline(reasons[i - 1])))
-        if lane:
-            prompt, (model, tokenizer, _) = reward.lane_question(data, kept["model"], load("prefer.pt"), at), open_llm(old, config["llm_path"])
-            with model.disable_adapter():
-                print("\n" + prompt, *rl.generate(model, tokenizer, [prompt], **sampling(old) | {"max_new": 8 * old.max_new})[0], sep="\n\n")
-        return
-    judge = reward.Judge(data, reward.load_encoder(old.encoder, old.device) if old.encoder else open_llm(old, config["llm_path"])[2])
-    judge.remember(kept["weights"])
-    print(D.item_text(data.items[at + 1]) + "\n\n" + judge.table(at + 1, [s.score, reasons[at]["reason"]], D.choosers(data), config["windows"], old.seed))
-
-def told(e: Exception, s) -> str:
-    """What went wrong and what to do, in one line (a list of files may follow)."""
-    where = f"in or after stage {getattr(stage, 'now', 'load')}"
-    if isinstance(e, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED|terminated abruptly", str(e)):
-        how = f"--resume --micro-batch {max(1, s.micro_batch // 2)}, or with a smaller --llm, --max-new or --limit-items"
-        return f"out of memory on {s.device} {where} with --micro-batch {s.micro_batch}. What is finished is kept: go on with {how}"
-    if re.search("No space left|quota exceeded|File too large|iostream error|inline_container", str(e)):
-        return f"the disk is full ({e}) {where}. What is finished is kept: make room and go on with --resume"
-    if isinstance(e, FileNotFoundError) and s and s.run:
-        return f"--run {s.run}: {e.filename} is missing; it needs a finished run with the arm curec, or with lane and then also --method lane"
-    return str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e} ({where}); --debug shows where, --resume goes on"
-
-def main(argv=None) -> int:
-    sys.stdout and sys.stdout.reconfigure(line_buffering=True)            # progress in a log file too
-    s = None
-    try:
-        look(s) if (s := parse_args(argv)).run else (plan if s.dry_run else pipeline)(s := resolve(s))
+        s = parse_args(argv)
+        if s.run:
+            look(s)
+        elif s.dry_run:
+            dry_run(resolve(s))
+        else:
+            run = Run(resolve(s))
+            main(run)
         return 0
     except Exception as e:
-        if getattr(s, "debug", False):
+        if s and s.debug:
             raise
-        print(f"curec.py: error: {told(e, s)}", file=sys.stderr)
+        settings = run.settings if run else s
+        text = error_text(e, settings, run.stage if run else "start")
+        print(f"curec.py: error: {text}", file=sys.stderr)
         return 2
 
+
+# ================================================================================ the two relatives
+def title_inputs(s: Settings, data, encode, row, preferences) -> recommender.Inputs:
+    """ID embeddings that start as whitened embeddings of titles and, for LANE, the preferences that
+    an LLM named; its placebo shuffles them among the users."""
+    titles, width = encode(data.titles[1:]), recommender.WIDTH
+    whiten = reward.whitening(titles, width)
+    start = whiten(titles)
+    initial = TITLE_NORM * F.pad(start, (0, width - start.shape[1], 1, 0))
+    if not row.preferences:
+        return recommender.Inputs(initial=initial)
+    # where a cut's answer was dropped, the earlier cut's stays
+    names = preferences["names"]
+    names = [mine or names[k - k % 2] for k, mine in enumerate(names)]
+    known = sorted({name.lower() for mine in names for name in mine})
+    number = {name: k for k, name in enumerate(known, 1)}
+    named = [[number[name.lower()] for name in mine] or [0] * D.PREFERENCES for mine in names]
+    named = torch.tensor(named).view(len(data.users), 2, -1)
+    if row.preferences == "shuffled":
+        named = named[np.random.default_rng([s.seed, 83]).permutation(len(named))]
+    vectors = F.pad(whiten(encode(known or ["none"])), (0, 0, 1, 0))
+    found = recommender.Preferences(vectors, named, preferences["since"])
+    return recommender.Inputs(initial=initial, preferences=found)
+
+
+def ask_preferences(run, data, llm) -> dict:
+    """LANE: what the untuned LLM says each user prefers, at two cuts of the train history: {"names":
+    two lists a user, [] where five answers in a row were malformed; "since": (users, 2) lengths of
+    the histories it saw}."""
+    s, kept, (model, tokenizer) = run.settings, run.load("prefer"), llm
+    cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
+    if kept is None:
+        prompts = [D.history_question(data, seq[:n], "prefer") for seq, n in cuts]
+        checkpoint = run.checkpoint()
+        asked, names = checkpoint.state or (0, [[]] * len(prompts))
+        for attempt in range(asked + 1, 6):
+            todo = [k for k, named in enumerate(names) if not named]
+            how = replace(sampling(s), max_new=max(64, s.max_new), seed=s.seed + attempt)
+            if todo:
+                with model.disable_adapter():
+                    again = [prompts[k] for k in todo]
+                    texts, _ = rl.generate(model, tokenizer, again, how, "preferences")
+                for k, text in zip(todo, texts, strict=True):
+                    names[k] = D.parse_preferences(text)
+                checkpoint.save((attempt, names))
+        since = torch.tensor([n for _, n in cuts]).view(-1, 2)
+        kept = run.save({"names": names, "since": since})
+    dropped = kept["names"].count([])
+    run.metrics["lane"] = {"lists_asked": len(kept["names"]), "lists_dropped": dropped}
+    return kept
+
+
+@torch.no_grad()
+def explain_lane(s: Settings, data, user: int, path: str) -> None:
+    """Prints a user's top items and the LLM's explanation of the first, asked with the weights that
+    the trained attention gives the user's preferences."""
+    history, items, scores, model = recommend(s, data, "lane", user)
+    print(f"{data.users[user]} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
+    for item, score in zip(items, scores, strict=True):
+        print(f"{score:+.2f}  {data.titles[item]}")
+    known = model.align.known([user], [len(history)])
+    _, weights = model.align(model.states(recommender.pad([history]), model.table()), known)
+    names = load_stage(s, "prefer")["names"]
+    names = names[2 * user + 1] or names[2 * user]
+    named = [f"{name} {w:.2f}" for name, w in zip(names, weights[0].tolist(), strict=False)]
+    about = (", ".join(named) or "none known", D.item_text(data.items[items[0]]))
+    prompt = D.history_question(data, history, "explain", *about)
+    (llm, tokenizer), _ = open_llm(s, path)
+    with llm.disable_adapter():
+        how = replace(sampling(s), max_new=8 * s.max_new)
+        print("", prompt, *rl.generate(llm, tokenizer, [prompt], how)[0], sep="\n\n")
+
+
+def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
+    """Recommendation knowledge: trains the adapter `knowledge` (three of four samples ask what comes
+    next) and returns a score function for recommender.ranks: the titles that beam search finds, in
+    their order; all others are a miss."""
+    s, (model, tokenizer) = run.settings, llm
+    tries = rl.title_trie(tokenizer, data.titles[1:])
+    torch.manual_seed(s.seed)
+    # it is to know the titles by heart
+    model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))
+    mix = D.Mixture(0.0, tasks=tasks, next_share=0.75, longest=D.LONGEST, ahead=D.LONGEST)
+    lr = 3e-3 if s.llm == "tiny" else 2e-4
+    train_adapter(run, data, llm, "knowledge", s.knowledge_steps, lr, mix)
+    rl.use(model, "knowledge")
+
+    def score(sequences, users) -> torch.Tensor:
+        prompts = [D.history_question(data, seq, "next") for seq in sequences]
+        found = 1 + rl.retrieve(model, tokenizer, prompts, tries, beams, sampling(s).budget)
+        misses = torch.full((len(found), data.n_items + 1), recommender.MISS)
+        return misses.scatter_(1, found, torch.arange(beams, 0, -1.0).expand(found.shape))
+
+    return score
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGINT, stop)
+    # progress in a log file too
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(command_line())

@@ -1,450 +1,789 @@
-"""Datasets, splits and prompts: everything that turns interactions into tensors or text.
+"""Datasets, splits, prompts and answers: what turns interactions into arrays and text.
+
+    python -c "import data; print(data.demo(0).items[1])"        look at the demo world
 
     interactions -> one chronological sequence a user -> train | valid (last but one) | test (last)
-    event e = (user, position >= 1) of a train choice: who chose which item when, and what that person had chosen before
+    event e      =  a train interaction that has a history: user, position >= 1, item, time
+    history(e)   =  what that user had chosen before event e, oldest first
 
-Items are numbered 1..n; 0 is padding. Sources: Amazon 2014 and 2018 files; a folder of your own; the made-up `demo` world, whose hidden truth
-(why each item is chosen) only reward.py's truth figures and oracle arm read. All that trains a model reads `train`, `events` and `items` alone.
-Try it alone:  python -c "import data; d = data.demo(0); print(d.items[1], data.reason_prompt(d, 1, '', data.choosers(d)[1]), sep='\\n')"
+Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, Amazon files of 2014 and
+2018, a folder of your own. The demo's hidden truth (why each item is chosen) is read by the truth
+figures and by the arm `oracle` alone; what trains a model reads `train`, `events` and `items`.
 """
-import ast, csv, gzip, html, http.client, json, os, re, unicodedata, urllib.request, zlib
+
+import ast
+import csv
+import gzip
+import html
+import http.client
+import json
+import os
+import re
+import unicodedata
+import urllib.request
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from itertools import groupby
+from functools import cached_property
 
 import numpy as np
 from tqdm import tqdm
 
-ALIASES = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors"}
-SNAP = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"                         # Amazon 2014
-UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"                               # and 2018
-URLS = (SNAP + "reviews_{}_5.json.gz", SNAP + "meta_{}.json.gz"), (UCSD + "categoryFilesSmall/{}_5.json.gz", UCSD + "metaFiles2/meta_{}.json.gz")
-HISTORY, PEOPLE = 3, 4             # items shown of each person's history; people shown in a prompt (H)
-PREFERENCES, LONGEST = 5, 10       # preferences a user (LANE's m); items of a history that the two relatives show
-TITLE_WORDS, TEXT_WORDS, MIN_ITEMS = 12, 40, 5   # longest title, item text in a prompt; a word of fewer items identifies one: masked from rewards
-LONGEST_LINE, LONGEST_WORD = 1 << 20, 60                   # of a file, of an item's text; characters
-UNPACKED, RATIO, MAX_DOWNLOAD = 100 << 20, 200, 8 << 30    # most that a .gz file unpacks to, whatever its size; most times its size; bytes
-ID = re.compile(r"[^\0-\x1f\x7f-\x9f\ud800-\udfff\ufffd]{1,200}")
-MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800-\udfff]"         # tags, and the control tokens
-                    r"|\[(?=/?(?:INST|CLS|SEP|PAD|UNK|[gs]?MASK|[A-Z]+_[A-Z_]+)\])")              # of chat templates and encoders
-STOPWORDS = frozenset(  # the last line: of all reasons; sizes
-    "a about above all also an and any are as at be been by can de for from has have how in into is it its la le me more most new no none not of off on one or "
-    "other our out over per so than that the their them these they this to too two up use used very was we what when which who will with you your "
-    "people choose count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split())
-words = lambda text: re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
-stem = lambda word: re.sub(r"(?<=ss|sh|ch)es$|(?<=x)es$|(?<=[^s])s$", "", word)                   # nail and nails, brush and brushes: one word
+# prompts: items shown of each history; users shown; words of a title and of an item's text
+HISTORY, PEOPLE = 3, 4
+TITLE_WORDS, TEXT_WORDS = 12, 40
+# a word that fewer items have tells which item it is: the reward's encoder never sees it
+MIN_ITEMS = 5
+TIES = ("file", "shuffle")  # order within a timestamp
+# LANE's m preferences a user; items of a history that the two relatives show
+PREFERENCES, LONGEST = 5, 10
+
+# the last two lines: words that every reason has, and sizes
+STOPWORDS = frozenset(
+    "a about above all also an and any are as at be been by can de for from has have how in into "
+    "is it its la le me more most new no none not of off on one or other our out over per so than "
+    "that the their them these they this to too two up use used very was we what when which who "
+    "will with you your "
+    "people choose "
+    "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split()
+)
+
 
 class DataError(ValueError):
     """Bad or missing input; the message says what to do."""
 
+
+# ------------------------------------------------------------------------------------- the dataset
 @dataclass
 class Dataset:
+    """Items, and one chronological sequence of interactions a user."""
+
     name: str
-    items: list                    # items[i] = {"id", "title", "brand", "categories", "description"}; items[0] padding
-    users: list                    # source ids
-    seqs: list                     # per user: item numbers in time order, (L,) int64
-    times: list                    # per user: seconds, (L,) int64
-    ratings: list | None = None    # per user: (L,) float, or None where the source has none
-    truth: dict | None = None      # demo only: {"early", "late": drivers of every item, "since": time of change}, index 0 unused
-    notes: list = field(default_factory=list)    # what was skipped and why, for the summary
+    items: list  # of dicts: id, title, brand, categories, description; items[0] is padding
+    users: list  # source ids
+    seqs: list  # a user: item numbers in time order, (L,) int64
+    times: list  # a user: seconds since 1970, (L,) int64
+    ratings: list | None = None  # a user: (L,) float; None where the source has none
+    truth: dict | None = None  # demo only: drivers an item, "early" and "late"; "since": when
+    notes: list = field(default_factory=list)  # what was skipped and why
 
     def __post_init__(self):
-        assert all((np.diff(t) >= 0).all() for t in self.times), "sequences must be chronological"
-        self.n_items, self.train = len(self.items) - 1, [s[:-2] for s in self.seqs]
-        self.valid, self.test = (np.array([s[k] for s in self.seqs]) for k in (-2, -1))
-
-    counts = cached_property(lambda self: np.bincount(np.concatenate(self.train), minlength=self.n_items + 1))      # train choices, (n_items + 1,)
-    document_frequency = cached_property(lambda self: Counter(w for item in self.items[1:] for w in set(words(item_text(item)))))
-    common_words = cached_property(lambda self: {w for w, n in self.document_frequency.items() if n > self.n_items / 2} | STOPWORDS)
-
-    @cached_property
-    def events(self):
-        """Train choices that have a history: dict of (E,) arrays user, pos, item, time, sorted by time (stable)."""
-        rows = [(u, p, s[p], t[p]) for u, (s, t) in enumerate(zip(self.train, self.times)) for p in range(1, len(s))]
-        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        return dict(zip(("user", "pos", "item", "time"), table[np.argsort(table[:, 3], kind="stable")].T))
+        for times in self.times:
+            assert (np.diff(times) >= 0).all(), "sequences must be chronological"
+        self.n_items = len(self.items) - 1
+        self.train = [s[:-2] for s in self.seqs]
+        self.valid = np.array([s[-2] for s in self.seqs])
+        self.test = np.array([s[-1] for s in self.seqs])
 
     @cached_property
-    def titles(self):
-        """Each item's title in a prompt; equal ones get a number, so that a title names one item."""
-        seen, out, same = Counter(), [""], lambda title: unicodedata.normalize("NFKC", title).lower()
-        for item in self.items[1:]:
-            name = short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
-            while seen[same(name)]:
-                seen[same(short)] += 1
-                name = f"{short} ({seen[same(short)]})"
-            seen[same(name)] += 1
-            out.append(name)
-        return out
+    def events(self) -> dict:
+        """Train interactions with a history: (E,) arrays user, pos, item, time, sorted by time."""
+        rows = []
+        for u, seq in enumerate(self.train):
+            rows += [(u, p, seq[p], self.times[u][p]) for p in range(1, len(seq))]
+        if not rows:
+            least = "4 interactions (2 to train on, 1 to validate, 1 to test)"
+            raise DataError(f"{self.name}: no user has {least}; lower --k-core or the limits")
+        table = np.array(rows, dtype=np.int64)
+        table = table[np.argsort(table[:, 3], kind="stable")]
+        return dict(zip(("user", "pos", "item", "time"), table.T, strict=True))
 
     @cached_property
-    def masked_words(self):
-        """Words that tell which item it is (in fewer than MIN_ITEMS items, brands): never shown to the reward's encoder."""
-        branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
-        return {w for w, n in self.document_frequency.items() if n < MIN_ITEMS or branded[w] > n / 2}
-
-    @cached_property
-    def phrases(self):
-        """What an item says about itself and a reason may name: its words, each in one form, less masked and common ones."""
-        out = [[]]
-        for item in self.items[1:]:
-            own = [*{stem(w): w for w in words(item_text(item)) if w not in self.common_words and not w[0].isdigit()}.values()]
-            clear = [w for w in own if w not in self.masked_words]
-            out.append(clear if len(clear) >= 2 else own)
-        return out
+    def events_by_item(self) -> list:
+        """The events in which each item was chosen: n_items + 1 arrays, the first one empty."""
+        order = np.argsort(self.events["item"], kind="stable")
+        sizes = np.bincount(self.events["item"], minlength=self.n_items + 1)
+        return np.split(order, np.cumsum(sizes)[:-1])
 
     def history(self, event: int) -> np.ndarray:
-        """What the person of a train event had chosen before it, oldest first."""
+        """What the user of a train event had chosen before it, oldest first."""
         return self.train[self.events["user"][event]][: self.events["pos"][event]]
 
-def item_text(item: dict) -> str:
-    """All that an item says about itself, one line."""
-    parts = item["title"], item["brand"] and "by " + item["brand"], ", ".join(item["categories"][-2:]), item["description"]
-    return " ".join(" . ".join(p for p in parts if p).split()[:TEXT_WORDS]) or "no description"
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """Train interactions of each item, (n_items + 1,)."""
+        return np.bincount(np.concatenate(self.train), minlength=self.n_items + 1)
 
-# ------------------------------------------------------------------------------------------------ the made-up world
-ASPECTS = "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance humour calm".split()
+    @cached_property
+    def titles(self) -> list:
+        """Each item's title in a prompt; equal ones get a number: a title names one item."""
+        titles, seen = [""], Counter()
+        for item in self.items[1:]:
+            short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
+            title = short
+            while seen[normalize(title)]:
+                seen[normalize(short)] += 1
+                title = f"{short} ({seen[normalize(short)]})"
+            seen[normalize(title)] += 1
+            titles.append(title)
+        return titles
+
+    @cached_property
+    def document_frequency(self) -> Counter:
+        """Number of items whose text has a word."""
+        frequency = Counter()
+        for item in self.items[1:]:
+            frequency.update(set(words(item_text(item))))
+        return frequency
+
+    @cached_property
+    def common_words(self) -> set:
+        """Words that say nothing: those of more than half of the items, and stop words."""
+        frequent = {w for w, n in self.document_frequency.items() if n > self.n_items / 2}
+        return frequent | STOPWORDS
+
+    @cached_property
+    def masked_words(self) -> set:
+        """Words that tell which item it is, few items' words and brands: hidden from the reward."""
+        branded = Counter()
+        for item in self.items[1:]:
+            branded.update(set(words(item["brand"])))
+        frequency = self.document_frequency.items()
+        return {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
+
+    @cached_property
+    def phrases(self) -> list:
+        """What an item says of itself and a reason may name: its words, each in one form, without
+        masked and common ones (with the masked ones where fewer than two would be left)."""
+        phrases = [[]]
+        for item in self.items[1:]:
+            said = [w for w in words(item_text(item)) if w not in self.common_words]
+            own = list({stem(w): w for w in said if not w[0].isdigit()}.values())
+            clear = [w for w in own if w not in self.masked_words]
+            phrases.append(clear if len(clear) >= 2 else own)
+        return phrases
+
+
+def words(text: str) -> list:
+    """The words of a text in lower case."""
+    return re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
+
+
+def stem(word: str) -> str:
+    """Singular and plural as one: nail and nails, brush and brushes."""
+    return re.sub(r"(?<=ss|sh|ch)es$|(?<=x)es$|(?<=[^s])s$", "", word)
+
+
+def normalize(title: str) -> str:
+    """Titles that a tokenizer may read alike become equal."""
+    return unicodedata.normalize("NFKC", title).lower()
+
+
+def item_text(item: dict) -> str:
+    """All that an item says of itself, one line of at most TEXT_WORDS words."""
+    brand = "by " + item["brand"] if item["brand"] else ""
+    parts = [item["title"], brand, ", ".join(item["categories"][-2:]), item["description"]]
+    text = " . ".join(part for part in parts if part)
+    return " ".join(text.split()[:TEXT_WORDS]) or "no description"
+
+
+# -------------------------------------------------------------------------------- the demo world
+ASPECTS = (
+    "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance "
+    "humour calm"
+).split()
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
 
+
 def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
-    """A shop whose every item says five aspects but is chosen for two of them only (the drivers; the rest are decoys).
-    25 % of the items swap one driver half-way through time; 30 % of the users swap one of their three needs.
-    A person picks item i at time t with probability ~ exp(4 m + 2 [m = 2] + popularity_i), m = |drivers(i, t) & needs(u, t)|."""
+    """A shop whose every item says five aspects but is chosen for two of them (the drivers; the
+    rest are decoys). 25 % of the items swap one driver half-way through time; 30 % of the users
+    swap one of their three needs. A user picks item i at time t with probability proportional to
+    exp(4 m + 2 [m = 2] + popularity_i), where m = |drivers(i, t) & needs(u, t)|."""
     rng = np.random.default_rng([seed, 7])
-    K, span = len(ASPECTS), 100_000_000                                        # about three years of seconds
-    said = np.array([rng.permutation(K)[:5] for _ in range(n_items)])
-    early = np.array([rng.permutation(s)[:2] for s in said])
+    n_aspects, span = len(ASPECTS), 100_000_000  # seconds: about three years
+    said = np.array([rng.permutation(n_aspects)[:5] for _ in range(n_items)])
+    early = np.array([rng.permutation(aspects)[:2] for aspects in said])
     late = early.copy()
     for i in np.flatnonzero(rng.random(n_items) < 0.25):
-        late[i, rng.integers(2)] = rng.choice([a for a in said[i] if a not in early[i]])
-    drives = [(drivers[..., None] == np.arange(K)).any(1) for drivers in (early, late)]                # (items, K) before and after
-    popularity, seqs, times = rng.normal(0, 0.3, n_items), [], []
+        new = rng.choice([a for a in said[i] if a not in early[i]])
+        late[i, rng.integers(2)] = new
+    # (n_items, n_aspects), in the first and in the second half of time
+    drives = [(half[..., None] == np.arange(n_aspects)).any(1) for half in (early, late)]
+    popularity = rng.normal(0, 0.3, n_items)
+    seqs, times = [], []
     for _ in range(n_users):
-        wants = rng.permutation(K)[:4]
+        wants = rng.permutation(n_aspects)[:4]
         needs = [wants[:3], wants[1:] if rng.random() < 0.3 else wants[:3]]
-        when, chosen = np.sort(rng.integers(0, span, rng.integers(9, 14))), []
+        when = np.sort(rng.integers(0, span, rng.integers(9, 14)))
+        chosen = []
         for t in when:
-            matches = drives[half := int(t > span // 2)][:, needs[half]].sum(1)
+            half = int(t > span // 2)
+            matches = drives[half][:, needs[half]].sum(1)
             utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             utility[chosen] = -np.inf
             chosen.append(int(utility.argmax()))
-        seqs.append(np.array(chosen) + 1), times.append(when + 1_400_000_000)
-    texts = [{"title": " ".join(ASPECTS[a] for a in s), "brand": BRANDS[rng.integers(len(BRANDS))]} for s in said]
-    names = [[()] + [tuple(ASPECTS[a] for a in d) for d in drivers] for drivers in (early, late)]
-    return Dataset("demo", [{}] + [record(f"D{i:04d}", r) for i, r in enumerate(texts, 1)], [f"user{u}" for u in range(n_users)], seqs, times,
-                   truth={"early": names[0], "late": names[1], "since": [span // 2 + 1_400_000_000] * (n_items + 1)})
+        seqs.append(np.array(chosen) + 1)
+        times.append(when + 1_400_000_000)
+    items = [{}]
+    for i, aspects in enumerate(said, 1):
+        title = " ".join(ASPECTS[a] for a in aspects)
+        brand = BRANDS[rng.integers(len(BRANDS))]
+        items.append(item_record(f"D{i:04d}", {"title": title, "brand": brand}))
+    truth = {"since": [span // 2 + 1_400_000_000] * (n_items + 1)}
+    for name, drivers in (("early", early), ("late", late)):
+        truth[name] = [(), *((ASPECTS[a], ASPECTS[b]) for a, b in drivers)]
+    users = [f"user{u}" for u in range(n_users)]
+    return Dataset("demo", items, users, seqs, times, truth=truth)
 
-# --------------------------------------------------------------------------------------------------- real data sets
-def load(name: str, data_dir: str = "data", *, seed=0, ties="file", k_core=-1, limit_items=0, limit_users=0, small=False) -> Dataset:
-    """`demo`, an Amazon category (its 2014 or 2018 files, found in data_dir or downloaded there) or a folder's path. DataError says what to do.
-    ties: "file" keeps the source's order within a timestamp, "shuffle" draws it by seed. k_core: -1 = 5 for a folder, else 0; limits: 0 = off."""
-    if name == "demo":
-        return demo(seed, *(200, 120) if small else (1000, 500))
-    if os.path.isdir(name):
-        rows, records, notes = read_folder(name)
-        k_core = 5 if k_core < 0 else k_core
+
+# ------------------------------------------------------------------------- prompts and answers
+PROMPT = (
+    "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\n"
+    "Why do people choose it?"
+)
+REASON = "people choose it for {} and {}"
+ANSWER = "<think> {} </think> <reason> {} </reason>"
+TAGS = ("<think>", "</think>", "<reason>", "</reason>")
+ANSWER_PATTERN = re.compile(
+    r"\s*<think>([^<>]{0,2000})</think>\s*<reason>([^<>]{0,2000})</reason>\s*"
+)
+REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
+
+
+def reason_prompt(data: Dataset, item: int, reason: str, events) -> str:
+    """The one prompt for reasons: the histories before up to PEOPLE train events (the users shown),
+    the reason so far ("" = none), the item's text."""
+    shown = []
+    for e in events[:PEOPLE]:
+        shown.append("- " + "; ".join(data.titles[i] for i in data.history(e)[-HISTORY:]))
+    people = "\n".join(shown) or "- nobody yet"
+    return PROMPT.format(people, reason or "none", item_text(data.items[item]))
+
+
+def parse_answer(text: str) -> tuple:
+    """Decoded answer -> (reason, the phrases it names, format_ok). The format: one think, one
+    reason, two different phrases."""
+    answer = ANSWER_PATTERN.fullmatch(text[:10_000])
+    if not answer:
+        return "", [], False
+    reason = " ".join(answer[2].split())
+    found = REASON_PATTERN.fullmatch(reason)
+    if not found or " and " in found[2]:
+        return reason, [], False
+    phrases = [phrase.strip() for phrase in found.groups()]
+    first, second = [[stem(w) for w in words(phrase)] for phrase in phrases]
+    return reason, phrases, bool(first and second and first != second)
+
+
+def grounded(data: Dataset, item: int, reason: str) -> float:
+    """Share of the reason's content words that the item's own text says; 0 where it has none."""
+    content = [w for w in words(reason) if w not in STOPWORDS]
+    said = set(words(item_text(data.items[item])))
+    return sum(w in said for w in content) / len(content) if content else 0.0
+
+
+def mask_identity(data: Dataset, text: str) -> str:
+    """What the reward's encoder reads of a text: its words without brands, numbers, common ones
+    and those of few items; sorted, or a causal encoder would pay "A and B" unlike "B and A"."""
+    hidden = data.masked_words | data.common_words
+    kept = [w for w in words(text) if w not in hidden and not w[0].isdigit()]
+    return " ".join(sorted(kept)) or "item"
+
+
+def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
+    """A grounded reason that names phrases of the item drawn at random."""
+    own = data.phrases[item]
+    drawn = sorted(rng.permutation(len(own))[:size])
+    return "people choose it for " + (" and ".join(own[i] for i in drawn) or "itself")
+
+
+def shared_phrases(data: Dataset, item: int, events) -> list:
+    """The item's phrases that the histories shown of these events say too, most shared first."""
+    said = Counter()
+    for e in events[:PEOPLE]:
+        for i in data.history(e)[-HISTORY:]:
+            said.update(words(data.titles[i]))
+    return sorted((w for w in data.phrases[item] if said[w]), key=lambda w: -said[w])
+
+
+# ---------------------------------------------------------------------------- alignment samples
+# the tasks of "Aligning LLMs with Recommendation Knowledge" (arXiv 2404.00245), in our words
+TASKS = {
+    "mim": "Which item is blank?",
+    "mlm": "Which word is blank?",
+    "bpr": "Which is preferred: {}?",
+    "next": "What comes next?",
+    "rank": "Which of these comes next: {}?",
+    "rate": "Which rating from 1 to 5 for {}?",
+}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What alignment samples are made of."""
+
+    reason_share: float = 0.5  # the others are tasks
+    people: int = PEOPLE  # most users shown to a reason
+    follow: float = 1.0  # share of reasons that name what their thought names
+    tasks: tuple = tuple(TASKS)
+    next_share: float = 0.0  # more of the task `next`
+    longest: int = HISTORY  # items of a history in a task
+    ahead: int = 1  # items that the answer of `next` names, a line each
+
+
+def alignment_samples(data: Dataset, n: int, rng, mix: Mixture) -> list:
+    """n (prompt, answer) pairs from the train split alone: reasons with weak targets and tasks of
+    recommendation knowledge, each train event once before any comes again."""
+    nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
+    samples, waiting = [], []
+    for _ in range(n):
+        if nameable and rng.random() < mix.reason_share:
+            item = nameable[rng.integers(len(nameable))]
+            # some with fewer users: shorter, easier
+            shown = rng.permutation(data.events_by_item[item])[: rng.integers(mix.people + 1)]
+            current = random_reason(data, item, rng) if rng.random() < 0.5 else ""
+            samples.append(reason_sample(data, item, shown, rng, current, mix.follow))
+        else:
+            waiting = waiting or rng.permutation(len(data.events["user"])).tolist()
+            samples.append(task_sample(data, waiting.pop(), rng, mix))
+    return samples
+
+
+def reason_sample(data, item, events, rng, current="", follow=1.0) -> tuple:
+    """(prompt, answer) with a weak target. The thought names the item's two phrases most shared
+    with the histories shown. The reason names them in a share `follow` of the samples, else two at
+    random: which of them matter is left to the reward. Phrases stand in the item's order."""
+    own = data.phrases[item]
+    shared = sorted(shared_phrases(data, item, events)[:2], key=own.index)
+    thought = "most shared " + " and ".join(shared) if shared else "nothing shared"
+    kept = shared if rng.random() < follow else []
+    others = [w for w in rng.permutation(own) if w not in kept]
+    named = sorted([*kept, *others][:2], key=own.index)
+    answer = ANSWER.format(thought, REASON.format(*named))
+    return reason_prompt(data, item, current, events), answer
+
+
+def task_sample(data: Dataset, event: int, rng, mix: Mixture) -> tuple:
+    """(prompt, answer) of a task drawn at random, about one train event."""
+    tasks = [t for t in mix.tasks if t != "rate" or data.ratings]
+    user, end = int(data.events["user"][event]), int(data.events["pos"][event])
+    seq = data.train[user]
+    task = "next" if rng.random() < mix.next_share else tasks[rng.integers(len(tasks))]
+    past = [data.titles[i] for i in seq[max(0, end - mix.longest) : end]]
+    goal = data.titles[seq[end]]
+    drawn = dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist())
+    others = [i for i in drawn if i not in seq][:2]
+    if task in ("mim", "mlm"):
+        # blank an item of the history, or a word of its titles
+        gap = "; " if task == "mim" else " "
+        parts = past if task == "mim" else "; ".join(past).split()
+        hidden = int(rng.integers(len(parts)))
+        answer = parts[hidden].strip(";") or ";"
+        shown = [*parts[:hidden], "____", *parts[hidden + 1 :]]
+        if task == "mim":
+            shown.append(goal)
+        return f"Chosen in order: {gap.join(shown)}\n{TASKS[task]}", answer
+    if task in ("bpr", "rank") and others:
+        candidates = [seq[end], *(others[:1] if task == "bpr" else others)]
+        about = "; ".join(data.titles[i] for i in rng.permutation(candidates))
+        answer = goal
+    elif task == "rate":
+        about = goal
+        answer = f"{data.ratings[user][end]:.0f}"
     else:
-        rows, records, notes = read_amazon(name, data_dir)
-    if ties == "shuffle":
+        task, about = "next", ""
+        answer = "\n".join(data.titles[i] for i in seq[end : end + mix.ahead])
+    return f"Chosen in order: {'; '.join(past)}\n{TASKS[task].format(about)}", answer
+
+
+# ------------------------------------------------------------------------------ real data: loading
+@dataclass(frozen=True)
+class Subset:
+    """Which interactions of a source are kept, and in which order."""
+
+    ties: str = "file"  # within a timestamp: the source's order, or "shuffle": drawn by seed
+    k_core: int = -1  # fewest interactions of users and items; -1: 5 for a folder, else 0
+    limit_items: int = 0  # the items with most train interactions, then a 5-core; 0: all
+    limit_users: int = 0  # drawn by seed; 0: all
+
+
+def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset:
+    """`demo`, an Amazon category (its files found in data_dir, or downloaded there) or the path of
+    a folder. Raises DataError, which says what to do."""
+    if name == "demo":
+        return demo(seed, 200, 120) if small else demo(seed)
+    is_folder = os.path.isdir(name)
+    rows, records, notes = read_folder(name) if is_folder else read_amazon(name, data_dir)
+    k_core = subset.k_core if subset.k_core >= 0 else 5 * is_folder
+    if subset.ties == "shuffle":
         rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
-    rows.sort(key=lambda r: r[2])                                              # list.sort is stable
-    first = {r[:2]: r for r in reversed(rows)}
-    notes += counted((len(rows) - len(first), "repeated user-item pairs: the first is kept"))
-    rows = core([r for r in rows if r is first[r[:2]]], k_core)
-    notes += counted((len(first) - len(rows), f"interactions outside the {k_core}-core: left out"))
-    if limit_items:                                # rows are chronological: a user's last two are valid and test
-        train = Counter(r[1] for mine in by_user(rows).values() for r in mine[:-2])
-        keep = set(sorted({r[1] for r in rows}, key=lambda i: (-train[i], i))[:limit_items])
-        rows = core([r for r in rows if r[1] in keep], 5)
-    if limit_users:
-        keep = set(np.random.default_rng([seed, 13]).permutation(sorted({r[0] for r in rows}))[:limit_users].tolist())
-        rows = [r for r in rows if r[0] in keep]
+    rows.sort(key=lambda row: row[2])  # stable: equal times keep their order
+    first = {}
+    for row in rows:
+        first.setdefault(row[:2], row)
+    unique = list(first.values())
+    note(notes, len(rows) - len(unique), "repeated user-item pairs: the first is kept")
+    rows = core(unique, k_core)
+    note(notes, len(unique) - len(rows), f"interactions outside the {k_core}-core: left out")
+    if subset.limit_items:
+        # a user's last two interactions are for validation and test
+        train = Counter()
+        for mine in by_user(rows).values():
+            train.update(row[1] for row in mine[:-2])
+        ranked = sorted({row[1] for row in rows}, key=lambda item: (-train[item], item))
+        kept = set(ranked[: subset.limit_items])
+        rows = core([row for row in rows if row[1] in kept], 5)
+    if subset.limit_users:
+        users = np.random.default_rng([seed, 13]).permutation(sorted({row[0] for row in rows}))
+        kept = set(users[: subset.limit_users].tolist())
+        rows = [row for row in rows if row[0] in kept]
     return from_rows(os.path.basename(os.path.normpath(name)), rows, records, notes)
 
-identity = lambda value: (ID.fullmatch(str(value).strip() if type(value) in (str, int) else "") or [""])[0]          # an id as text, "" if it is none
-counted = lambda *found: [f"{n} {what}" for n, what in found if n]                                 # notes from (number, what it counts)
-by_user = lambda rows: {u: [*mine] for u, mine in groupby(sorted(rows, key=lambda r: r[0]), lambda r: r[0])}
+
+def note(notes: list, number: int, what: str) -> None:
+    """Tells the reader of the report what was skipped, where anything was."""
+    if number:
+        notes.append(f"{number} {what}")
+
+
+def by_user(rows: list) -> dict:
+    """{user id: rows in their order}, users sorted."""
+    groups = {user: [] for user in sorted({row[0] for row in rows})}
+    for row in rows:
+        groups[row[0]].append(row)
+    return groups
+
 
 def core(rows: list, k: int) -> list:
     """The k-core: every user and every item left has at least k interactions."""
     before = None
     while k > 1 and len(rows) != before:
-        users, items, before = Counter(r[0] for r in rows), Counter(r[1] for r in rows), len(rows)
-        rows = [r for r in rows if users[r[0]] >= k and items[r[1]] >= k]
+        before = len(rows)
+        users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
+        rows = [row for row in rows if users[row[0]] >= k and items[row[1]] >= k]
     return rows
 
-def from_rows(name, rows, records, notes) -> Dataset:
-    """rows: (user id, item id, time, rating or None), sorted by time; records: item id -> record."""
-    everyone = by_user(rows)
-    people = {u: mine for u, mine in everyone.items() if len(mine) >= 3}
-    notes += counted((len(everyone) - len(people), "users with fewer than 3 interactions: left out"))
-    if not people:
-        raise DataError("; ".join([f"{name}: no user has 3 interactions left; lower --k-core or the limits, or check the files", *notes]))
-    number = {x: i for i, x in enumerate(sorted({r[1] for mine in people.values() for r in mine}), 1)}
-    items, given = [{}] + [record(x, records.get(x, {})) for x in number], {r[3] for mine in people.values() for r in mine}
-    take, rated = lambda column, as_=lambda x: x: [np.array([as_(r[column]) for r in mine]) for mine in people.values()], given <= {1, 2, 3, 4, 5}
-    notes += counted((sum(item["id"] in records and not item["title"] for item in items[1:]), "items without a title"),
-                     (sum("\ufffd" in str(item) for item in items), "items with bytes that are no UTF-8: shown as \ufffd"))
-    notes += ["not every rating is 1, 2, 3, 4 or 5: ratings are left out"] * (not rated and given != {None})
-    return Dataset(name, items, [*people], take(1, number.get), take(2), take(3) if rated else None, notes=notes)
 
-def clean(value) -> str:
-    """One line of plain text of a text, a number or a list of them: entities unescaped; markup, control tokens and characters dropped; words cut
-    at LONGEST_WORD (one could be a million tokens); 'None' and 'nan' read as empty."""
-    parts = value if isinstance(value, list) else [value]
-    text = html.unescape(html.unescape(" ".join(str(v) for v in parts if type(v) in (str, int, float))))
-    text = " ".join(word[:LONGEST_WORD] for word in MARKUP.sub(" ", text).split())
-    return "" if text.lower() in ("nan", "none", "null") else text
+def from_rows(name: str, rows: list, records: dict, notes: list) -> Dataset:
+    """rows: (user id, item id, time, rating or None), by time. records: item id -> fields."""
+    users = {user: mine for user, mine in by_user(rows).items() if len(mine) >= 3}
+    kept = [row for mine in users.values() for row in mine]
+    dropped = len({row[0] for row in rows}) - len(users)
+    note(notes, dropped, "users with fewer than 3 interactions: left out")
+    if not users:
+        advice = "lower --k-core or the limits, or check the files"
+        raise DataError("; ".join([f"{name}: no user has 3 interactions left; {advice}", *notes]))
+    number = {item: i for i, item in enumerate(sorted({row[1] for row in kept}), 1)}
+    items = [{}, *(item_record(item, records.get(item, {})) for item in number)]
+    note(notes, sum(not item["title"] for item in items[1:]), "items without a title")
+    rated = sum(row[3] is not None for row in kept)
+    if 0 < rated < len(kept):
+        notes.append("not every rating is 1, 2, 3, 4 or 5: ratings are left out")
+    seqs, times, ratings = [], [], []
+    for mine in users.values():
+        seqs.append(np.array([number[row[1]] for row in mine]))
+        times.append(np.array([row[2] for row in mine]))
+        ratings.append(np.array([row[3] for row in mine]))
+    ratings = ratings if rated == len(kept) else None
+    return Dataset(name, items, list(users), seqs, times, ratings, notes=notes)
 
-def record(id, r: dict) -> dict:
-    """An item from any source's fields; Amazon's categories are a list of paths in 2014, one path in 2018."""
-    path = r.get("categories") or r.get("category")
-    path = [path] if not isinstance(path, list) else path[0] if path and isinstance(path[0], list) else path
-    return {"id": str(id), **{k: clean(r.get(k)) for k in ("title", "brand", "description")}, "categories": [c for c in map(clean, path) if c]}
 
-def lines(path: str):
-    """(number, text) of each line that is not blank of a text or gzip file, lazily, with progress; U+FFFD for bytes that are no UTF-8.
-    DataError names the line that could not be read: broken or no gzip file, longer than LONGEST_LINE, a decompression bomb."""
-    n, unpacked, packed = 0, 0, path.removesuffix(".part").endswith(".gz")
-    try:
-        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", errors="replace") as f:
-            most, texts = max(UNPACKED, RATIO * os.path.getsize(path)), iter(lambda: f.readline(LONGEST_LINE + 1), "")
-            for text in tqdm(texts, "reading " + os.path.basename(path), unit=" lines", leave=False, disable=None, delay=1):
-                unpacked += len(text)
-                if len(text) > LONGEST_LINE:
-                    raise OSError(f"longer than {LONGEST_LINE:,} characters")
-                if packed and unpacked > most:
-                    raise OSError(f"unpacks to more than {RATIO} times its size, like a decompression bomb")
-                n += 1
-                if not text.isspace():
-                    yield n, text
-    except (OSError, EOFError, zlib.error) as e:
-        raise DataError(f"{path} line {n + 1}: cannot be read ({e}); mend the line, or delete the file and copy or download it again") from e
+# ---------------------------------------------------------------------- real data: files and fields
+ALIASES = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors"}
+AMAZON_2014 = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
+AMAZON_2018 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"
+AMAZON_FILES = (
+    (AMAZON_2014 + "reviews_{}_5.json.gz", AMAZON_2014 + "meta_{}.json.gz"),
+    (AMAZON_2018 + "categoryFilesSmall/{}_5.json.gz", AMAZON_2018 + "metaFiles2/meta_{}.json.gz"),
+)
+MAX_LINE, MAX_WORD = 1 << 20, 60  # characters of a line of a file, of a word of an item's text
+MAX_RATIO = 200  # a file that unpacks to more times its size (and half a MB) is taken for a bomb
+MAX_DOWNLOAD = 8 << 30  # bytes
+# tags and angle brackets of any width (a title must not close our <reason>), control characters
+MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
-def parse_line(line: str) -> dict | None:
-    """A JSON object or, in Amazon 2014 meta files, a Python dict literal (literal_eval runs no code) of JSON values alone."""
-    for parse in (json.loads, lambda line: json.loads(json.dumps(ast.literal_eval(line)))):
+
+def amazon_files(name: str, data_dir: str) -> tuple:
+    """Paths of reviews and items (of 2018 if only these are there, else of 2014), and {path:
+    address} of those that are not there."""
+    category = ALIASES.get(name.lower(), name)
+    if not re.fullmatch(r"[A-Za-z0-9_]+", category):
+        raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
+    pairs = []
+    for urls in AMAZON_FILES:
+        urls = [url.format(category) for url in urls]
+        pairs.append({os.path.join(data_dir, os.path.basename(url)): url for url in urls})
+    present = [pair for pair in pairs if os.path.exists(next(iter(pair)))]
+    pair = (present or pairs)[0]
+    return list(pair), {path: url for path, url in pair.items() if not os.path.exists(path)}
+
+
+def read_amazon(category: str, data_dir: str) -> tuple:
+    """Rows, {item id: fields} and notes of an Amazon category; downloads what is missing."""
+    (reviews, meta), absent = amazon_files(category, data_dir)
+    for path, url in absent.items():
+        download(path, url)
+    columns = ("reviewerID", "asin", "unixReviewTime", "overall")
+    rows, notes = read_interactions(reviews, read_lines(reviews), parse_line, columns)
+    return rows, read_items(meta, "asin", {row[1] for row in rows}, notes), notes
+
+
+def read_folder(folder: str) -> tuple:
+    """The same of a folder: interactions.csv (user,item,timestamp[,rating]) and items.jsonl
+    (id,title[,brand,categories,description])."""
+    path, described = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
+    for needed in (path, described):
+        if not os.path.exists(needed):
+            raise DataError(
+                f"{needed} is missing; a folder needs interactions.csv (user,item,timestamp"
+                "[,rating]) and items.jsonl (id,title[,brand,categories,description])"
+            )
+    lines = read_lines(path)
+    number, header = next(lines, (1, ""))
+    names = [name.strip(' "\n') for name in header.split(",")]
+    columns = ("user", "item", "timestamp", "rating")
+    if [names.count(c) for c in columns[:3]] != [1, 1, 1]:
+        must = "must name the columns user,item,timestamp[,rating] once each, with commas, in UTF-8"
+        raise DataError(f"{path} line {number}: the first line {must}")
+
+    def parse(line: str) -> dict:
+        (cells,) = csv.reader([line], strict=True, skipinitialspace=True)
+        return dict(zip(names, cells, strict=True))
+
+    rows, notes = read_interactions(path, lines, parse, columns)
+    return rows, read_items(described, "id", {row[1] for row in rows}, notes), notes
+
+
+def read_interactions(path: str, lines, parse, columns: tuple) -> tuple:
+    """Rows (user, item, time, rating or None) of the lines that have them, and a note of those
+    that do not. parse: line -> dict. columns: names of user, item, time and rating."""
+    rows, bad, first = [], 0, 0
+    for number, line in lines:
         try:
-            return value if isinstance(value := parse(line), dict) else None
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            continue
-
-def interactions(path: str, found, parse, columns: str, advice: str):
-    """Rows (user, item, time, rating or None) of the lines found, which parse makes dicts of, and a note of what was skipped."""
-    (user, item, when, rating), rows, bad, late, first = columns.split(), [], 0, 0, 0
-    known = lru_cache(None, typed=True)(identity)              # each id checked once and kept once
-    for n, line in found:
-        try:
-            r = parse(line)
-            who, what, time, given = known(r[user]), known(r[item]), float(r[when]), r.get(rating)
-            late += 1e11 < time < 1e15
-            if not (who and what and -62_135_596_800 <= time < 253_402_300_800):                               # the years 1 to 9999
-                raise ValueError
-            stars = None if given in (None, "") else float(given) if re.fullmatch(r"[1-5](\.0*)?", str(given)) else np.nan
-            rows.append((who, what, int(time), stars))
-        except (csv.Error, KeyError, TypeError, ValueError, OverflowError):
-            bad, first = bad + 1, first or n
-    where, needed = f" (the first: line {first})" * (bad > 0), f"{user}, {item} and a readable {when}"
+            fields = parse(line)
+            user, item, time, rating = (fields.get(column) for column in columns)
+            rows.append((parse_id(user), parse_id(item), parse_time(time), parse_rating(rating)))
+        except (AttributeError, TypeError, ValueError, OverflowError, csv.Error):
+            bad += 1
+            first = first or number
+    needed = f"{columns[0]}, {columns[1]} and a {columns[2]} in seconds since 1970"
     if not rows:
-        raise DataError(f"{path}: no line{where} has {needed}; " + ("are they milliseconds? divide them by 1000" if late == bad > 0 else advice))
-    return rows, counted((bad, f"lines of {os.path.basename(path)}{where} without {needed}: skipped"))
+        advice = "is it the right file? Milliseconds must be divided by 1000"
+        raise DataError(f"{path}: no line (from line {first} on) has {needed}; {advice}")
+    notes = []
+    where = f"lines of {os.path.basename(path)} (the first: line {first})"
+    note(notes, bad, f"{where} without {needed}: skipped")
+    return rows, notes
 
-def catalogue(path: str, key: str, rows: list, notes: list) -> dict:
-    """{item id: record} of the items of rows; notes on the others. key: "id" in a folder's file, all of whose lines must be good, else "asin"."""
-    chosen, records, skipped, asin = {r[1] for r in rows}, {}, Counter(), re.compile(r"""['"]asin['"]\s*:\s*['"]([^'"]*)['"]""")
-    for n, line in lines(path):
-        if key == "id" or (named := asin.search(line)) and named[1].strip() in chosen:          # cheap test first: Amazon has ten times the items
-            id = identity((r := parse_line(line) or {}).get(key))
-            if not id and key == "id":
-                raise DataError(f"{path} line {n}: not a JSON object with an id; mend or remove the line")
-            skip = ("lines of {} that cannot be read: skipped" if not id else "items of {} that nobody chose: left out" if id not in chosen
-                    else "items described twice in {}: the first is kept" if id in records else "")
-            skipped[skip] += 1
-            if not skip:
-                records[id] = {k: r.get(k) for k in ("title", "brand", "description", "categories", "category")}
+
+def parse_id(value) -> str:
+    """A user's or an item's id as text: one line, not empty, at most 200 characters."""
+    text = str(value).strip()
+    if type(value) not in (str, int) or not 0 < len(text) <= 200 or not text.isprintable():
+        raise ValueError(f"no id: {value!r}")
+    return text
+
+
+def parse_time(value) -> int:
+    """Seconds since 1970; the years 1 to 9999."""
+    seconds = float(value)
+    if not -62_135_596_800 <= seconds < 253_402_300_800:
+        raise ValueError(f"no time: {value!r}")
+    return int(seconds)
+
+
+def parse_rating(value) -> float | None:
+    """1.0 to 5.0, or None for anything else."""
+    found = re.fullmatch(r"\s*([1-5])(\.0*)?\s*", str(value))
+    return float(found[1]) if found else None
+
+
+def read_items(path: str, key: str, chosen: set, notes: list) -> dict:
+    """{item id: fields} of the chosen items, and notes of the others. key: the name of the id."""
+    records, unreadable, repeated, asin = (
+        {},
+        0,
+        0,
+        re.compile(r"['\"]asin['\"]\s*:\s*['\"](.*?)['\"]"),
+    )
+    for _, line in read_lines(path):
+        # parsing is slow, and Amazon describes ten times the items that were chosen
+        named = asin.search(line) if key == "asin" else None
+        if named and named[1] not in chosen:
+            continue
+        try:
+            fields = parse_line(line)
+            item = parse_id(fields[key])
+        except (KeyError, TypeError, ValueError):
+            unreadable += 1
+            continue
+        repeated += item in records
+        if item in chosen:
+            records.setdefault(item, fields)
+    name = os.path.basename(path)
     if not records:
-        raise DataError(f"{path}: describes none of the {len(chosen)} items chosen; is it the right file, with the same ids?")
-    skipped["items are not in {}: they have no text"] = len(chosen) - len(records)
-    notes += counted(*((n, what.format(os.path.basename(path))) for what, n in skipped.items() if what))
+        advice = "is it the right file, with the same ids?"
+        raise DataError(f"{path}: describes none of the {len(chosen)} items chosen; {advice}")
+    note(notes, unreadable, f"lines of {name} without a readable {key}: skipped")
+    note(notes, repeated, f"items described twice in {name}: the first is kept")
+    note(notes, len(chosen) - len(records), f"items are not in {name}: they have no text")
     return records
 
-def amazon_files(name: str, data_dir: str):
-    """Paths of reviews and items, of the 2018 files if only they are there, else of those of 2014; {path: address} of what is not there."""
-    if not re.fullmatch(r"[A-Za-z0-9_]+", category := ALIASES.get(name.lower(), name)):
-        raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
-    pairs = [{os.path.join(data_dir, os.path.basename(url).format(category)): url.format(category) for url in urls} for urls in URLS]
-    pair = next((pair for pair in pairs if os.path.exists([*pair][0])), pairs[0])
-    return [*pair], {path: url for path, url in pair.items() if not os.path.exists(path)}
 
-def read_amazon(category: str, data_dir: str):
-    """Rows, item records and notes of an Amazon category, 2014 or 2018 files; downloads the 2014 pair if neither is there."""
-    (reviews, meta), absent = amazon_files(category, data_dir)
-    download(category, absent, data_dir)
-    rows, notes = interactions(reviews, lines(reviews), parse_line, "reviewerID asin unixReviewTime overall", "is it the 5-core review file?")
-    return rows, catalogue(meta, "asin", rows, notes), notes
+def item_record(item_id: str, fields: dict) -> dict:
+    """An item from any source's fields; Amazon's categories are a list of paths, or one path."""
+    path = fields.get("categories") or fields.get("category") or []
+    if not isinstance(path, list):
+        path = [path]
+    elif path and isinstance(path[0], list):
+        path = path[0]
+    record = {"id": item_id}
+    for name in ("title", "brand", "description"):
+        record[name] = clean(fields.get(name))
+    record["categories"] = [category for category in map(clean, path) if category]
+    return record
 
-def read_folder(folder: str):
-    """The same of a folder: interactions.csv (user,item,timestamp[,rating]; an open quote ends with its line), items.jsonl (id,title[,brand,...])."""
-    path, described = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
-    if missing := [name for name in (path, described) if not os.path.exists(name)]:
-        raise DataError(f"{missing[0]} is missing; needed are interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title[,brand,...])")
-    n, header = next(found := lines(path), (1, ""))
-    names = [name.strip(' "\n') for name in header.split(",")]
-    if [*map(names.count, ("user", "item", "timestamp"))] != [1, 1, 1] or names.count("rating") > 1:
-        raise DataError(f"{path} line {n}: the first line must name the columns user,item,timestamp[,rating] once each, with commas, in UTF-8")
-    parse = lambda line: dict(zip(names, map(str.strip, next(csv.reader([line], strict=True, skipinitialspace=True))), strict=True))
-    rows, notes = interactions(path, found, parse, "user item timestamp rating", "it must be a number, seconds since 1970")
-    return rows, catalogue(described, "id", rows, notes), notes
 
-def download(category: str, wanted: dict, data_dir: str):
-    """Fetches missing files, {path: https address}: progress bar, .part file, size, all `lines` to the checksum at the end, then an atomic rename."""
-    for path, url in wanted.items():
-        part = path + ".part"
+def clean(value) -> str:
+    """One line of plain text of a text, a number or a list of them: entities unescaped, markup
+    dropped, words cut at MAX_WORD (one could be a million tokens), "nan" and "None" as empty."""
+    parts = value if isinstance(value, list) else [value]
+    text = " ".join(str(part) for part in parts if type(part) in (str, int, float))
+    text = MARKUP.sub(" ", html.unescape(html.unescape(text)))
+    text = " ".join(word[:MAX_WORD] for word in text.split())
+    return "" if text.lower() in ("nan", "none", "null") else text
+
+
+def parse_line(line: str) -> dict | None:
+    """A JSON object or, in Amazon's item files of 2014, a Python dict literal (literal_eval runs
+    no code); None for anything else."""
+    for parse in (json.loads, ast.literal_eval):
         try:
-            with urllib.request.urlopen(url, timeout=20) as source, (os.makedirs(data_dir, exist_ok=True) or open(part, "wb")) as out:
-                size = int(source.headers.get("Content-Length") or 0)
-                if not source.url.startswith("https://"):
-                    raise OSError(f"it leads to {source.url}, which is not https")
-                with tqdm(total=size or None, unit="B", unit_scale=True, desc=f"downloading {os.path.basename(path)}", disable=None) as bar:
-                    while chunk := source.read(1 << 20):
-                        if max(size, out.tell() + len(chunk)) > MAX_DOWNLOAD:
-                            raise OSError(f"more than {MAX_DOWNLOAD:,} bytes")
-                        bar.update(out.write(chunk))
-                if size not in (0, out.tell()):
-                    raise OSError(f"{out.tell()} of {size} bytes came")
-            sum(1 for _ in lines(part))
-            os.replace(part, path)
-        except (OSError, ValueError, http.client.HTTPException) as e:          # URLError is an OSError, DataError a ValueError
-            files = "\n".join(f"  {os.path.basename(p)}  from  {u}" for p, u in wanted.items())
-            raise DataError(f"data set '{category}' is not in {os.path.abspath(data_dir)} and could not be downloaded ({e}).\n"
-                            f"Put there by hand:\n{files}\nor name their folder with --data-dir. `--dataset demo` needs no files.") from e
-        finally:                                   # broken or refused; what Ctrl-C leaves, the next download overwrites
-            if os.path.exists(part):
-                os.remove(part)
-
-# ---------------------------------------------------------------------------------------------- prompts and parsing
-REASON = "people choose it for {} and {}"
-ANSWER = "<think> {} </think> <reason> {} </reason>"
-ANSWER_PATTERN = re.compile(r"\s*<think>([^<>]{0,2000})</think>\s*<reason>([^<>]{0,2000})</reason>\s*")
-REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
-PROMPT = "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\nWhy do people choose it?"
-TAGS = ("<think>", "</think>", "<reason>", "</reason>")
-TASKS = {"mim": "Which item is blank?", "mlm": "Which word is blank?", "bpr": "Which is preferred: {}?", "next": "What comes next?",
-         "rank": "Which of these comes next: {}?", "rate": "Which rating from 1 to 5 for {}?"}                   # after arXiv 2404.00245
-LANE = {"prefer": f"You know what people look for. Name {PREFERENCES} different preferences, names only, that explain best what this person chooses next, as JSON: "
-                  '{{"preferences": ["...", "..."]}}',                                    # after arXiv 2407.02833
-        "explain": "Preferences and their weights: {}\nItem: {}\nExplain step by step: which choices show each preference; how well, 0 to 1, the item fits it; "
-                   "that times its weight as low, medium or high; then recommend the item."}
-
-def reason_prompt(data: Dataset, item: int, reason: str, events) -> str:
-    """The one prompt for reasons: up to PEOPLE histories (of these train events), the reason so far ("" = none), item text."""
-    shown = ["- " + "; ".join(data.titles[i] for i in data.history(e)[-HISTORY:]) for e in events[:PEOPLE]]
-    return PROMPT.format("\n".join(shown) or "- nobody yet", reason or "none", item_text(data.items[item]))
-
-def parse_answer(text: str) -> tuple:
-    """Decoded answer -> (reason, named phrases, format_ok). The format: one think, one reason, two different phrases."""
-    answer = ANSWER_PATTERN.fullmatch(text[:10_000])
-    if not answer:
-        return "", [], False
-    reason = " ".join(answer[2].split())
-    named = [p.strip() for p in found.groups()] if (found := REASON_PATTERN.fullmatch(reason)) and " and " not in found[2] else []
-    return reason, named, len({" ".join(map(stem, words(p))) for p in named} - {""}) == 2
-
-def grounded(data: Dataset, item: int, reason: str) -> float:
-    """Share of the reason's content words that the item's own text says; 0 for a reason without any."""
-    content, said = [w for w in words(reason) if w not in STOPWORDS], set(words(item_text(data.items[item])))
-    return sum(w in said for w in content) / len(content) if content else 0.0
-
-def mask_identity(data: Dataset, text: str) -> str:
-    """The words of a text, sorted, without brands, numbers, common ones and those only a few items have: what the reward's encoder reads."""
-    return " ".join(sorted(w for w in words(text) if w not in data.masked_words and w not in data.common_words and not w[0].isdigit())) or "item"
-
-def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
-    """A grounded reason that names phrases of the item drawn at random (weak supervision knows no better)."""
-    own = data.phrases[item]
-    return "people choose it for " + " and ".join([own[i] for i in sorted(rng.permutation(len(own))[:size])] or ["itself"])
-
-def shared_words(data: Dataset, item: int, events) -> list:
-    """The item's phrases that the histories shown of these train events say too, most shared first."""
-    said = Counter(w for e in events[:PEOPLE] for i in data.history(e)[-HISTORY:] for w in words(data.titles[i]))
-    return sorted((w for w in data.phrases[item] if said[w]), key=lambda w: -said[w])
-
-def reason_sample(data: Dataset, item: int, events, rng, current: str = "", follow: float = 1.0) -> tuple:
-    """(prompt, answer) with a weak target: the thought names the item's two words most shared with the histories shown.
-    The reason names them in a share `follow` of the samples, else two at random: what matters is left to the reward. In item order."""
-    own = data.phrases[item]
-    shared = sorted(shared_words(data, item, events)[:2], key=own.index)
-    think, kept = "most shared " + " and ".join(shared) if shared else "nothing shared", shared if rng.random() < follow else []
-    named = sorted([*kept, *(w for w in rng.permutation(own) if w not in kept)][:2], key=own.index)
-    return reason_prompt(data, item, current, events), ANSWER.format(think, REASON.format(*named))
-
-def choosers(data: Dataset) -> list:
-    """For each item the train events that chose it: a list of arrays of event numbers, index 0 empty."""
-    order = np.argsort(data.events["item"], kind="stable")
-    return np.split(order, np.cumsum(np.bincount(data.events["item"], minlength=data.n_items + 1))[:-1])
-
-def question(data: Dataset, history, task: str, *about, longest: int = HISTORY) -> str:
-    """A question of one of the two relatives (TASKS, LANE) about the last items of a history."""
-    return "Chosen in order: " + "; ".join(data.titles[i] for i in history[-longest:]) + "\n" + (TASKS | LANE)[task].format(*about)
-
-def alignment_samples(data: Dataset, n: int, rng, reason_share: float = 0.5, people: int = PEOPLE, follow: float = 1.0,
-                      tasks=tuple(TASKS), next_share: float = 0.0, longest: int = HISTORY, ahead: int = 1) -> list:
-    """n (prompt, answer) pairs from the train split alone: reasons and the tasks of recommendation knowledge (arXiv 2404.00245), each train
-    choice once before any again. next_share: more of `next`; its answer goes on for up to `ahead` items, a line each. longest: see question."""
-    who, out, events = choosers(data), [], data.events
-    nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
-    choices, tasks = [], [t for t in tasks if t != "rate" or data.ratings]
-    for _ in range(n if nameable or len(events["user"]) else 0):
-        if nameable and (not len(events["user"]) or rng.random() < reason_share):
-            item = int(nameable[rng.integers(len(nameable))])
-            shown = rng.permutation(who[item])[: rng.integers(people + 1)]     # fewer people: shorter, easier
-            out.append(reason_sample(data, item, shown, rng, random_reason(data, item, rng) if rng.random() < 0.5 else "", follow))
+            value = parse(line)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-        choice = (choices := choices or rng.permutation(len(events["user"])).tolist()).pop()
-        user, end = int(events["user"][choice]), int(events["pos"][choice])
-        s, task = data.train[user], "next" if rng.random() < next_share else tasks[rng.integers(len(tasks))]
-        past, goal = [data.titles[i] for i in s[max(0, end - longest): end]], data.titles[s[end]]          # s[end] is the choice to be told
-        others = [j for j in dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist()) if j not in s][:2]
-        shown, about = "; ".join(past), ()
-        if task in ("mim", "mlm"):         # blank an item of the history, or a word of its titles
-            parts, gap = (past, "; ") if task == "mim" else (shown.split(), " ")
-            hide = int(rng.integers(len(parts)))
-            shown, answer = gap.join([*parts[:hide], "____", *parts[hide + 1:]] + [goal] * (task == "mim")), parts[hide].strip(";") or ";"
-        elif task in ("bpr", "rank") and others:
-            some = [s[end], *others[: 1 if task == "bpr" else None]]
-            about, answer = ["; ".join(data.titles[j] for j in rng.permutation(some))], goal
-        elif task == "rate":
-            about, answer = [goal], f"{data.ratings[user][end]:.0f}"
-        else:
-            task, answer = "next", "\n".join(data.titles[i] for i in s[end: end + ahead])
-        out.append((f"Chosen in order: {shown}\n{TASKS[task].format(*about)}", answer))
-    return out
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def read_lines(path: str):
+    """Yields (number, text) of each line of a text or gzip file that is not blank, with progress.
+    DataError names the line that cannot be read: a file broken or no gzip, a line too long, a
+    decompression bomb."""
+    number, size, packed = 0, 0, path.removesuffix(".part").endswith(".gz")
+    opened = gzip.open if packed else open
+    try:
+        max_size = MAX_RATIO * (os.path.getsize(path) + (1 << 19))
+        with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            lines = iter(lambda: file.readline(MAX_LINE + 1), "")
+            title = "reading " + os.path.basename(path)
+            for text in tqdm(lines, title, unit=" lines", leave=False, disable=None, delay=1):
+                size += len(text)
+                if len(text) > MAX_LINE:
+                    raise OSError(f"longer than {MAX_LINE:,} characters")
+                if packed and size > max_size:
+                    raise OSError(f"unpacks to more than {MAX_RATIO} times its size")
+                number += 1
+                if not text.isspace():
+                    yield number, text
+    except (OSError, EOFError, zlib.error) as e:
+        advice = "mend the line, or delete the file and copy or download it again"
+        raise DataError(f"{path} line {number + 1}: cannot be read ({e}); {advice}") from e
+
+
+def download(path: str, url: str) -> None:
+    """Fetches a file by https: progress, a .part file, read to its checksum, an atomic rename."""
+    part = path + ".part"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
+            if not source.url.startswith("https://"):
+                raise OSError(f"it leads to {source.url}, which is not https")
+            size = int(source.headers.get("Content-Length") or 0)
+            title = "downloading " + os.path.basename(path)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=title) as bar:
+                for chunk in iter(lambda: source.read(1 << 20), b""):
+                    bar.update(out.write(chunk))
+                    if out.tell() > MAX_DOWNLOAD:
+                        raise OSError(f"more than {MAX_DOWNLOAD:,} bytes")
+        for _ in read_lines(part):
+            pass
+        os.replace(part, path)
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise DataError(
+            f"{path} is not there and could not be downloaded ({e}). Put it there by hand, from "
+            f"{url}, or name its folder with --data-dir. `--dataset demo` needs no files."
+        ) from e
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+# =================================================================== the two relatives: samples
+# prompts after LANE (arXiv 2407.02833)
+LANE = {
+    "prefer": (
+        f"You know what people look for. Name {PREFERENCES} different preferences, names only, "
+        "that explain best what this person chooses next, as JSON: "
+        '{{"preferences": ["...", "..."]}}'
+    ),
+    "explain": (
+        "Preferences and their weights: {}\nItem: {}\nExplain step by step: which choices show "
+        "each preference; how well, 0 to 1, the item fits it; that times its weight as low, "
+        "medium or high; then recommend the item."
+    ),
+}
+
+
+def history_question(data: Dataset, history, task: str, *about) -> str:
+    """A question of one of the two relatives (TASKS, LANE) about the last items of a history."""
+    chosen = "; ".join(data.titles[i] for i in history[-LONGEST:])
+    return f"Chosen in order: {chosen}\n" + (TASKS | LANE)[task].format(*about)
+
 
 def parse_preferences(text: str) -> list:
-    """The PREFERENCES different names in an answer's JSON object; [] if it is malformed or has another number."""
-    found = re.search(r"\{[^{}]*\}", text[:10_000]) or [""]
-    names = (parse_line(found[0]) or {}).get("preferences")
-    names = [clean(n)[:80] for n in names if isinstance(n, str)] if isinstance(names, list) else []
-    return names if len({n.lower() for n in names} - {""}) == len(names) == PREFERENCES else []
+    """The PREFERENCES different names of an answer's JSON object; [] where it is malformed."""
+    found = re.search(r"\{[^{}]*\}", text[:10_000])
+    names = (found and parse_line(found[0]) or {}).get("preferences")
+    if not isinstance(names, list):
+        return []
+    names = [clean(name)[:80] for name in names if isinstance(name, str)]
+    different = {name.lower() for name in names} - {""}
+    return names if len(different) == len(names) == PREFERENCES else []
+
 
 def lane_samples(data: Dataset, n: int, rng) -> list:
-    """n (prompt, answer) pairs that teach a model from nothing the form of LANE's answers; a pretrained LLM needs none.
-    Weak targets: preferences are the most frequent words of the history's items, and an item fits one if it says it."""
-    out, rich = [], [s for s in data.train if len({w for i in s[-LONGEST:] for w in data.phrases[i]}) >= PREFERENCES]
-    while rich and len(out) < n:
-        s, item, task = rich[rng.integers(len(rich))], int(rng.integers(1, data.n_items + 1)), ("prefer", "prefer", "explain")[rng.integers(3)]
-        past = s[: rng.integers(1, len(s) + 1)][-LONGEST:]
+    """n (prompt, answer) pairs that teach a model trained from scratch the form of LANE's answers;
+    a pretrained LLM needs none. Weak targets: preferences are the most frequent phrases of the
+    history's items, and an item fits one if it says it."""
+    rich = []
+    for seq in data.train:
+        said = Counter(w for i in seq[-LONGEST:] for w in data.phrases[i])
+        if len(said) >= PREFERENCES:
+            rich.append(seq)
+    samples = []
+    while rich and len(samples) < n:
+        seq = rich[rng.integers(len(rich))]
+        item = int(rng.integers(1, data.n_items + 1))
+        task = ("prefer", "prefer", "explain")[rng.integers(3)]
+        past = seq[: rng.integers(1, len(seq) + 1)][-LONGEST:]
+        said = Counter(w for i in past for w in data.phrases[i])
         # in alphabetical order: a model that has learnt to go on in it repeats nothing
-        names = sorted(w for w, _ in Counter(w for i in past for w in data.phrases[i]).most_common(PREFERENCES))
+        names = sorted(w for w, _ in said.most_common(PREFERENCES))
         if len(names) < PREFERENCES:
             continue
-        about, answer = (), json.dumps({"preferences": names})
-        if task == "explain":
-            weights, fits = rng.dirichlet(np.full(PREFERENCES, 3.0)).round(2), [w in data.phrases[item] for w in names]
-            about = ", ".join(f"{w} {x:.2f}" for w, x in zip(names, weights)), item_text(data.items[item])
-            shown = [next(data.titles[i] for i in past[::-1] if w in data.phrases[i]) for w in names]
-            steps = [f"{w} in {t} , fit {fit:d} , {'low' if not fit else 'medium' if x < 0.2 else 'high'}" for w, t, fit, x in zip(names, shown, fits, weights)]
-            answer = " ; ".join(steps) + " ; it has " + " and ".join([w for w, fit in zip(names, fits) if fit] or ["something new"])
-        out.append((question(data, past, task, *about, longest=LONGEST), answer))
-    return out
+        if task == "prefer":
+            about, answer = (), json.dumps({"preferences": names})
+        else:
+            about, answer = explanation(data, past, item, names, rng)
+        samples.append((history_question(data, past, task, *about), answer))
+    return samples
+
+
+def explanation(data: Dataset, past, item: int, names: list, rng) -> tuple:
+    """What LANE's question for an explanation is about (weights drawn at random), and an answer."""
+    weights = rng.dirichlet(np.full(PREFERENCES, 3.0)).round(2)
+    steps, fitting = [], []
+    for name, weight in zip(names, weights, strict=True):
+        title = next(data.titles[i] for i in past[::-1] if name in data.phrases[i])
+        fits = name in data.phrases[item]
+        level = "low" if not fits else "medium" if weight < 0.2 else "high"
+        steps.append(f"{name} in {title} , fit {fits:d} , {level}")
+        if fits:
+            fitting.append(name)
+    weighted = ", ".join(
+        f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True)
+    )
+    answer = " ; ".join([*steps, "it has " + " and ".join(fitting or ["something new"])])
+    return (weighted, item_text(data.items[item])), answer
