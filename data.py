@@ -19,7 +19,6 @@ import http.client
 import json
 import os
 import re
-import unicodedata
 import urllib.request
 import zlib
 from collections import Counter
@@ -111,20 +110,17 @@ class Dataset:
         for item in self.items[1:]:
             short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
             title = short
-            while seen[normalize(title)]:
-                seen[normalize(short)] += 1
-                title = f"{short} ({seen[normalize(short)]})"
-            seen[normalize(title)] += 1
+            while seen[title.lower()]:
+                seen[short.lower()] += 1
+                title = f"{short} ({seen[short.lower()]})"
+            seen[title.lower()] += 1
             titles.append(title)
         return titles
 
     @cached_property
     def document_frequency(self) -> Counter:
         """Number of items whose text has a word."""
-        frequency = Counter()
-        for item in self.items[1:]:
-            frequency.update(set(words(item_text(item))))
-        return frequency
+        return Counter(w for item in self.items[1:] for w in set(words(item_text(item))))
 
     @cached_property
     def common_words(self) -> set:
@@ -135,9 +131,7 @@ class Dataset:
     @cached_property
     def masked_words(self) -> set:
         """Words that tell which item it is, few items' words and brands: hidden from the reward."""
-        branded = Counter()
-        for item in self.items[1:]:
-            branded.update(set(words(item["brand"])))
+        branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
         frequency = self.document_frequency.items()
         return {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
 
@@ -162,11 +156,6 @@ def words(text: str) -> list:
 def stem(word: str) -> str:
     """Singular and plural as one: nail and nails, brush and brushes."""
     return re.sub(r"(?<=ss|sh|ch)es$|(?<=x)es$|(?<=[^s])s$", "", word)
-
-
-def normalize(title: str) -> str:
-    """Titles that a tokenizer may read alike become equal."""
-    return unicodedata.normalize("NFKC", title).lower()
 
 
 def item_text(item: dict) -> str:
@@ -487,9 +476,8 @@ AMAZON_FILES = (
     (AMAZON_2014 + "reviews_{}_5.json.gz", AMAZON_2014 + "meta_{}.json.gz"),
     (AMAZON_2018 + "categoryFilesSmall/{}_5.json.gz", AMAZON_2018 + "metaFiles2/meta_{}.json.gz"),
 )
-MAX_LINE, MAX_WORD = 1 << 20, 60  # characters of a line of a file, of a word of an item's text
-MAX_RATIO = 200  # a file that unpacks to more times its size (and half a MB) is taken for a bomb
-MAX_DOWNLOAD = 8 << 30  # bytes
+# characters of a line of a file (more is taken for a decompression bomb), of a word of a text
+MAX_LINE, MAX_WORD = 1 << 20, 60
 # tags and angle brackets of any width (a title must not close our <reason>), control characters
 MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -523,12 +511,10 @@ def read_folder(folder: str) -> tuple:
     """The same of a folder: interactions.csv (user,item,timestamp[,rating]) and items.jsonl
     (id,title[,brand,categories,description])."""
     path, described = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
-    for needed in (path, described):
-        if not os.path.exists(needed):
-            raise DataError(
-                f"{needed} is missing; a folder needs interactions.csv (user,item,timestamp"
-                "[,rating]) and items.jsonl (id,title[,brand,categories,description])"
-            )
+    for file in (path, described):
+        if not os.path.exists(file):
+            needed = "interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title)"
+            raise DataError(f"{file} is missing; a folder needs {needed}")
     lines = read_lines(path)
     number, header = next(lines, (1, ""))
     names = [name.strip(' "\n') for name in header.split(",")]
@@ -553,18 +539,21 @@ def read_interactions(path: str, lines, parse, columns: tuple) -> tuple:
         try:
             fields = parse(line)
             user, item, time, rating = (fields.get(column) for column in columns)
-            rows.append((parse_id(user), parse_id(item), parse_time(time), parse_rating(rating)))
+            seconds = float(time)
+            # the years 1 to 9999
+            if not -62_135_596_800 <= seconds < 253_402_300_800:
+                raise ValueError(f"no time: {time}")
+            stars = re.fullmatch(r"\s*([1-5])(\.0*)?\s*", str(rating))
+            stars = float(stars[1]) if stars else None
+            rows.append((parse_id(user), parse_id(item), int(seconds), stars))
         except (AttributeError, TypeError, ValueError, OverflowError, csv.Error):
             bad += 1
             first = first or number
+    where = f"{os.path.basename(path)} (the first: line {first})"
     needed = f"{columns[0]}, {columns[1]} and a {columns[2]} in seconds since 1970"
     if not rows:
-        advice = "is it the right file? Milliseconds must be divided by 1000"
-        raise DataError(f"{path}: no line (from line {first} on) has {needed}; {advice}")
-    notes = []
-    where = f"lines of {os.path.basename(path)} (the first: line {first})"
-    note(notes, bad, f"{where} without {needed}: skipped")
-    return rows, notes
+        raise DataError(f"{where}: no line has {needed}; is it the right file, in seconds?")
+    return rows, [f"{bad} lines of {where} without {needed}: skipped"] if bad else []
 
 
 def parse_id(value) -> str:
@@ -575,28 +564,10 @@ def parse_id(value) -> str:
     return text
 
 
-def parse_time(value) -> int:
-    """Seconds since 1970; the years 1 to 9999."""
-    seconds = float(value)
-    if not -62_135_596_800 <= seconds < 253_402_300_800:
-        raise ValueError(f"no time: {value!r}")
-    return int(seconds)
-
-
-def parse_rating(value) -> float | None:
-    """1.0 to 5.0, or None for anything else."""
-    found = re.fullmatch(r"\s*([1-5])(\.0*)?\s*", str(value))
-    return float(found[1]) if found else None
-
-
 def read_items(path: str, key: str, chosen: set, notes: list) -> dict:
-    """{item id: fields} of the chosen items, and notes of the others. key: the name of the id."""
-    records, unreadable, repeated, asin = (
-        {},
-        0,
-        0,
-        re.compile(r"['\"]asin['\"]\s*:\s*['\"](.*?)['\"]"),
-    )
+    """{item id: fields} of the chosen items; the first of several. key: the name of the id."""
+    records, bad, name = {}, 0, os.path.basename(path)
+    asin = re.compile(r"""['"]asin['"]\s*:\s*['"](.*?)['"]""")
     for _, line in read_lines(path):
         # parsing is slow, and Amazon describes ten times the items that were chosen
         named = asin.search(line) if key == "asin" else None
@@ -605,18 +576,13 @@ def read_items(path: str, key: str, chosen: set, notes: list) -> dict:
         try:
             fields = parse_line(line)
             item = parse_id(fields[key])
+            if item in chosen:
+                records.setdefault(item, fields)
         except (KeyError, TypeError, ValueError):
-            unreadable += 1
-            continue
-        repeated += item in records
-        if item in chosen:
-            records.setdefault(item, fields)
-    name = os.path.basename(path)
+            bad += 1
     if not records:
-        advice = "is it the right file, with the same ids?"
-        raise DataError(f"{path}: describes none of the {len(chosen)} items chosen; {advice}")
-    note(notes, unreadable, f"lines of {name} without a readable {key}: skipped")
-    note(notes, repeated, f"items described twice in {name}: the first is kept")
+        raise DataError(f"{path}: describes none of the items chosen; is it the right file?")
+    note(notes, bad, f"lines of {name} without a readable {key}: skipped")
     note(notes, len(chosen) - len(records), f"items are not in {name}: they have no text")
     return records
 
@@ -645,35 +611,28 @@ def clean(value) -> str:
     return "" if text.lower() in ("nan", "none", "null") else text
 
 
-def parse_line(line: str) -> dict | None:
-    """A JSON object or, in Amazon's item files of 2014, a Python dict literal (literal_eval runs
-    no code); None for anything else."""
+def parse_line(line: str):
+    """JSON or, in Amazon's item files of 2014, a Python literal (literal_eval runs no code)."""
     for parse in (json.loads, ast.literal_eval):
         try:
-            value = parse(line)
+            return parse(line)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
-        return value if isinstance(value, dict) else None
     return None
 
 
 def read_lines(path: str):
     """Yields (number, text) of each line of a text or gzip file that is not blank, with progress.
-    DataError names the line that cannot be read: a file broken or no gzip, a line too long, a
-    decompression bomb."""
-    number, size, packed = 0, 0, path.removesuffix(".part").endswith(".gz")
-    opened = gzip.open if packed else open
+    DataError names the line that cannot be read: a broken file, no gzip, a line too long."""
+    number = 0
+    opened = gzip.open if path.removesuffix(".part").endswith(".gz") else open
     try:
-        max_size = MAX_RATIO * (os.path.getsize(path) + (1 << 19))
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             lines = iter(lambda: file.readline(MAX_LINE + 1), "")
             title = "reading " + os.path.basename(path)
             for text in tqdm(lines, title, unit=" lines", leave=False, disable=None, delay=1):
-                size += len(text)
                 if len(text) > MAX_LINE:
                     raise OSError(f"longer than {MAX_LINE:,} characters")
-                if packed and size > max_size:
-                    raise OSError(f"unpacks to more than {MAX_RATIO} times its size")
                 number += 1
                 if not text.isspace():
                     yield number, text
@@ -695,8 +654,6 @@ def download(path: str, url: str) -> None:
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=title) as bar:
                 for chunk in iter(lambda: source.read(1 << 20), b""):
                     bar.update(out.write(chunk))
-                    if out.tell() > MAX_DOWNLOAD:
-                        raise OSError(f"more than {MAX_DOWNLOAD:,} bytes")
         for _ in read_lines(part):
             pass
         os.replace(part, path)
@@ -734,11 +691,9 @@ def history_question(data: Dataset, history, task: str, *about) -> str:
 
 def parse_preferences(text: str) -> list:
     """The PREFERENCES different names of an answer's JSON object; [] where it is malformed."""
-    found = re.search(r"\{[^{}]*\}", text[:10_000])
-    names = (found and parse_line(found[0]) or {}).get("preferences")
-    if not isinstance(names, list):
-        return []
-    names = [clean(name)[:80] for name in names if isinstance(name, str)]
+    found = re.search(r'\{\s*"preferences"\s*:\s*(\[[^][{}]*\])\s*\}', text[:10_000])
+    names = parse_line(found[1]) if found else None
+    names = [clean(name)[:80] for name in names or [] if isinstance(name, str)]
     different = {name.lower() for name in names} - {""}
     return names if len(different) == len(names) == PREFERENCES else []
 
