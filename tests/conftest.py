@@ -1,4 +1,5 @@
 """Shared by every test file: flat modules on sys.path, one thread, one small demo world."""
+
 import pathlib
 import sys
 
@@ -6,7 +7,9 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
+
+import data
 
 torch.set_num_threads(1)
 
@@ -14,5 +17,4 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def world():
     """The small demo world, built once."""
-    import data
     return data.load("demo", seed=0, small=True)
