@@ -49,11 +49,13 @@ import rl
 from recommender import ARMS, METHODS, REASON_TEXTS
 
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where there is CUDA
+# weak targets: which phrases matter is left to the reward
+ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
 TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
 
 
-def option(default, group: str, text: str, choices=None):
+def option(default, group, text, choices=None):
     """A field of Settings, and a flag of the command line."""
     text += f" [{default}]" if default not in ("", False) else ""
     return field(default=default, metadata={"group": group, "help": text, "choices": choices})
@@ -98,33 +100,33 @@ class Settings:
     item: str = option("", "look at a finished run", "ID: ... about this item")
 
 
-def main(run: "Run") -> None:
+def main(run: "Run"):
     """The whole method, a stage a line."""
-    s, todo = run.settings, stages_needed(run.settings)
+    s, todo = run.settings, run.todo
     data = load_data(s)
     cuts = window_cuts(data, s.windows)
     run.open(data, cuts)
     llm = encode = preferences = score = None
     reasons, lines = {}, []
-    if run.announce(todo, "LLM"):
+    if run.announce("LLM"):
         llm, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
     if "PPO" in todo:
-        align(run, data, llm)
-        run.announce(todo, "reward model")
+        train_adapter(run, data, llm, "align", s.align_steps, ALIGNMENT)
+        run.announce("reward model")
         judge = fit_reward_model(run, data, encode)
-        run.announce(todo, "PPO")
+        run.announce("PPO")
         reinforce(run, data, llm, judge, cuts)
-        run.announce(todo, "reasons")
+        run.announce("reasons")
         reasons, timelines = write_reasons(run, data, llm, judge, cuts)
         lines = list_reasons(run, data, reasons, timelines)
         run.metrics["reasons"] = reason_figures(data, llm, judge, reasons, cuts)
-    if run.announce(todo, "preferences"):
+    if run.announce("preferences"):
         preferences = ask_preferences(run, data, llm)
-    if run.announce(todo, "knowledge"):
+    if run.announce("knowledge"):
         score = teach_knowledge(run, data, llm)
-    run.announce(todo, "arms")
+    run.announce("arms")
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, score)
     if reasons and data.truth:
@@ -133,8 +135,8 @@ def main(run: "Run") -> None:
 
 
 # ------------------------------------------------------------------------- stages 1 to 4: the LLM
-def stages_needed(s: Settings) -> dict:
-    """The stages that the arms need, in their order, each with its headline."""
+def stages_needed(s):
+    """The names of the stages that the arms need, in their order."""
     arms = [ARMS[arm] for arm in s.arms.split(",")]
     reasons = any(set(arm.texts) & set(REASON_TEXTS) for arm in arms)
     preferences = any(arm.preferences for arm in arms)
@@ -143,11 +145,10 @@ def stages_needed(s: Settings) -> dict:
     needed = {"LLM": reasons or preferences or knowledge or texts}
     needed |= dict.fromkeys(("reward model", "PPO", "reasons"), reasons)
     needed |= {"preferences": preferences, "knowledge": knowledge, "arms": True}
-    names = [name for name, yes in needed.items() if yes]
-    return {name: f"[{k}/{len(names)}] {name}" for k, name in enumerate(names, 1)}
+    return [name for name, yes in needed.items() if yes]
 
 
-def load_data(s: Settings):
+def load_data(s):
     """The data set, large enough for what the arms need."""
     subset = D.Subset(s.ties, s.k_core, s.limit_items, s.limit_users)
     data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
@@ -157,7 +158,7 @@ def load_data(s: Settings):
     return data
 
 
-def llm_path(run, data) -> str:
+def llm_path(run, data):
     """Name or path of the LLM; the tiny one is trained from scratch on this data set's own texts
     and prompts, and cached by what it depends on."""
     s, steps = run.settings, run.settings.tiny_steps
@@ -188,36 +189,30 @@ def llm_path(run, data) -> str:
     return run.save(path)
 
 
-def open_llm(s: Settings, path: str) -> tuple:
+def open_llm(s, path):
     """The LLM in 4 bits with a new adapter, (model, tokenizer), and its text embeddings as a
     function."""
     llm = rl.load(path, s.device, checkpointing=s.device != "cpu", seed=s.seed)
     return llm, functools.partial(rl.encode, *llm, budget=sampling(s).budget)
 
 
-def sampling(s: Settings) -> rl.Sampling:
+def sampling(s) -> rl.Sampling:
     """How reasons are sampled."""
     budget = s.micro_batch * (2048 if s.llm == "tiny" else 8192)
     return rl.Sampling(s.max_new, s.temperature, budget, s.seed)
 
 
-def ask(llm, adapter: str, prompts: list, how: rl.Sampling, name: str) -> list:
+def ask(llm, adapter, prompts, how: rl.Sampling, name):
     """The texts that an adapter answers."""
     rl.use(llm[0], adapter)
     return rl.generate(*llm, prompts, how, name)[0]
 
 
-def align(run, data, llm) -> None:
-    """Stage 1: the adapter `align` learns the form of reasons from weak targets, and recommendation
-    knowledge. Which phrases matter is left to the reward."""
-    lr = 1e-3 if run.settings.llm == "tiny" else 2e-4
-    mix = D.Mixture(reason_share=0.8, follow=0.0)
-    train_adapter(run, data, llm, "align", run.settings.align_steps, lr, mix)
-
-
-def train_adapter(run, data, llm, name: str, steps: int, lr: float, mix) -> None:
+def train_adapter(run, data, llm, name, steps, mix):
     """Supervised training of an adapter on alignment samples, kept in the run folder."""
     s, (model, tokenizer) = run.settings, llm
+    # the adapter `knowledge` is to know titles by heart
+    lr = 2e-4 if s.llm != "tiny" else 1e-3 if name == "align" else 3e-3
     if run.load(name) is None:
         rl.use(model, name, trainable=True)
         rng = np.random.default_rng([s.seed, 59])
@@ -242,7 +237,7 @@ def fit_reward_model(run, data, encode) -> reward.Judge:
 
 
 class Practice(NamedTuple):
-    """PPO's prompts, a list each, and the row numbers that it trains on and that it is tested on."""
+    """PPO's prompts: a list each, and the numbers of the rows to train and to test on."""
 
     items: list
     prompts: list
@@ -252,7 +247,7 @@ class Practice(NamedTuple):
     held_out: np.ndarray
 
 
-def practice_prompts(data, cuts, seed: int) -> Practice:
+def practice_prompts(data, cuts, seed) -> Practice:
     """For every item a one-shot prompt (all train choosers, no reason yet) and one as in correction
     (choosers of one window, a random reason). A tenth of the items is held out; prompts that show
     nobody are in neither set: there is nothing to judge their answers by."""
@@ -274,10 +269,11 @@ def practice_prompts(data, cuts, seed: int) -> Practice:
     return Practice(*columns, judged[~held], judged[held])
 
 
-def reinforce(run, data, llm, judge, cuts) -> None:
+def reinforce(run, data, llm, judge, cuts):
     """Stage 4: PPO on the adapter `policy`. The score of an answer is its reward less the mean
     reward of two answers of `align` to the same prompt."""
-    s, practice = run.settings, practice_prompts(data, cuts, run.settings.seed)
+    s, period = run.settings, (cuts[0], cuts[-1])
+    practice = practice_prompts(data, cuts, s.seed)
     train = practice.train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
     held = practice.held_out if len(practice.held_out) else train
     rl.add_policy(llm[0])
@@ -285,9 +281,9 @@ def reinforce(run, data, llm, judge, cuts) -> None:
     def rewards(texts, rows) -> reward.Rewards:
         columns = (practice.items, practice.shown, practice.audience)
         items, shown, audience = ([column[k] for k in rows] for column in columns)
-        return reward.rewards(judge, items, texts, shown, audience, (cuts[0], cuts[-1]))
+        return reward.rewards(judge, items, texts, shown, audience, period)
 
-    def sample(stage: str, adapter: str, rows, name: str) -> torch.Tensor:
+    def sample(stage, adapter, rows, name):
         kept = run.load(stage, "ppo")
         if kept is None:
             prompts = [practice.prompts[k] for k in rows]
@@ -295,7 +291,7 @@ def reinforce(run, data, llm, judge, cuts) -> None:
             kept = run.save(torch.from_numpy(rewards(texts, rows).total))
         return kept
 
-    def score(texts, rows) -> tuple:
+    def score(texts, rows):
         found = rewards(texts, train[rows])
         logged = {"grounded": float(found.grounded.mean())}
         logged["format_ok"] = float(found.format_ok.mean())
@@ -331,7 +327,7 @@ class Window(NamedTuple):
     audience: list  # who judges
 
 
-def window_cuts(data, windows: int) -> list:
+def window_cuts(data, windows):
     """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events;
     equal times stay together."""
     times = data.events["time"]
@@ -339,7 +335,7 @@ def window_cuts(data, windows: int) -> list:
     return sorted({*map(int, starts), int(times.max()) + 1})
 
 
-def one_shot_people(data, seed: int) -> tuple:
+def one_shot_people(data, seed):
     """For every item a seeded sample of all its train choosers: shown and audience."""
     rng = np.random.default_rng([seed, 43])
     mixed = [rng.permutation(events) for events in data.events_by_item]
@@ -347,13 +343,13 @@ def one_shot_people(data, seed: int) -> tuple:
     return shown, [events[D.PEOPLE :][: reward.MAX_AUDIENCE] for events in mixed]
 
 
-def split_people(events, rng) -> tuple:
+def split_people(events, rng):
     """A third of the choosers is shown, the others are the audience."""
     mixed, third = rng.permutation(events), max(1, round(len(events) / 3))
     return mixed[:third][: D.PEOPLE], mixed[third:][: reward.MAX_AUDIENCE]
 
 
-def correction_windows(data, cuts, seed: int):
+def correction_windows(data, cuts, seed):
     """Yields a Window after another. An item with fewer than 4 new choosers waits: they join its
     next window. Nobody who came after the end of a window is in it."""
     waiting = [np.zeros(0, int)] * (data.n_items + 1)
@@ -374,7 +370,7 @@ def correction_windows(data, cuts, seed: int):
             yield Window(number, (start, end), items, shown, audience)
 
 
-def propose(s: Settings, llm, prompts: list, seed: int, name: str) -> list:
+def propose(s, llm, prompts, seed, name):
     """An answer a prompt, at temperature 1, for the audience to choose from; every third by
     `align`, whose guesses PPO has not narrowed down."""
     hot = replace(sampling(s), temperature=1.0, seed=seed)
@@ -388,7 +384,7 @@ def propose(s: Settings, llm, prompts: list, seed: int, name: str) -> list:
     return answers
 
 
-def accept(judge, window: Window, current: list, proposals: list, margin: float) -> tuple:
+def accept(judge, window: Window, current, proposals, margin):
     """For each item of a window the proposal of highest reward, and whether it replaces the current
     answer. proposals: K answers an item, item by item. Returns (answers from now on, an entry of
     the timeline each, a row of metrics.json). The row's false-accept rate: what choice and test
@@ -419,13 +415,13 @@ def accept(judge, window: Window, current: list, proposals: list, margin: float)
     return answers, entries, window_row(entries, len(proposals), false_accepts)
 
 
-def is_accepted(new: reward.Rewards, best: int, gains, old_grounded: float, margin: float) -> bool:
+def is_accepted(new: reward.Rewards, best, gains, old_grounded, margin):
     """A proposal must be well-formed, no less grounded, and convince the audience."""
     sound = new.format_ok[best] and new.grounded[best] >= old_grounded
     return bool(sound and is_convincing(gains, margin))
 
 
-def is_convincing(gains: np.ndarray, margin: float) -> bool:
+def is_convincing(gains, margin):
     """Does the mean of the paired gains exceed zero by more than margin standard errors?"""
     if len(gains) < 2:
         return False
@@ -433,7 +429,7 @@ def is_convincing(gains: np.ndarray, margin: float) -> bool:
     return bool(gains.mean() > margin * error + MIN_GAIN)
 
 
-def timeline_entry(data, window: Window, k: int, proposal: str) -> dict:
+def timeline_entry(data, window: Window, k, proposal):
     """What happened to the k-th item of a window, but for the judgement."""
     shown = window.shown[k]
     return {
@@ -445,7 +441,7 @@ def timeline_entry(data, window: Window, k: int, proposal: str) -> dict:
     }
 
 
-def window_row(entries: list, proposed: int, false_accepts: int) -> dict:
+def window_row(entries, proposed, false_accepts):
     """A window in metrics.json."""
     gains = [e["reward_after"] - e["reward_before"] for e in entries if e["accepted"]]
     return {
@@ -460,12 +456,12 @@ def window_row(entries: list, proposed: int, false_accepts: int) -> dict:
     }
 
 
-def standing(entry: dict) -> float:
+def standing(entry):
     """The reward, by its audience, of the reason that an entry of the timeline leaves."""
     return entry["reward_after" if entry["accepted"] else "reward_before"]
 
 
-def correct(run, data, llm, judge, windows: list) -> tuple:
+def correct(run, data, llm, judge, windows):
     """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a
     judgement. Returns the answers at first and at last (index 0 empty), the timelines, and the
     rows of metrics.json."""
@@ -501,26 +497,24 @@ def correct(run, data, llm, judge, windows: list) -> tuple:
     return state["first"], answers, timelines, rows
 
 
-def best_of(run, data, llm, judge, windows: list, first: list) -> list:
+def best_of(run, data, llm, judge, windows, first, period):
     """The control for correction: the first reason and as many proposals as correction made, to the
     same users shown, but with no reason so far, and judged by all their audiences at once."""
     s, kept = run.settings, run.load("bestof", "correct")
     if kept is not None:
         return kept
     shown, audience = ([np.zeros(0, int)] * (data.n_items + 1) for _ in range(2))
-    asked = [[] for _ in shown]
+    # of the first reasons, and of the proposals
+    items, prompts = list(range(1, data.n_items + 1)), [[] for _ in shown]
     for window in windows:
         for i, some, others in zip(window.items, window.shown, window.audience, strict=True):
             shown[i], audience[i] = np.append(shown[i], some), np.append(audience[i], others)
-            asked[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
-    prompts = [prompt for mine in asked for prompt in mine]
-    texts = propose(s, llm, prompts, s.seed + 91, "best of one-shot proposals")
-    items = list(range(1, data.n_items + 1))
-    items = np.array(items + [i for i in items for _ in asked[i]])
+            prompts[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
+    asked = [prompt for mine in prompts for prompt in mine]
+    texts = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
     texts = [*first[1:], *texts]
+    items = np.array(items + [i for i in items for _ in prompts[i]])
     some, others = [shown[i] for i in items], [audience[i] for i in items]
-    # the period is the whole train time: from the first window's start to the last one's end
-    period = (int(data.events["time"].min()), int(data.events["time"].max()) + 1)
     total = reward.rewards(judge, items, texts, some, others, period).total
     best = [""]
     for i in range(1, data.n_items + 1):
@@ -529,7 +523,7 @@ def best_of(run, data, llm, judge, windows: list, first: list) -> list:
     return run.save(best)
 
 
-def write_reasons(run, data, llm, judge, cuts) -> tuple:
+def write_reasons(run, data, llm, judge, cuts):
     """All kinds of reasons, {kind: decoded answers, index 0 empty}, and the timelines."""
     s, reasons = run.settings, {}
     shown, _ = one_shot_people(data, s.seed)
@@ -542,11 +536,12 @@ def write_reasons(run, data, llm, judge, cuts) -> tuple:
     windows = list(correction_windows(data, cuts, s.seed))
     first, reasons["curec"], timelines, rows = correct(run, data, llm, judge, windows)
     run.metrics["correction"] = rows
-    reasons["bestof"] = best_of(run, data, llm, judge, windows, first)
+    period = (cuts[0], cuts[-1])
+    reasons["bestof"] = best_of(run, data, llm, judge, windows, first, period)
     return reasons, timelines
 
 
-def list_reasons(run, data, reasons: dict, timelines: list) -> list:
+def list_reasons(run, data, reasons, timelines):
     """Writes reasons.jsonl, and returns its lines."""
     lines = []
     for i in range(1, data.n_items + 1):
@@ -559,7 +554,7 @@ def list_reasons(run, data, reasons: dict, timelines: list) -> list:
     return lines
 
 
-def reason_figures(data, llm, judge, reasons: dict, cuts) -> dict:
+def reason_figures(data, llm, judge, reasons, cuts):
     """Share grounded and well-formed, mean reward and length of each kind of reasons; rewards by
     the one-shot people, of items that have them."""
     shown, audience = one_shot_people(data, judge.seed)
@@ -579,7 +574,7 @@ def reason_figures(data, llm, judge, reasons: dict, cuts) -> dict:
 
 
 # -------------------------------------------------------------- stages 9 and 10: the arms
-def arm_inputs(s: Settings, data, encode, reasons: dict, preferences) -> dict:
+def arm_inputs(s, data, encode, reasons, preferences):
     """What the SASRec of each arm gets: {arm: recommender.Inputs}, as its row of ARMS says. The
     features of a text: its embeddings, whitened. preferences: LANE's (see ask_preferences)."""
     inputs, features = {}, {}
@@ -596,7 +591,7 @@ def arm_inputs(s: Settings, data, encode, reasons: dict, preferences) -> dict:
     return inputs
 
 
-def item_texts(s: Settings, data, reasons: dict, kind: str) -> list:
+def item_texts(s, data, reasons, kind):
     """A text an item of one of recommender.TEXTS; of reasons, without what tells the item."""
     if kind == "item":
         return [D.item_text(item) for item in data.items[1:]]
@@ -611,28 +606,26 @@ def item_texts(s: Settings, data, reasons: dict, kind: str) -> list:
     return texts
 
 
-def train_and_test_arms(run, data, inputs: dict, score) -> None:
+def train_and_test_arms(run, data, inputs, score):
     """Trains every arm with every seed and fills the metrics arms, comparisons and headroom. score:
     of the arm `knowledge`, which is no SASRec."""
     s, ranks, jobs = run.settings, {}, {}
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
+    seeds = range(s.seed, s.seed + s.seeds)
     with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
         for arm in inputs:
-            drawn = not ARMS[arm].baseline and arm != "knowledge"
-            for seed in range(s.seed, s.seed + (s.seeds if drawn else 1)):
-                job = (arm, data, inputs[arm], config, seed)
+            for seed in seeds[:1] if ARMS[arm].one_seed else seeds:
+                jobs[arm, seed] = None
                 if arm != "knowledge" and not run.has(f"arm-{arm}.{seed}"):
+                    job = (arm, data, inputs[arm], config, seed)
                     jobs[arm, seed] = pool.submit(recommender.fit_arm, *job)
-                else:
-                    jobs[arm, seed] = None
         for arm in inputs:
             fits = []
-            for name, seed in jobs:
-                if name == arm:
-                    fit = run.load(f"arm-{arm}.{seed}", "downstream")
-                    if fit is None and arm == "knowledge":
-                        fit = run.save(recommender.fit_arm(arm, data, None, config, seed, score))
-                    fits.append(fit or run.save(jobs[arm, seed].result()))
+            for seed in [seed for name, seed in jobs if name == arm]:
+                fit = run.load(f"arm-{arm}.{seed}", "downstream")
+                if fit is None and arm == "knowledge":
+                    fit = run.save(recommender.fit_arm(arm, data, None, config, seed, score))
+                fits.append(fit or run.save(jobs[arm, seed].result()))
             ranks[arm] = torch.stack([fit["ranks"] for fit in fits]).numpy()
             run.metrics["arms"][arm] = entry = recommender.arm_entry(fits)
             print(f"  {arm:10s} test NDCG@10 {np.mean(entry['test']['ndcg@10']):.4f}")
@@ -642,18 +635,15 @@ def train_and_test_arms(run, data, inputs: dict, score) -> None:
     run.metrics |= recommender.headroom(run.metrics["arms"])
 
 
-def add_truth(metrics: dict, data, judge, reasons: dict, cuts) -> None:
+def add_truth(metrics, data, judge, reasons, cuts):
     """Demo only: how true the reasons are, and how well the judge knows it. Read after everything
     else; feeds nothing."""
     truth, named = {name: values[1:] for name, values in data.truth.items()}, {}
     for kind, answers in reasons.items():
         named[kind] = [D.parse_answer(answer)[1] for answer in answers[1:]]
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
-    new = [
-        np.array([reward.names_new_driver(named[kind], truth)], float)
-        for kind in ("curec", "bestof")
-    ]
-    delta, ci = recommender.paired_bootstrap(*new)
+    curec, bestof = (reward.names_new_driver(named[kind], truth) for kind in ("curec", "bestof"))
+    delta, ci = recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
     metrics["comparisons"].append(row | {"delta": delta, "ci95": ci})
     metrics["reward"] |= reward.driver_choice(judge, data.truth, (cuts[0], cuts[-1]))
@@ -663,12 +653,12 @@ def add_truth(metrics: dict, data, judge, reasons: dict, cuts) -> None:
 class Run:
     """The run folder: what each finished stage gave, state/STAGE.pt, and how long it took."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings):
         self.settings, self.folder = settings, Path(settings.out)
         self.stage, self.start, self.times = "load", time.perf_counter(), {}
-        self.metrics = {"dataset": {}, "arms": {}}
+        self.todo, self.metrics = stages_needed(settings), {"dataset": {}, "arms": {}}
 
-    def open(self, data, cuts) -> None:
+    def open(self, data, cuts):
         """Locks the folder, clears an older run out of it or checks that the one to resume was
         made with the same settings, and writes config.json."""
         s, config, begun = self.settings, self.folder / "config.json", {}
@@ -678,43 +668,39 @@ class Run:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            advice = "wait until it has ended, or choose another folder"
-            raise D.DataError(f"--out {s.out}: another run is at work there; {advice}") from None
+            raise D.DataError(f"--out {s.out}: another run is at work there; wait") from None
         if config.exists() and '"settings"' in config.read_text():
             begun = json.loads(config.read_text())["settings"]
         elif s.resume or config.exists() or (self.folder / "state").exists():
             advice = "leave --resume out" if s.resume else "choose another folder"
             raise D.DataError(f"--out {s.out}: holds no run of ours; {advice}")
-        for name, value in begun.items():
+        for name, value in begun.items() if s.resume else ():
             # another micro-batch is the same method
-            if s.resume and name != "micro_batch" and getattr(s, name, None) != value:
+            if name != "micro_batch" and getattr(s, name, None) != value:
                 flag = "--" + name.replace("_", "-")
                 raise D.DataError(f"--resume: {s.out} was made with {flag} {value}")
         if begun and not s.resume:
-            for name in OUTPUTS:
-                if (self.folder / name).is_dir():
-                    shutil.rmtree(self.folder / name)
-                (self.folder / name).unlink(missing_ok=True)
-        for part in self.folder.glob("**/*.part"):
-            part.unlink()
-        self.config = describe(s, cuts)
-        self.write("config.json", json.dumps(self.config, indent=1))
+            for folder in ("state", "align", "policy", "knowledge"):
+                shutil.rmtree(self.folder / folder, ignore_errors=True)
+            for file in ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md"):
+                (self.folder / file).unlink(missing_ok=True)
+        self.write("config.json", json.dumps(description(s, cuts), indent=1))
         sizes = {"users": len(data.users), "items": data.n_items}
         sizes["interactions"] = sum(map(len, data.seqs))
         self.metrics["dataset"] = {"name": data.name, **sizes, "ties": s.ties}
         print(f"{data.name}: {figures(sizes)}", *data.notes, sep="\n  note: ")
 
-    def announce(self, todo: dict, stage: str) -> bool:
+    def announce(self, stage):
         """Prints the headline of a stage, if it is to be done."""
-        if stage in todo:
-            print(todo[stage])
-        return stage in todo
+        if stage in self.todo:
+            print(f"[{self.todo.index(stage) + 1}/{len(self.todo)}] {stage}")
+        return stage in self.todo
 
-    def has(self, stage: str) -> bool:
+    def has(self, stage):
         """Is the stage finished?"""
         return (self.folder / "state" / f"{stage}.pt").exists()
 
-    def load(self, stage: str, time_as: str = ""):
+    def load(self, stage, time_as=""):
         """What a finished stage gave; None starts it. Its time counts as time_as, or its name."""
         self.stage, self.time_as, self.start = stage, time_as or stage, time.perf_counter()
         if not self.has(stage):
@@ -730,7 +716,7 @@ class Run:
             unit.unlink()
         return self.finish(kept)
 
-    def finish(self, kept: dict):
+    def finish(self, kept):
         self.times[self.time_as] = self.times.get(self.time_as, 0.0) + kept["seconds"]
         return kept["value"]
 
@@ -738,155 +724,116 @@ class Run:
         """Keeps units of work of the stage that was started."""
         return rl.Checkpoint(f"{self.folder}/state/{self.stage}.unit")
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name, text):
         """A file of the run folder."""
         rl.write_atomically(f"{self.folder}/{name}", text)
 
 
-OUTPUTS = ("state", "align", "policy", "knowledge")
-OUTPUTS += ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")
-
-
-def describe(s: Settings, cuts) -> dict:
+def description(s, cuts):
     """config.json: what another machine needs to know to repeat the run."""
-    folder, commit = Path(__file__).resolve().parent, "unknown"
+    folder, commit = Path(__file__).resolve().parent, ""
     if shutil.which("git"):
         git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or commit
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
     gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
     return {
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
         "windows": cuts,
-        "git_commit": commit,
-        "python": platform.python_version(),
+        "git_commit": commit or "unknown",
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": gpu},
     }
 
 
 # --------------------------------------------------------------------------------- the report
-def markdown(header: list, rows) -> str:
-    """A Markdown table; floats with four digits."""
-    lines = [header, ["---"] * len(header)]
+def markdown(rows):
+    """A Markdown table of dicts, whose columns are those of the first one; floats with four
+    digits."""
+    names = list(rows[0]) if rows else ["nothing"]
+    lines = [names, ["---"] * len(names)]
     for row in rows:
-        lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in row])
+        cells = [row.get(name, "") for name in names]
+        lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures(values: dict, form: str = ",") -> str:
-    """Named numbers as one line of text."""
-    return ", ".join(f"{x:{form if isinstance(x, float) else ','}} {k}" for k, x in values.items())
-
-
-def tables(m: dict) -> dict:
-    """metrics.json in short, as Markdown: the arms and, where they are known, the headroom and the
-    kinds of reasons, truth first."""
-    names, rows, out = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr"), [], {}
-    for arm, entry in m["arms"].items():
-        values = [np.mean(entry["test"][name]) for name in names]
-        values += [np.mean(entry["valid"]["ndcg@10"]), entry["rank_ms_per_user"]]
-        rows.append([arm, len(entry["seeds"]), *values])
-    header = ["arm", "seeds", *(name.upper() for name in names), "valid NDCG@10", "ms/user"]
-    out["arms"] = markdown(header, rows)
-    if "headroom" in m:
-        room = m["headroom"]
-        shares = ", ".join(f"{arm} {share:.0%}" for arm, share in room["recovered"].items())
-        out["headroom"] = f"Headroom (oracle - content): {room['ndcg@10']:+.4f}. "
-        out["headroom"] += f"Recovered: {shares or 'no share of nothing'}."
-    if "reasons" in m:
-        kinds = m["reasons"]
-        names = sorted(
-            kinds["curec"], key=lambda name: (not name.startswith(("truth", "new")), name)
+def figures(values):
+    """Named numbers and texts as one line."""
+    texts = []
+    for name, x in values.items():
+        texts.append(
+            f"{name} {x}"
+            if isinstance(x, str)
+            else f"{name} {x:{',.4g' if isinstance(x, float) else ','}}"
         )
-        rows = [[kind, *(values[name] for name in names)] for kind, values in kinds.items()]
-        out["reasons"] = markdown(["reasons", *names], rows)
-        for c in m["comparisons"]:
-            if c["metric"] == "new_driver":
-                out["reasons"] += "\n\nNew driver named where one changed, curec - bestof: "
-                out["reasons"] += "{:+.3f} [{:+.3f}, {:+.3f}].".format(c["delta"], *c["ci95"])
+    return ", ".join(texts)
+
+
+def tables(m):
+    """metrics.json in short, as Markdown, {heading: table}."""
+    names = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
+    arms, audit, out = [], [], {}
+    for arm, entry in m["arms"].items():
+        test = {name.upper(): np.mean(entry["test"][name]) for name in names}
+        test |= {"valid NDCG@10": np.mean(entry["valid"]["ndcg@10"])}
+        arms.append({"arm": arm, "seeds": len(entry["seeds"])} | test)
+        arms[-1]["ms/user"] = entry["rank_ms_per_user"]
+        slices = {f"NDCG@10, {name}": np.mean(v["ndcg@10"]) for name, v in entry["slices"].items()}
+        audit.append({"arm": arm} | slices | entry["audit"])
+    out["Ranking: test, whole catalogue, seen items masked, mean of the seeds"] = markdown(arms)
+    differences = []
+    for c in m["comparisons"]:
+        row = {
+            "a - b": f"{c['a']} - {c['b']}",
+            "metric": c["metric"],
+            "delta": f"{c['delta']:+.4f}",
+        }
+        differences.append(row | {"95 % interval": "{:+.4f} .. {:+.4f}".format(*c["ci95"])})
+    out["Differences, paired over users, or items"] = markdown(differences)
+    if "headroom" in m:
+        shares = [f"{arm} {share:.0%}" for arm, share in m["headroom"]["recovered"].items()]
+        room = m["headroom"]["ndcg@10"]
+        out["Headroom"] = f"oracle - content: {room:+.4f}. Recovered: {', '.join(shares) or '-'}."
+    out["Slices and popularity audit"] = markdown(audit)
+    if "reasons" in m:
+        out["Reasons"] = markdown([{"reasons": k} | values for k, values in m["reasons"].items()])
+        out["Correction"] = markdown(m["correction"])
     return out
 
 
-def write_report(run: Run, data, lines: list) -> None:
+def write_report(run, data, lines):
     """Writes metrics.json and report.md, and prints the tables. lines: of reasons.jsonl."""
     s, m = run.settings, run.metrics
-    used = {"MB of RAM": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    m["peak_memory_mb"] = {"ram": used["MB of RAM"]}
+    m["time_s"] = run.times | {"total": sum(run.times.values())}
+    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if s.device != "cpu":
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
-    m["time_s"] = run.times | {"total": sum(run.times.values())}
     run.write("metrics.json", json.dumps(m, indent=1))
-    short = tables(m)
-    notes = [f"LLM: {s.llm}", *data.notes, *(f"{k}: {figures(m[k])}" for k in ("lane",) if k in m)]
-    notes.append(
-        f"Seconds: {figures(m['time_s'], ',.0f')}. MB: {figures(m['peak_memory_mb'], ',.0f')}"
-    )
-    parts = ["# CURec on {name}, ties: {ties}: ".format(**m["dataset"]) + f"{data.n_items:,} items"]
-    parts.append("\n".join(f"- {note}" for note in notes))
-    parts.append("## Ranking: test, whole catalogue, seen items masked, mean of the seeds")
-    parts += [
-        short["arms"],
-        "## Differences in NDCG@10, paired over users",
-        differences(m),
-        short.get("headroom", ""),
-    ]
-    parts += ["## Slices and popularity audit", audit_table(m["arms"])]
-    if lines:
-        parts += ["## Reasons", short["reasons"], *reasons_report(m, lines)]
-    warning = ["**Quick run: these figures mean nothing.**"] * s.quick
-    run.write("report.md", "\n\n".join(filter(None, parts + warning)) + "\n")
-    print("", *short.values(), *warning, f"report: {run.folder / 'report.md'}", sep="\n\n")
-
-
-def differences(m: dict) -> str:
-    """The paired comparisons of the arms, as a table."""
-    rows = []
-    for c in m["comparisons"]:
-        if c["metric"] == "ndcg@10":
-            low, high = c["ci95"]
-            rows.append(
-                [f"{c['a']} - {c['b']}", f"{c['delta']:+.4f}", f"{low:+.4f} .. {high:+.4f}"]
-            )
-    return markdown(["a - b", "delta", "95 % interval"], rows)
-
-
-def audit_table(arms: dict) -> str:
-    """NDCG@10 by slice, and the popularity audit of the arms."""
-    rows, header = [], ["arm"]
-    for arm, entry in arms.items():
-        slices = {f"NDCG@10, {name}": np.mean(v["ndcg@10"]) for name, v in entry["slices"].items()}
-        values = slices | entry["audit"]
-        header = ["arm", *values]
-        rows.append([arm, *values.values()])
-    return markdown(header, rows)
-
-
-def reasons_report(m: dict, lines: list) -> list:
-    """The judge, PPO, correction, two timelines, the best and the worst reasons."""
+    notes = [f"LLM: {s.llm}", *data.notes]
+    for name in ("ppo", "reward", "lane", "time_s", "peak_memory_mb"):
+        if name in m:
+            notes.append(f"{name}: {figures(m[name])}")
+    if s.quick:
+        notes.append("**Quick run: these figures mean nothing.**")
+    parts = [f"# CURec on {data.name}: {figures(m['dataset'])}", "\n".join(f"- {n}" for n in notes)]
+    for heading, table in tables(m).items():
+        parts.append(f"## {heading}\n\n{table}")
+    print("", *parts[2:], notes[-1], f"report: {run.folder / 'report.md'}", sep="\n\n")
     judged = [line for line in lines if line["timeline"]]
     judged.sort(key=lambda line: standing(line["timeline"][-1]), reverse=True)
-    moved = sorted(judged, key=lambda line: -sum(e["accepted"] for e in line["timeline"]))[:2]
-    ends = []
-    for line in judged[:5] + judged[5:][-5:]:
-        value = standing(line["timeline"][-1])
-        ends.append(f"- {value:+.2f} **{line['title']}**: {line['reason']}")
-    correction = [list(row.values()) for row in m["correction"]]
-    return [
-        f"Reward model: {figures(m['reward'], '.3f')}. PPO, on held-out prompts: "
-        + figures(m["ppo"], "+.3f"),
-        "## Correction",
-        markdown(list(m["correction"][0]), correction) if correction else "no window",
-        "False-accept rate: what would be accepted if every old reason were as good (a random sign "
-        "for each gain), no share of mistakes.",
-        "## Two reasons and how they came about",
-        *(timeline_text(line) for line in moved),
-        "## Best and worst reasons, by the audience of their last window",
-        "\n".join(ends),
-    ]
+    moved = sorted(judged, key=lambda line: -sum(e["accepted"] for e in line["timeline"]))
+    for heading, some in (
+        ("Two reasons that changed, and how they came about", moved[:2]),
+        ("Best reasons, by the audience of their last window", judged[:5]),
+        ("Worst reasons", judged[5:][-5:]),
+    ):
+        if some:
+            parts += ["## " + heading, *map(timeline_text, some)]
+    run.write("report.md", "\n\n".join(parts) + "\n")
 
 
-def timeline_text(line: dict) -> str:
+def timeline_text(line):
     """How a reason came about, of a line of reasons.jsonl: who came, what they share, what was
     proposed, why it was taken."""
     out = [f"**{line['title']}** ({line['item']}): {line['reason']}"]
@@ -902,7 +849,7 @@ def timeline_text(line: dict) -> str:
 
 
 # -------------------------------------------------------------- before a run, and after it
-def dry_run(s: Settings) -> None:
+def dry_run(s):
     """--dry-run: prints downloads, memory, and what each stage learns and asks; writes nothing."""
     todo, absent = stages_needed(s), {}
     if s.dataset != "demo" and not os.path.isdir(s.dataset):
@@ -911,96 +858,73 @@ def dry_run(s: Settings) -> None:
         print(f"download {url} to {path}")
     print("memory: 1 to 2 GB of RAM for recommender and tiny LLM")
     if "LLM" in todo and s.llm != "tiny":
-        print(f"{s.llm}: {figures(rl.forecast(s.llm, sampling(s).budget), '.3g')}")
+        size = rl.forecast(s.llm, sampling(s).budget)
+        print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
     if absent:
         print("prompts are counted when these files are there")
         return
-    data = load_data(s)
-    cuts = window_cuts(data, s.windows)
-    windows = correction_windows(data, cuts, s.seed)
-    proposed = 2 * s.proposals * sum(len(window.items) for window in windows)
-    practised = practice_prompts(data, cuts, s.seed)
-    drawn = s.ppo_updates * s.ppo_batch
-    train, held = min(len(practised.train), drawn), len(practised.held_out)
-    length = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in practised.prompts])
-    rows = {
-        "LLM": (16 * s.tiny_steps * (s.llm == "tiny") + 32 * s.align_steps * ("PPO" in todo), 0),
-        "PPO": (0, 2 * held + 2 * train + drawn),
-        "reasons": (0, 3 * data.n_items + proposed),
-        "preferences": (0, 2 * len(data.users)),
-        "knowledge": (32 * s.knowledge_steps, 2 * len(data.users)),
-    }
-    table = []
-    for name, (learnt, asked) in rows.items():
-        if name in todo:
-            counts = (learnt, asked, round((learnt + asked) * length), asked * s.max_new)
-            table.append([name, *(f"{count:,}" for count in counts)])
-    header = ["stage", "texts learnt", "answers", "tokens read, about", "tokens written, at most"]
-    print(markdown(header, table))
+    data, drawn = load_data(s), s.ppo_updates * s.ppo_batch
+    prompts = practice_prompts(data, window_cuts(data, s.windows), s.seed).prompts
+    tokens = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in prompts])
+    learnt = {"LLM": 32 * s.align_steps, "knowledge": 32 * s.knowledge_steps}
+    learnt["LLM"] += 16 * s.tiny_steps if s.llm == "tiny" else 0
+    asked = {"PPO": drawn + 2 * min(drawn, len(prompts)), "preferences": 2 * len(data.users)}
+    asked["reasons"] = (3 + 2 * s.windows * s.proposals) * data.n_items
+    rows = []
+    for stage in todo:
+        n = learnt.get(stage, 0) + asked.get(stage, 0)
+        row = {"stage": stage, "texts learnt": learnt.get(stage, 0)}
+        row |= {"answers, at most": asked.get(stage, 0), "tokens read, about": round(n * tokens)}
+        rows.append(row | {"tokens written, at most": asked.get(stage, 0) * s.max_new})
+    print(markdown(rows))
 
 
-def look(s: Settings) -> None:
-    """Looks at the finished run in the folder s.run: --explain or --score."""
+def look(s):
+    """Looks at the finished run in the folder s.run. --explain: a user's top items, each with its
+    reason and that reason's history. --score: the reward of a reason written by hand, part by part,
+    beside that of the item's own."""
     config = json.loads(Path(s.run, "config.json").read_text())
-    old = replace(Settings(**config["settings"]), out=s.run)
-    data = load_data(old)
+    run = Run(replace(Settings(**config["settings"]), out=s.run))
+    data, stage = (
+        load_data(run.settings),
+        f"arm-curec.{run.settings.seed}" if s.explain else "reward",
+    )
     ids = data.users if s.explain else [item["id"] for item in data.items[1:]]
-    name = s.explain or s.item
+    name, kept = s.explain or s.item, run.load(stage)
     if name not in ids:
-        flag = "--explain" if s.explain else "--item"
-        raise D.DataError(f"{flag} {name}: not in the data; some there are: {', '.join(ids[:5])}")
-    if s.explain and s.method == "lane":
-        explain_lane(old, data, ids.index(name), config["llm_path"])
-    elif s.explain:
-        lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
-        history, items, scores, _ = recommend(old, data, "curec", ids.index(name))
+        raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
+    if kept is None:
+        raise D.DataError(f"--run {s.run}: {stage} is missing; it takes a finished run of curec")
+    lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
+    if s.explain:
+        history = data.seqs[ids.index(name)][:-1]
+        model = recommender.from_weights(data.n_items, kept["model"])
+        scores = recommender.scorer(model)([history])[0]
+        scores[[0, *history]] = -torch.inf
+        best = scores.topk(min(5, data.n_items - len(set(history))))
         print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-        for item, score in zip(items, scores, strict=True):
-            print(f"\n{score:+.2f}  {timeline_text(lines[item - 1])}")
+        for value, item in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            print(f"\n{value:+.2f}  {timeline_text(lines[item - 1])}")
+        return
+    item, encoder = ids.index(name) + 1, run.settings.encoder
+    if encoder:
+        encode = reward.load_encoder(encoder, run.settings.device)
     else:
-        print_score(old, data, s.score, ids.index(name) + 1, config)
-
-
-def load_stage(s: Settings, stage: str):
-    """What a stage of a finished run gave."""
-    path = Path(s.out, "state", f"{stage}.pt")
-    if not path.exists():
-        raise D.DataError(f"--run {s.out}: {path} is missing; it needs a finished run of that arm")
-    return torch.load(path, weights_only=True)["value"]
-
-
-def recommend(s: Settings, data, arm: str, user: int, k: int = 5) -> tuple:
-    """A user's history, and the k best items of a trained arm, their scores, the arm's model."""
-    model = recommender.from_weights(data.n_items, load_stage(s, f"arm-{arm}.{s.seed}")["model"])
-    history = data.seqs[user][:-1]
-    scores = recommender.scorer(model)([history], [user])[0]
-    scores[[0, *history]] = -torch.inf
-    best = scores.topk(min(k, data.n_items - len(set(history))))
-    return history, best.indices.tolist(), best.values.tolist(), model
-
-
-def print_score(s: Settings, data, text: str, item: int, config: dict) -> None:
-    """The reward of a reason written by hand, part by part, beside that of the item's own."""
-    if s.encoder:
-        encode = reward.load_encoder(s.encoder, s.device)
-    else:
-        _, encode = open_llm(s, config["llm_path"])
-    judge = reward.Judge(data, encode, s.seed)
-    judge.load_weights(load_stage(s, "reward")["weights"])
-    lines = [json.loads(line) for _, line in D.read_lines(f"{s.out}/reasons.jsonl")]
-    shown, audience = one_shot_people(data, s.seed)
-    reasons = [text, lines[item - 1]["reason"]]
+        _, encode = open_llm(run.settings, llm_path(run, data))
+    judge = reward.Judge(data, encode, run.settings.seed)
+    judge.load_weights(kept["weights"])
+    shown, audience = (people[item] for people in one_shot_people(data, judge.seed))
+    reasons = [s.score, lines[item - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
     period = (config["windows"][0], config["windows"][-1])
-    found = reward.rewards(judge, [item], answers, [shown[item]], [audience[item]], period)
-    names = ("total", "shown", "audience", "grounded", "format_ok")
-    rows = [
-        [reason, *(getattr(found, name)[k].item() for name in names)]
-        for k, reason in enumerate(reasons)
-    ]
-    print(D.item_text(data.items[item]) + "\n")
-    print(f"{len(shown[item])} users as shown, {len(audience[item])} as audience\n")
-    print(markdown(["reason", *names], rows))
+    found, rows = reward.rewards(judge, [item], answers, [shown], [audience], period), []
+    for k, reason in enumerate(reasons):
+        row = {"reason": reason, "reward": float(found.total[k])}
+        for part in ("shown", "audience", "grounded", "format_ok"):
+            row[part] = getattr(found, part)[k].item()
+        rows.append(row)
+    print(D.item_text(data.items[item]), markdown(rows), sep="\n\n")
+    print(f"\n{len(shown)} users as shown, {len(audience)} as audience")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -1008,19 +932,11 @@ QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32,
 QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
 # flags that are no setting of a run
 NOT_KEPT = ("resume", "dry_run", "debug", "run", "explain", "score", "item")
-# what an LLM trained from scratch, and any other, has for settings left at 0
+# what 0 stands for, for the tiny LLM and for any other; the least that is allowed, 0 else
 TINY = {"max_new": 24, "micro_batch": 16, "ppo_lr": 1.5e-3}
 PRETRAINED = {"max_new": 128, "micro_batch": 4, "ppo_lr": 1e-5}
-POSITIVE = (
-    "seeds",
-    "windows",
-    "ppo_updates",
-    "epochs",
-    "align_steps",
-    "knowledge_steps",
-    "proposals",
-)
-LEAST = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01} | dict.fromkeys(POSITIVE, 1)
+LEAST = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "seeds": 1, "windows": 1, "epochs": 1}
+LEAST |= {"ppo_updates": 1, "align_steps": 1, "knowledge_steps": 1, "proposals": 1}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1030,28 +946,22 @@ class Parser(argparse.ArgumentParser):
         raise D.DataError(f"{message} (see --help)")
 
 
-def parse_args(argv=None) -> Settings:
+def parse_args(argv=None):
     """The settings given; DataError says what is wrong with them."""
-    parser = Parser(
-        "curec.py",
-        description="CURec on one GPU: LLM reasons for recommendation, judged, reinforced, "
-        "corrected in time.",
-        epilog="Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl, "
-        "ppo.jsonl, align/, policy/.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    outputs = "report.md (read this), metrics.json, reasons.jsonl, ppo.jsonl, align/, policy/"
+    parser = Parser("curec.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser.epilog = f"Outputs in the run folder: {outputs}."
     groups = {}
     for f in fields(Settings):
         group = f.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)
-        kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is bool:
-            kind = {"action": "store_true"}
-        elif not f.metadata["choices"]:
-            kind["metavar"] = f.name.split("_")[-1].upper()
+        kind = {"action": "store_true"}
+        if f.type is not bool:
+            name = f.name.split("_")[-1].upper()
+            kind = {"type": f.type, "choices": f.metadata["choices"], "metavar": name}
         text = f.metadata["help"].replace("%", "%%")
-        groups[group].add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+        flag = "--" + f.name.replace("_", "-")
+        groups[group].add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     looked = {"explain", "item", "run", "score"} & set(given)
     if looked not in (set(), {"explain", "run"}, {"item", "run", "score"}):
@@ -1061,51 +971,36 @@ def parse_args(argv=None) -> Settings:
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
 
-def resolve(s: Settings) -> Settings:
+def resolve(s):
     """Fills what depends on data and machine, and refuses what contradicts itself."""
-    demo, cuda = s.dataset == "demo", torch.cuda.device_count()
-    device = s.device or ("cuda" if cuda else "cpu")
-    arms = [arm for arm in ARMS if arm != "oracle" or demo]
-    if not s.arms:
-        arms = [arm for arm in arms if s.method in ARMS[arm].methods.split()]
-    elif s.arms != "all":
-        arms = s.arms.split(",")
-    wrong = []
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        wrong.append(f"--device {device}: it is cpu, cuda or cuda:N")
-    elif device != "cpu" and int((device + ":0").split(":")[1]) >= cuda:
-        wrong.append(f"--device {device}: PyTorch sees no such GPU; use --device cpu")
-    if demo and (s.limit_items or s.limit_users or s.ties != "file"):
-        wrong.append("--limit-items, --limit-users and --ties are for real data")
-    for arm in set(arms) - set(ARMS):
-        wrong.append(f"--arms: unknown {arm}; choose from {', '.join(ARMS)}")
-    if s.arms and s.method != "curec":
-        wrong.append("--method and --arms both choose arms: give one of them")
-    if "oracle" in arms and not demo:
-        wrong.append("--arms oracle: only the demo world knows its truth")
+    demo, gpus = s.dataset == "demo", torch.cuda.device_count()
+    device = s.device or ("cuda" if gpus else "cpu")
+    known = [arm for arm in ARMS if arm != "oracle" or demo]
+    arms = [arm for arm in known if s.method in ARMS[arm].methods.split()]
+    if s.arms:
+        arms = known if s.arms == "all" else s.arms.split(",")
+    unknown = sorted(set(arms) - set(known))
+    number = re.fullmatch(r"cuda(?::(\d+))?", device)
+    real_only = s.limit_items or s.limit_users or s.ties != "file"
+    for wrong, message in (
+        (device != "cpu" and not number, f"--device {device}: it is cpu, cuda or cuda:N"),
+        (number and int(number[1] or 0) >= gpus, f"--device {device}: PyTorch sees no such GPU"),
+        (demo and real_only, "--limit-items, --limit-users and --ties are for real data"),
+        (unknown, f"--arms: unknown here: {unknown}; choose from {', '.join(known)}"),
+        (s.arms and s.method != "curec", "--method and --arms both choose arms: give one of them"),
+    ):
+        if wrong:
+            raise D.DataError(message)
     for f in fields(Settings):
         value = getattr(s, f.name)
         # "not" before the comparison: nan is refused too
         if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < 2**31:
-            wrong.append(f"--{f.name.replace('_', '-')} {value}: too small or too large")
-    if wrong:
-        raise D.DataError(wrong[0])
+            raise D.DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     usual = {"tiny_steps": 1000 if demo else 4000, **(TINY if llm == "tiny" else PRETRAINED)}
     usual["out"] = f"runs/{Path(s.dataset).resolve().name.lower()}"
     filled = {name: getattr(s, name) or value for name, value in usual.items()}
     return replace(s, device=device, llm=llm, arms=",".join(dict.fromkeys(arms)), **filled)
-
-
-def error_text(e: Exception, s: Settings | None, stage: str) -> str:
-    """What went wrong and what to do, in one line."""
-    if isinstance(e, D.DataError):
-        return str(e)
-    advice = "what is finished is kept: mend it and go on with --resume; --debug shows where"
-    if isinstance(e, MemoryError) or "out of memory" in str(e):
-        less = f"--micro-batch {max(1, s.micro_batch // 2)}, a smaller --llm or --max-new"
-        advice = f"out of memory; what is finished is kept: go on with --resume and {less}"
-    return f"{type(e).__name__} in stage {stage}: {e} ({advice})"
 
 
 def stop(number, frame):
@@ -1115,8 +1010,8 @@ def stop(number, frame):
     os._exit(128 + number)
 
 
-def command_line(argv=None) -> int:
-    """Does what the command line says: 0, or 2 after an error in one line."""
+def command_line(argv=None):
+    """Does what the command line says. Returns 0, or 2 after an error in one line."""
     run = s = None
     try:
         s = parse_args(argv)
@@ -1131,14 +1026,17 @@ def command_line(argv=None) -> int:
     except Exception as e:
         if s and s.debug:
             raise
-        settings = run.settings if run else s
-        text = error_text(e, settings, run.stage if run else "start")
+        text = str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e}"
+        if run and not isinstance(e, D.DataError):
+            text += f" (in stage {run.stage}; what is finished is kept: --resume goes on)"
+        if isinstance(e, MemoryError) or "out of memory" in text:
+            text += "; less memory: --micro-batch 1, a smaller --llm, --max-new or --limit-items"
         print(f"curec.py: error: {text}", file=sys.stderr)
         return 2
 
 
 # ================================================================================ the two relatives
-def title_inputs(s: Settings, data, encode, row, preferences) -> recommender.Inputs:
+def title_inputs(s, data, encode, row, preferences) -> recommender.Inputs:
     """ID embeddings that start as whitened embeddings of titles and, for LANE, the preferences that
     an LLM named; its placebo shuffles them among the users."""
     titles, width = encode(data.titles[1:]), recommender.WIDTH
@@ -1161,7 +1059,7 @@ def title_inputs(s: Settings, data, encode, row, preferences) -> recommender.Inp
     return recommender.Inputs(initial=initial, preferences=found)
 
 
-def ask_preferences(run, data, llm) -> dict:
+def ask_preferences(run, data, llm):
     """LANE: what the untuned LLM says each user prefers, at two cuts of the train history: {"names":
     two lists a user, [] where five answers in a row were malformed; "since": (users, 2) lengths of
     the histories it saw}."""
@@ -1188,27 +1086,6 @@ def ask_preferences(run, data, llm) -> dict:
     return kept
 
 
-@torch.no_grad()
-def explain_lane(s: Settings, data, user: int, path: str) -> None:
-    """Prints a user's top items and the LLM's explanation of the first, asked with the weights that
-    the trained attention gives the user's preferences."""
-    history, items, scores, model = recommend(s, data, "lane", user)
-    print(f"{data.users[user]} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-    for item, score in zip(items, scores, strict=True):
-        print(f"{score:+.2f}  {data.titles[item]}")
-    known = model.align.known([user], [len(history)])
-    _, weights = model.align(model.states(recommender.pad([history]), model.table()), known)
-    names = load_stage(s, "prefer")["names"]
-    names = names[2 * user + 1] or names[2 * user]
-    named = [f"{name} {w:.2f}" for name, w in zip(names, weights[0].tolist(), strict=False)]
-    about = (", ".join(named) or "none known", D.item_text(data.items[items[0]]))
-    prompt = D.history_question(data, history, "explain", *about)
-    (llm, tokenizer), _ = open_llm(s, path)
-    with llm.disable_adapter():
-        how = replace(sampling(s), max_new=8 * s.max_new)
-        print("", prompt, *rl.generate(llm, tokenizer, [prompt], how)[0], sep="\n\n")
-
-
 def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
     """Recommendation knowledge: trains the adapter `knowledge` (three of four samples ask what comes
     next) and returns a score function for recommender.ranks: the titles that beam search finds, in
@@ -1219,11 +1096,10 @@ def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"),
     # it is to know the titles by heart
     model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))
     mix = D.Mixture(0.0, tasks=tasks, next_share=0.75, longest=D.LONGEST, ahead=D.LONGEST)
-    lr = 3e-3 if s.llm == "tiny" else 2e-4
-    train_adapter(run, data, llm, "knowledge", s.knowledge_steps, lr, mix)
+    train_adapter(run, data, llm, "knowledge", s.knowledge_steps, mix)
     rl.use(model, "knowledge")
 
-    def score(sequences, users) -> torch.Tensor:
+    def score(sequences, users):
         prompts = [D.history_question(data, seq, "next") for seq in sequences]
         found = 1 + rl.retrieve(model, tokenizer, prompts, tries, beams, sampling(s).budget)
         misses = torch.full((len(found), data.n_items + 1), recommender.MISS)

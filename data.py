@@ -75,7 +75,7 @@ class Dataset:
         self.test = np.array([s[-1] for s in self.seqs])
 
     @cached_property
-    def events(self) -> dict:
+    def events(self):
         """Train interactions with a history: (E,) arrays user, pos, item, time, sorted by time."""
         rows = []
         for u, seq in enumerate(self.train):
@@ -88,23 +88,23 @@ class Dataset:
         return dict(zip(("user", "pos", "item", "time"), table.T, strict=True))
 
     @cached_property
-    def events_by_item(self) -> list:
+    def events_by_item(self):
         """The events in which each item was chosen: n_items + 1 arrays, the first one empty."""
         order = np.argsort(self.events["item"], kind="stable")
         sizes = np.bincount(self.events["item"], minlength=self.n_items + 1)
         return np.split(order, np.cumsum(sizes)[:-1])
 
-    def history(self, event: int) -> np.ndarray:
+    def history(self, event):
         """What the user of a train event had chosen before it, oldest first."""
         return self.train[self.events["user"][event]][: self.events["pos"][event]]
 
     @cached_property
-    def counts(self) -> np.ndarray:
+    def counts(self):
         """Train interactions of each item, (n_items + 1,)."""
         return np.bincount(np.concatenate(self.train), minlength=self.n_items + 1)
 
     @cached_property
-    def titles(self) -> list:
+    def titles(self):
         """Each item's title in a prompt; equal ones get a number: a title names one item."""
         titles, seen = [""], Counter()
         for item in self.items[1:]:
@@ -118,25 +118,25 @@ class Dataset:
         return titles
 
     @cached_property
-    def document_frequency(self) -> Counter:
+    def document_frequency(self):
         """Number of items whose text has a word."""
         return Counter(w for item in self.items[1:] for w in set(words(item_text(item))))
 
     @cached_property
-    def common_words(self) -> set:
+    def common_words(self):
         """Words that say nothing: those of more than half of the items, and stop words."""
         frequent = {w for w, n in self.document_frequency.items() if n > self.n_items / 2}
         return frequent | STOPWORDS
 
     @cached_property
-    def masked_words(self) -> set:
+    def masked_words(self):
         """Words that tell which item it is, few items' words and brands: hidden from the reward."""
         branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
         frequency = self.document_frequency.items()
         return {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
 
     @cached_property
-    def phrases(self) -> list:
+    def phrases(self):
         """What an item says of itself and a reason may name: its words, each in one form, without
         masked and common ones (with the masked ones where fewer than two would be left)."""
         phrases = [[]]
@@ -148,17 +148,17 @@ class Dataset:
         return phrases
 
 
-def words(text: str) -> list:
+def words(text):
     """The words of a text in lower case."""
     return re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
 
 
-def stem(word: str) -> str:
+def stem(word):
     """Singular and plural as one: nail and nails, brush and brushes."""
     return re.sub(r"(?<=ss|sh|ch)es$|(?<=x)es$|(?<=[^s])s$", "", word)
 
 
-def item_text(item: dict) -> str:
+def item_text(item):
     """All that an item says of itself, one line of at most TEXT_WORDS words."""
     brand = "by " + item["brand"] if item["brand"] else ""
     parts = [item["title"], brand, ", ".join(item["categories"][-2:]), item["description"]]
@@ -174,7 +174,7 @@ ASPECTS = (
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
 
 
-def demo(seed: int, n_users: int = 1000, n_items: int = 500) -> Dataset:
+def demo(seed, n_users=1000, n_items=500) -> Dataset:
     """A shop whose every item says five aspects but is chosen for two of them (the drivers; the
     rest are decoys). 25 % of the items swap one driver half-way through time; 30 % of the users
     swap one of their three needs. A user picks item i at time t with probability proportional to
@@ -230,7 +230,7 @@ ANSWER_PATTERN = re.compile(
 REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 
 
-def reason_prompt(data: Dataset, item: int, reason: str, events) -> str:
+def reason_prompt(data, item, reason, events):
     """The one prompt for reasons: the histories before up to PEOPLE train events (the users shown),
     the reason so far ("" = none), the item's text."""
     shown = []
@@ -240,7 +240,7 @@ def reason_prompt(data: Dataset, item: int, reason: str, events) -> str:
     return PROMPT.format(people, reason or "none", item_text(data.items[item]))
 
 
-def parse_answer(text: str) -> tuple:
+def parse_answer(text):
     """Decoded answer -> (reason, the phrases it names, format_ok). The format: one think, one
     reason, two different phrases."""
     answer = ANSWER_PATTERN.fullmatch(text[:10_000])
@@ -255,14 +255,14 @@ def parse_answer(text: str) -> tuple:
     return reason, phrases, bool(first and second and first != second)
 
 
-def grounded(data: Dataset, item: int, reason: str) -> float:
+def grounded(data, item, reason):
     """Share of the reason's content words that the item's own text says; 0 where it has none."""
     content = [w for w in words(reason) if w not in STOPWORDS]
     said = set(words(item_text(data.items[item])))
     return sum(w in said for w in content) / len(content) if content else 0.0
 
 
-def mask_identity(data: Dataset, text: str) -> str:
+def mask_identity(data, text):
     """What the reward's encoder reads of a text: its words without brands, numbers, common ones
     and those of few items; sorted, or a causal encoder would pay "A and B" unlike "B and A"."""
     hidden = data.masked_words | data.common_words
@@ -270,14 +270,14 @@ def mask_identity(data: Dataset, text: str) -> str:
     return " ".join(sorted(kept)) or "item"
 
 
-def random_reason(data: Dataset, item: int, rng, size: int = 2) -> str:
+def random_reason(data, item, rng, size=2):
     """A grounded reason that names phrases of the item drawn at random."""
     own = data.phrases[item]
     drawn = sorted(rng.permutation(len(own))[:size])
     return "people choose it for " + (" and ".join(own[i] for i in drawn) or "itself")
 
 
-def shared_phrases(data: Dataset, item: int, events) -> list:
+def shared_phrases(data, item, events):
     """The item's phrases that the histories shown of these events say too, most shared first."""
     said = Counter()
     for e in events[:PEOPLE]:
@@ -311,7 +311,7 @@ class Mixture:
     ahead: int = 1  # items that the answer of `next` names, a line each
 
 
-def alignment_samples(data: Dataset, n: int, rng, mix: Mixture) -> list:
+def alignment_samples(data, n, rng, mix):
     """n (prompt, answer) pairs from the train split alone: reasons with weak targets and tasks of
     recommendation knowledge, each train event once before any comes again."""
     nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
@@ -329,7 +329,7 @@ def alignment_samples(data: Dataset, n: int, rng, mix: Mixture) -> list:
     return samples
 
 
-def reason_sample(data, item, events, rng, current="", follow=1.0) -> tuple:
+def reason_sample(data, item, events, rng, current="", follow=1.0):
     """(prompt, answer) with a weak target. The thought names the item's two phrases most shared
     with the histories shown. The reason names them in a share `follow` of the samples, else two at
     random: which of them matter is left to the reward. Phrases stand in the item's order."""
@@ -343,7 +343,7 @@ def reason_sample(data, item, events, rng, current="", follow=1.0) -> tuple:
     return reason_prompt(data, item, current, events), answer
 
 
-def task_sample(data: Dataset, event: int, rng, mix: Mixture) -> tuple:
+def task_sample(data, event, rng, mix):
     """(prompt, answer) of a task drawn at random, about one train event."""
     tasks = [t for t in mix.tasks if t != "rate" or data.ratings]
     user, end = int(data.events["user"][event]), int(data.events["pos"][event])
@@ -420,13 +420,13 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     return from_rows(os.path.basename(os.path.normpath(name)), rows, records, notes)
 
 
-def note(notes: list, number: int, what: str) -> None:
+def note(notes, number, what):
     """Tells the reader of the report what was skipped, where anything was."""
     if number:
         notes.append(f"{number} {what}")
 
 
-def by_user(rows: list) -> dict:
+def by_user(rows):
     """{user id: rows in their order}, users sorted."""
     groups = {user: [] for user in sorted({row[0] for row in rows})}
     for row in rows:
@@ -434,7 +434,7 @@ def by_user(rows: list) -> dict:
     return groups
 
 
-def core(rows: list, k: int) -> list:
+def core(rows, k):
     """The k-core: every user and every item left has at least k interactions."""
     before = None
     while k > 1 and len(rows) != before:
@@ -444,7 +444,7 @@ def core(rows: list, k: int) -> list:
     return rows
 
 
-def from_rows(name: str, rows: list, records: dict, notes: list) -> Dataset:
+def from_rows(name, rows, records, notes) -> Dataset:
     """rows: (user id, item id, time, rating or None), by time. records: item id -> fields."""
     users = {user: mine for user, mine in by_user(rows).items() if len(mine) >= 3}
     kept = [row for mine in users.values() for row in mine]
@@ -482,7 +482,7 @@ MAX_LINE, MAX_WORD = 1 << 20, 60
 MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def amazon_files(name: str, data_dir: str) -> tuple:
+def amazon_files(name, data_dir):
     """Paths of reviews and items (of 2018 if only these are there, else of 2014), and {path:
     address} of those that are not there."""
     category = ALIASES.get(name.lower(), name)
@@ -497,7 +497,7 @@ def amazon_files(name: str, data_dir: str) -> tuple:
     return list(pair), {path: url for path, url in pair.items() if not os.path.exists(path)}
 
 
-def read_amazon(category: str, data_dir: str) -> tuple:
+def read_amazon(category, data_dir):
     """Rows, {item id: fields} and notes of an Amazon category; downloads what is missing."""
     (reviews, meta), absent = amazon_files(category, data_dir)
     for path, url in absent.items():
@@ -507,7 +507,7 @@ def read_amazon(category: str, data_dir: str) -> tuple:
     return rows, read_items(meta, "asin", {row[1] for row in rows}, notes), notes
 
 
-def read_folder(folder: str) -> tuple:
+def read_folder(folder):
     """The same of a folder: interactions.csv (user,item,timestamp[,rating]) and items.jsonl
     (id,title[,brand,categories,description])."""
     path, described = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
@@ -523,7 +523,7 @@ def read_folder(folder: str) -> tuple:
         must = "must name the columns user,item,timestamp[,rating] once each, with commas, in UTF-8"
         raise DataError(f"{path} line {number}: the first line {must}")
 
-    def parse(line: str) -> dict:
+    def parse(line):
         (cells,) = csv.reader([line], strict=True, skipinitialspace=True)
         return dict(zip(names, cells, strict=True))
 
@@ -531,7 +531,7 @@ def read_folder(folder: str) -> tuple:
     return rows, read_items(described, "id", {row[1] for row in rows}, notes), notes
 
 
-def read_interactions(path: str, lines, parse, columns: tuple) -> tuple:
+def read_interactions(path, lines, parse, columns):
     """Rows (user, item, time, rating or None) of the lines that have them, and a note of those
     that do not. parse: line -> dict. columns: names of user, item, time and rating."""
     rows, bad, first = [], 0, 0
@@ -556,7 +556,7 @@ def read_interactions(path: str, lines, parse, columns: tuple) -> tuple:
     return rows, [f"{bad} lines of {where} without {needed}: skipped"] if bad else []
 
 
-def parse_id(value) -> str:
+def parse_id(value):
     """A user's or an item's id as text: one line, not empty, at most 200 characters."""
     text = str(value).strip()
     if type(value) not in (str, int) or not 0 < len(text) <= 200 or not text.isprintable():
@@ -564,7 +564,7 @@ def parse_id(value) -> str:
     return text
 
 
-def read_items(path: str, key: str, chosen: set, notes: list) -> dict:
+def read_items(path, key, chosen: set, notes):
     """{item id: fields} of the chosen items; the first of several. key: the name of the id."""
     records, bad, name = {}, 0, os.path.basename(path)
     asin = re.compile(r"""['"]asin['"]\s*:\s*['"](.*?)['"]""")
@@ -587,7 +587,7 @@ def read_items(path: str, key: str, chosen: set, notes: list) -> dict:
     return records
 
 
-def item_record(item_id: str, fields: dict) -> dict:
+def item_record(item_id, fields):
     """An item from any source's fields; Amazon's categories are a list of paths, or one path."""
     path = fields.get("categories") or fields.get("category") or []
     if not isinstance(path, list):
@@ -601,7 +601,7 @@ def item_record(item_id: str, fields: dict) -> dict:
     return record
 
 
-def clean(value) -> str:
+def clean(value):
     """One line of plain text of a text, a number or a list of them: entities unescaped, markup
     dropped, words cut at MAX_WORD (one could be a million tokens), "nan" and "None" as empty."""
     parts = value if isinstance(value, list) else [value]
@@ -611,7 +611,7 @@ def clean(value) -> str:
     return "" if text.lower() in ("nan", "none", "null") else text
 
 
-def parse_line(line: str):
+def parse_line(line):
     """JSON or, in Amazon's item files of 2014, a Python literal (literal_eval runs no code)."""
     for parse in (json.loads, ast.literal_eval):
         try:
@@ -621,7 +621,7 @@ def parse_line(line: str):
     return None
 
 
-def read_lines(path: str):
+def read_lines(path):
     """Yields (number, text) of each line of a text or gzip file that is not blank, with progress.
     DataError names the line that cannot be read: a broken file, no gzip, a line too long."""
     number = 0
@@ -641,7 +641,7 @@ def read_lines(path: str):
         raise DataError(f"{path} line {number + 1}: cannot be read ({e}); {advice}") from e
 
 
-def download(path: str, url: str) -> None:
+def download(path, url):
     """Fetches a file by https: progress, a .part file, read to its checksum, an atomic rename."""
     part = path + ".part"
     try:
@@ -683,13 +683,13 @@ LANE = {
 }
 
 
-def history_question(data: Dataset, history, task: str, *about) -> str:
+def history_question(data, history, task, *about):
     """A question of one of the two relatives (TASKS, LANE) about the last items of a history."""
     chosen = "; ".join(data.titles[i] for i in history[-LONGEST:])
     return f"Chosen in order: {chosen}\n" + (TASKS | LANE)[task].format(*about)
 
 
-def parse_preferences(text: str) -> list:
+def parse_preferences(text):
     """The PREFERENCES different names of an answer's JSON object; [] where it is malformed."""
     found = re.search(r'\{\s*"preferences"\s*:\s*(\[[^][{}]*\])\s*\}', text[:10_000])
     names = parse_line(found[1]) if found else None
@@ -698,7 +698,7 @@ def parse_preferences(text: str) -> list:
     return names if len(different) == len(names) == PREFERENCES else []
 
 
-def lane_samples(data: Dataset, n: int, rng) -> list:
+def lane_samples(data, n, rng):
     """n (prompt, answer) pairs that teach a model trained from scratch the form of LANE's answers;
     a pretrained LLM needs none. Weak targets: preferences are the most frequent phrases of the
     history's items, and an item fits one if it says it."""
@@ -726,7 +726,7 @@ def lane_samples(data: Dataset, n: int, rng) -> list:
     return samples
 
 
-def explanation(data: Dataset, past, item: int, names: list, rng) -> tuple:
+def explanation(data, past, item, names, rng):
     """What LANE's question for an explanation is about (weights drawn at random), and an answer."""
     weights = rng.dirichlet(np.full(PREFERENCES, 3.0)).round(2)
     steps, fitting = [], []

@@ -53,7 +53,7 @@ class Block(nn.Module):
     starting at 0): position t sees items 1..t only. The convolution stands in for BSARec's
     frequency filter (arXiv 2312.10325), which raises what changes from item to item."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.local, self.drop = nn.Parameter(torch.zeros(LOCAL, width)), nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, last=None) -> torch.Tensor:
+    def forward(self, x, last=None):
         """x (B, T, D) -> (B, T, D); with last (B,) the states at these positions alone, (B, D)."""
         B, T, D = x.shape
         y = self.norm1(x)
@@ -122,12 +122,12 @@ class SASRec(nn.Module):
         if inputs.preferences is not None:
             self.align = Alignment(width, inputs.preferences)
 
-    def table(self) -> torch.Tensor:
+    def table(self):
         """The unit vectors of all items, (n_items + 1, D): what input and output share."""
         content = 0.0 if self.project is None else self.drop(self.project(self.features))
         return F.normalize(self.item.weight + content, dim=-1)
 
-    def states(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    def states(self, ids, table):
         """ids (B, T), right-padded with 0; table (n_items + 1, D) -> last states (B, D)."""
         last = (ids > 0).sum(1) - 1
         ago = (last[:, None] - torch.arange(ids.shape[1], device=ids.device)).clamp(min=0)
@@ -138,7 +138,7 @@ class SASRec(nn.Module):
             x = block(x, last if block is self.blocks[-1] else None)
         return self.norm(x)
 
-    def forward(self, ids, table, known=None) -> torch.Tensor:
+    def forward(self, ids, table, known=None):
         """The states of ids, aligned with the preferences known (B, M) where the arm has them,
         of norm 1 / tau: (B, D)."""
         h = self.states(ids, table)
@@ -147,7 +147,7 @@ class SASRec(nn.Module):
         return F.normalize(h, dim=-1) / self.log_tau.exp()
 
 
-def from_weights(n_items: int, weights: dict) -> SASRec:
+def from_weights(n_items, weights) -> SASRec:
     """A trained model from its state dict."""
     preferences = None
     if "align.named" in weights:
@@ -158,7 +158,7 @@ def from_weights(n_items: int, weights: dict) -> SASRec:
     return model.eval()
 
 
-def pad(sequences, max_len: int = MAX_LEN) -> torch.Tensor:
+def pad(sequences, max_len=MAX_LEN):
     """The last max_len items of each sequence, right-padded with 0: (B, longest)."""
     rows = [torch.as_tensor(seq[-max_len:]) for seq in sequences]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -180,14 +180,14 @@ class TrainConfig:
     progress: bool = True
 
 
-def next_item_loss(model, ids, targets, known=None) -> torch.Tensor:
+def next_item_loss(model, ids, targets, known=None):
     """Mean cross-entropy of the next items targets (B,) after the histories ids (B, T)."""
     table = model.table()
     # padding is never predicted
     return F.cross_entropy(model(ids, table, known) @ table[1:].T, targets - 1)
 
 
-def training_samples(sequences) -> tuple:
+def training_samples(sequences):
     """Every history with its next item: list of arrays, (samples,) next items and users."""
     histories = []
     for seq in sequences:
@@ -196,7 +196,7 @@ def training_samples(sequences) -> tuple:
     return histories, targets, np.repeat(np.arange(len(sequences)), [len(s) - 1 for s in sequences])
 
 
-def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
+def batches(lengths, batch, rng, pool=16):
     """Random batches of histories of similar length, which need little padding: `pool` random
     batches are sorted by length, cut, and shuffled."""
     for rows in np.split(
@@ -208,7 +208,7 @@ def batches(lengths: np.ndarray, batch: int, rng, pool: int = 16):
             yield cut[k]
 
 
-def train(data, inputs=Inputs(), config=TrainConfig(), seed: int = 0, name: str = "SASRec"):
+def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs: (the model of the best
     epoch, {"epochs", "best_epoch", "valid_ndcg@10"}). data: n_items, train, valid (see Dataset)."""
     torch.manual_seed(seed)
@@ -297,7 +297,7 @@ def markov(data):
 
 
 # ------------------------------------------------------------------------------------- evaluation
-def masked_scores(score, sequences, batch: int = 0):
+def masked_scores(score, sequences, batch=0):
     """Yields (slice of users, scores (B, n_items + 1)) with what cannot be recommended, padding and
     the items of the user's sequence, at -inf. batch: users at once; 0 chooses."""
     batch = batch or SCORES_AT_ONCE // (max(int(s.max()) for s in sequences) + 1) + 16
@@ -309,7 +309,7 @@ def masked_scores(score, sequences, batch: int = 0):
         yield slice(start, start + len(part)), scores
 
 
-def ranks(score, sequences, targets, batch: int = 0) -> np.ndarray:
+def ranks(score, sequences, targets, batch=0):
     """Rank (1 = best) of each user's target (users,) among all items that the user has not seen,
     (users,). Ties count against us. sequences: what is known of each user."""
     out = np.empty(len(sequences), dtype=np.int64)
@@ -321,7 +321,7 @@ def ranks(score, sequences, targets, batch: int = 0) -> np.ndarray:
     return out
 
 
-def top_items(score, sequences, k: int = 10) -> np.ndarray:
+def top_items(score, sequences, k=10):
     """Each user's k best items, (users, k); 0 where none is left to show."""
     lists = []
     for _, scores in masked_scores(score, sequences):
@@ -330,7 +330,7 @@ def top_items(score, sequences, k: int = 10) -> np.ndarray:
     return np.concatenate(lists)
 
 
-def metrics(rank: np.ndarray) -> dict:
+def metrics(rank):
     """Per-user HR@k, NDCG@k (one target: DCG = 1 / log2(rank + 1)) and MRR, each (users,)."""
     out = {}
     for k in CUTOFFS:
@@ -340,7 +340,7 @@ def metrics(rank: np.ndarray) -> dict:
     return out | {"mrr": 1.0 / rank}
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple:
+def paired_bootstrap(a, b, draws=2000, seed=0):
     """Mean of a - b over users and its 95 % interval. a, b: (seeds, users), averaged over seeds."""
     difference, rng = a.mean(0) - b.mean(0), np.random.default_rng(seed)
     n = len(difference)
@@ -348,7 +348,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 2000, seed: int 
     return float(difference.mean()), np.percentile(means, [2.5, 97.5]).tolist()
 
 
-def user_slices(data) -> dict:
+def user_slices(data):
     """Test users whose target has at most 5 train interactions, and those whose target nobody
     chose in train after the test event: {name: (users,) bool}."""
     last = np.full(data.n_items + 1, np.iinfo(np.int64).min)
@@ -359,7 +359,7 @@ def user_slices(data) -> dict:
     return {"train<=5": rare, "no_later_train": last[data.test] <= test_times}
 
 
-def popularity_audit(top: np.ndarray, counts: np.ndarray) -> dict:
+def popularity_audit(top, counts):
     """Do lists top (users, 10) push popular items? Coverage, Gini of exposure, popularity rank."""
     counts, top, n_items = counts[1:], top[top > 0], len(counts) - 1
     place = np.argsort(np.argsort(-counts, kind="stable")) + 1
@@ -380,10 +380,11 @@ class Arm:
     texts: tuple = ()  # what its item features are embeddings of, side by side (see TEXTS)
     against: tuple = ()  # arms that it is compared with, where both run
     methods: str = ""  # the --method that run it by default
-    baseline: Callable | None = None  # counts in place of SASRec: nothing drawn, one seed
+    baseline: Callable | None = None  # counts in place of SASRec
     ids: bool = True  # False: an item's vector is its features alone
     titles: bool = False  # ID embeddings start as the embeddings of titles
     preferences: str = ""  # LANE's layer over "own" preferences, or another user's: "shuffled"
+    one_seed: bool = False  # draws nothing, or is taught once
     recovers: bool = False  # listed with the share of the headroom oracle - content it recovers
 
 
@@ -394,8 +395,8 @@ REASON_TEXTS = ("aligned", "rl", "bestof", "curec", "shuffled")
 TEXTS = ("item", "truth", *REASON_TEXTS)
 
 ARMS = {
-    "popularity": Arm(baseline=popularity, methods="curec knowledge"),
-    "markov": Arm(baseline=markov, methods="curec knowledge"),
+    "popularity": Arm(baseline=popularity, methods="curec knowledge", one_seed=True),
+    "markov": Arm(baseline=markov, methods="curec knowledge", one_seed=True),
     "id": Arm(methods="curec lane knowledge"),
     "text-init": Arm(titles=True, against=("id",), methods="lane"),
     "content": Arm(("item",), ("id",), methods="curec"),
@@ -408,13 +409,13 @@ ARMS = {
     ),
     "lane-placebo": Arm(titles=True, preferences="shuffled", methods="lane"),
     "lane": Arm((), ("id", "text-init", "lane-placebo"), "lane", titles=True, preferences="own"),
-    "knowledge": Arm(against=("id", "markov"), methods="knowledge"),
+    "knowledge": Arm(against=("id", "markov"), methods="knowledge", one_seed=True),
     "oracle": Arm(("item", "truth"), ("content",), methods="curec"),
 }
 METHODS = ("curec", "lane", "knowledge")
 
 
-def fit_arm(arm: str, data, inputs, config, seed: int, score=None) -> dict:
+def fit_arm(arm, data, inputs, config, seed, score=None):
     """Trains one arm with one seed, then reads test, once: {"ranks": (users,) on test, "row": of
     metrics.json, "model": its state dict}. score: of an arm that was trained elsewhere."""
     start, model = time.perf_counter(), None
@@ -444,12 +445,12 @@ def fit_arm(arm: str, data, inputs, config, seed: int, score=None) -> dict:
     return {"ranks": torch.from_numpy(rank), "row": row, "model": weights}
 
 
-def mean_metrics(rank: np.ndarray) -> dict:
+def mean_metrics(rank):
     """metrics, averaged over users."""
     return {name: float(values.mean()) for name, values in metrics(rank).items()}
 
 
-def by_seed(rows: list):
+def by_seed(rows):
     """Dicts of one shape -> one dict of that shape with lists of their values."""
     if not isinstance(rows[0], dict):
         return rows
@@ -459,7 +460,7 @@ def by_seed(rows: list):
     return out
 
 
-def arm_entry(fits: list) -> dict:
+def arm_entry(fits):
     """An arm's entry in metrics.json: a value a seed, but for cost and audit."""
     entry = by_seed([fit["row"] for fit in fits])
     entry["audit"] = {name: float(np.mean(values)) for name, values in entry["audit"].items()}
@@ -468,7 +469,7 @@ def arm_entry(fits: list) -> dict:
     return entry
 
 
-def compare(ranks_by_arm: dict, metric: str = "ndcg@10") -> list:
+def compare(ranks_by_arm, metric="ndcg@10"):
     """Paired differences of the arms that ARMS compares. ranks_by_arm: (seeds, users) each."""
     rows = []
     for a, rank in ranks_by_arm.items():
@@ -481,7 +482,7 @@ def compare(ranks_by_arm: dict, metric: str = "ndcg@10") -> list:
     return rows
 
 
-def headroom(entries: dict, metric: str = "ndcg@10") -> dict:
+def headroom(entries, metric="ndcg@10"):
     """oracle - content, and how much of it each arm that adds reasons recovers; {} without them."""
     if not {"oracle", "content"} <= set(entries):
         return {}
@@ -493,7 +494,7 @@ def headroom(entries: dict, metric: str = "ndcg@10") -> dict:
     return {"headroom": {metric: room, "recovered": recovered}}
 
 
-def workers(device: str, fits: int):
+def workers(device, fits):
     """An executor for arms. On a CPU and for many fits: processes of one thread each, which beat
     one process of many threads; else the fits follow one another."""
     count = min(4, os.cpu_count(), fits // 3) if device == "cpu" else 1
@@ -502,7 +503,7 @@ def workers(device: str, fits: int):
     return ThreadPoolExecutor(1)
 
 
-def start_worker() -> None:
+def start_worker():
     """A worker process: one thread, silent on Ctrl-C, gone when its parent is."""
 
     def end_with_parent():
@@ -519,7 +520,7 @@ class Alignment(nn.Module):
     """LANE's layer (arXiv 2407.02833): a state asks the M preferences that an LLM named for its
     user which of them it follows. A history shorter than a cut's knows nothing of that cut."""
 
-    def __init__(self, width: int, preferences: Preferences, heads=4, dropout=0.3):
+    def __init__(self, width, preferences: Preferences, heads=4, dropout=0.3):
         super().__init__()
         for name, tensor in preferences._asdict().items():
             self.register_buffer(name, tensor)
@@ -531,7 +532,7 @@ class Alignment(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def known(self, users, lengths) -> torch.Tensor:
+    def known(self, users, lengths):
         """The preferences that histories of these lengths (B,) of these users (B,) may know: the
         latest cut's (B, M), 0 where there is none."""
         users = torch.as_tensor(users, device=self.since.device)
@@ -539,7 +540,7 @@ class Alignment(nn.Module):
         cut = (self.since[users] <= lengths[:, None]).sum(1) - 1
         return self.named[users, cut] * (cut >= 0)[:, None]
 
-    def forward(self, states: torch.Tensor, known: torch.Tensor) -> tuple:
+    def forward(self, states, known):
         """states (B, D), known (B, M) -> states (B, D), attention averaged over heads (B, M)."""
         wishes = F.embedding(known, self.vectors)
         found, weights = self.attention(states[:, None], wishes, wishes)

@@ -43,7 +43,7 @@ HELD_OUT = 2000  # most held-out events that choose the epoch
 
 
 # ------------------------------------------------------------------------------------- embeddings
-def whitening(vectors: torch.Tensor, k: int = 384):
+def whitening(vectors, k=384):
     """PCA whitening fitted on text embeddings (M, D): a function (m, D) -> (m, k or fewer) after
     which they have mean norm 1."""
     mean = vectors.mean(0)
@@ -55,7 +55,7 @@ def whitening(vectors: torch.Tensor, k: int = 384):
     return lambda x: (x - mean) @ matrix
 
 
-def load_encoder(name: str, device="cpu", batch: int = 64):
+def load_encoder(name, device="cpu", batch=64):
     """Any Hugging Face text encoder as a function: texts -> means of last states (len, D)."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -70,7 +70,7 @@ def load_encoder(name: str, device="cpu", batch: int = 64):
     model = model.to(device).eval()
 
     @torch.no_grad()
-    def encode(texts) -> torch.Tensor:
+    def encode(texts):
         out = torch.zeros(len(texts), model.config.hidden_size)
         # by length: little padding
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -95,7 +95,7 @@ def load_encoder(name: str, device="cpu", batch: int = 64):
 class RewardModel(nn.Module):
     """User tower over text embeddings and the shared projection P, all of one width."""
 
-    def __init__(self, width: int, dropout: float = 0.2):
+    def __init__(self, width, dropout=0.2):
         super().__init__()
         self.P = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.P.weight)
@@ -106,18 +106,18 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.out.weight)
         self.log_tau = nn.Parameter(torch.tensor(0.2).log())
 
-    def states(self, items: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    def states(self, items, vectors):
         """items (B, T), right-padded with 0; vectors (n + 1, width) -> unit states (B, width)."""
         z, real = F.embedding(items, self.P(vectors)), (items > 0).float()[..., None]
         mean = (z * real).sum(1) / real.sum(1).clamp(min=1)
         last = self.block(z, (items > 0).sum(1) - 1)
         return F.normalize(mean + self.out(self.norm(last)), dim=-1)
 
-    def reasons(self, vectors: torch.Tensor) -> torch.Tensor:
+    def reasons(self, vectors):
         """Whitened embeddings of reasons (M, width) -> unit vectors (M, width)."""
         return F.normalize(self.P(vectors), dim=-1)
 
-    def scores(self, states, reasons) -> torch.Tensor:
+    def scores(self, states, reasons):
         """Unit states (B, width), unit reasons (M, width) -> s (B, M), in nats."""
         return states @ reasons.T / self.log_tau.exp()
 
@@ -126,7 +126,7 @@ class Judge:
     """A reward model with the states of all train events. encode: texts -> raw embeddings (M, D),
     frozen. Ready after `fit`, or after `load_weights` of a model that was fitted before."""
 
-    def __init__(self, data, encode, seed: int = 0):
+    def __init__(self, data, encode, seed=0):
         self.data, self.seed, self.raw_encode = data, seed, encode
         texts = [D.mask_identity(data, D.item_text(item)) for item in data.items[1:]]
         raw = encode(texts)
@@ -134,14 +134,14 @@ class Judge:
         self.items = F.pad(self.whiten(raw), (0, 0, 1, 0))  # (n_items + 1, width)
         self.model = RewardModel(self.items.shape[1])
 
-    def encode(self, reasons) -> torch.Tensor:
+    def encode(self, reasons):
         """Whitened embeddings (M, width) of reasons without what tells the item. Equal reasons are
         encoded once: proposals often are equal, and then their embeddings are to the last bit."""
         masked = [D.mask_identity(self.data, reason) for reason in reasons]
         once, place = np.unique(masked, return_inverse=True)
         return self.whiten(self.raw_encode(once.tolist())[torch.from_numpy(place)])
 
-    def fit(self, epochs: int = 30, patience: int = 6, per_epoch: int = 20_000) -> dict:
+    def fit(self, epochs=30, patience=6, per_epoch=20_000):
         """Trains on the train events of users and items that are not held out; the best epoch on
         held-out users x items stays, the untrained model being epoch 0. Returns {"auc_heldout",
         "epochs", "best_epoch"}, without the first where nothing could be held out."""
@@ -190,12 +190,12 @@ class Judge:
         report = {"epochs": epoch, "best_epoch": best_epoch}
         return report | ({"auc_heldout": best} if checks.possible else {})
 
-    def histories(self, events) -> torch.Tensor:
+    def histories(self, events):
         """What the users of these events had chosen before, (B, T), right-padded with 0."""
         return pad([self.data.history(e) for e in events], MAX_HISTORY)
 
     @torch.no_grad()
-    def load_weights(self, weights: dict, batch: int = 1024) -> None:
+    def load_weights(self, weights, batch=1024):
         """Takes a reward model's weights and computes the state of every train event, once."""
         self.model.load_state_dict(weights)
         self.model.eval()
@@ -205,7 +205,7 @@ class Judge:
             states.append(self.model.states(self.histories(events), self.items))
         self.states = torch.cat(states)  # (E, width)
 
-    def pool(self, period: tuple) -> torch.Tensor:
+    def pool(self, period):
         """N of A(S, r): STATES event numbers of the period [start, end), drawn once by seed."""
         times = self.data.events["time"]
         inside = np.flatnonzero((times >= period[0]) & (times < period[1]))
@@ -213,7 +213,7 @@ class Judge:
         return torch.from_numpy(rng.permutation(inside)[:STATES])
 
     @torch.no_grad()
-    def advantages(self, reasons, people, period) -> list:
+    def advantages(self, reasons, people, period):
         """s(e, r) - logmeanexp_{N} s(., r) of each event e in people (M arrays of event numbers):
         M arrays, in nats; the mean of each is A(people, r)."""
         z = self.model.reasons(self.encode(reasons))  # (M, width)
@@ -246,7 +246,7 @@ class HeldOut:
             self.draws.append(judge.encode([D.random_reason(data, i, rng) for i in numbers]))
 
     @torch.no_grad()
-    def auc(self) -> float:
+    def auc(self):
         """How often the chosen item's reason scores above another's: mean over draws; chance .5."""
         if not self.possible:
             return 0.5
@@ -260,7 +260,7 @@ class HeldOut:
         return float(np.mean(values))
 
 
-def held_out(data, seed: int) -> tuple:
+def held_out(data, seed):
     """A fifth of the users (users,) and of the items (n_items + 1,), bool: never trained on."""
     rng = np.random.default_rng([seed, 73])
     return rng.random(len(data.users)) < 0.2, rng.random(data.n_items + 1) < 0.2
@@ -303,13 +303,13 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     return Rewards(total, *parts, by_audience)
 
 
-def mean_of_each(arrays: list) -> np.ndarray:
+def mean_of_each(arrays):
     """The mean of each array, 0 of an empty one."""
     return np.array([values.mean() if len(values) else 0.0 for values in arrays])
 
 
 # ------------------------------------------------- truth: figures of the demo, which feed nothing
-def truth_figures(named: list, truth: dict) -> dict:
+def truth_figures(named, truth):
     """Of the phrases named, the share that are drivers (chance .4); of the drivers, the share
     named; of the items with a new driver, the share whose reason names it. named: phrases an item;
     truth: see data.Dataset; both without index 0."""
@@ -322,7 +322,7 @@ def truth_figures(named: list, truth: dict) -> dict:
     }
 
 
-def names_new_driver(named: list, truth: dict) -> list:
+def names_new_driver(named, truth):
     """Of each item whose driver changed: does its reason name the new one?"""
     out = []
     for phrases, early, late in zip(named, truth["early"], truth["late"], strict=True):
@@ -331,7 +331,7 @@ def names_new_driver(named: list, truth: dict) -> list:
     return out
 
 
-def driver_choice(judge: Judge, truth: dict, period: tuple) -> dict:
+def driver_choice(judge: Judge, truth, period):
     """How often the audience prefers a pair of true drivers to a pair of decoys, and of how many
     items. The audience: users held out from the judge's training, at least two, of items held out
     too; of an item whose driver changed, those of the second half. {} where there are none."""

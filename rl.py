@@ -31,7 +31,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import huggingface_hub
 import numpy as np
 import safetensors.torch
 import torch
@@ -48,7 +47,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 
-def write_atomically(path: str, value) -> None:
+def write_atomically(path, value):
     """Writes a text, or what torch.save takes. Whatever ends the process, the old file or the new
     one is there as a whole."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -65,12 +64,12 @@ class Checkpoint:
     """What an interrupted loop goes on from. `state`: what was saved last, or None. Without a path
     nothing is kept."""
 
-    def __init__(self, path: str = ""):
+    def __init__(self, path=""):
         self.path, self.state = path, None
         if path and os.path.exists(path):
             self.state = torch.load(path, "cpu", weights_only=True)
 
-    def save(self, state) -> None:
+    def save(self, state):
         if self.path:
             write_atomically(self.path, state)
 
@@ -80,34 +79,25 @@ class Checkpoint:
 
 
 # -------------------------------------------------------------------- loading, modes, adapters
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    ArithmeticError,
-    safetensors.SafetensorError,
-    huggingface_hub.errors.StrictDataclassError,
-)
 # of models that change their logits after the head: Granite, Cohere, Gemma 2, Falcon-H1
 LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
 
 
 @contextlib.contextmanager
-def loading(name: str):
+def loading(name):
     """Whatever transformers raises inside becomes one OSError that says what to do."""
     try:
         yield
-    except LOADING_ERRORS as e:
+    except Exception as e:
         # the last word often hides what happened first
         cause = e
         while cause.__context__:
             cause = cause.__context__
-        said = dict.fromkeys(str(error).strip().split("\n")[0] for error in (e, cause))
+        said = "; ".join(dict.fromkeys(str(error).strip().split("\n")[0] for error in (e, cause)))
         raise OSError(
-            f"the LLM '{name}' could not be loaded ({'; '.join(said)}). Check name and network: the"
-            " same command takes an interrupted download up again, a gated model needs `hf auth"
-            " login`, a damaged file must be deleted. Or give --llm PATH, or --llm tiny."
+            f"the LLM '{name}' could not be loaded ({said}). Check name and network: the same "
+            "command takes an interrupted download up again, a gated model needs `hf auth login`, "
+            "a damaged file must be deleted. Or give --llm PATH, or --llm tiny."
         ) from e
 
 
@@ -117,29 +107,21 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     from peft import LoraConfig, get_peft_model
 
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
-    # load_in_4bit is no longer a model argument, and the defaults of this config are still fp4
-    # without double quantisation
+    # load_in_4bit is no longer a model argument, and this config's defaults are still fp4, single
     nf4 = hf.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
+    nf4.bnb_4bit_compute_dtype = compute
+    how = {"quantization_config": nf4, "dtype": compute, "device_map": {"": device}}
+    # nothing of a hub's that could run: no code, no pickled weights
+    how |= {"trust_remote_code": False, "use_safetensors": True}
     with loading(name):
         # AutoTokenizer would split text by the rules of the model's type; the tiny LLM has its own
         config = hf.models.auto.tokenization_auto.get_tokenizer_config(name)
         own = config.get("tokenizer_class") == "TokenizersBackend"
         tokenizers = hf.PreTrainedTokenizerFast if own else hf.AutoTokenizer
         tokenizer = tokenizers.from_pretrained(name, trust_remote_code=False)
-        # safetensors only: a pickle could run code
-        base = hf.AutoModelForCausalLM.from_pretrained(
-            name,
-            quantization_config=nf4,
-            dtype=compute,
-            device_map={"": device},
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        base = hf.AutoModelForCausalLM.from_pretrained(name, **how)
     for change in LOGIT_CHANGES:
         if getattr(base.config, change, None) not in (None, 1):
             raise OSError(
@@ -156,25 +138,20 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     # and head into float32. LoRA weights are float32: at a learning rate of 1e-5 most steps would
     # be lost in the rounding of bfloat16
     lora = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     model = get_peft_model(base, lora, adapter_name="align", autocast_adapter_dtype=True)
     if checkpointing:
         # reentrant checkpointing drops every gradient where its input needs none, as here
-        base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        how = {"use_reentrant": False}
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     # padding is carried in masks, so pad may equal eos
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     set_mode(model, training=False)
     return model, tokenizer
 
 
-def set_mode(model, training: bool) -> None:
+def set_mode(model, training):
     """Training or evaluation mode, with the 4-bit layers always in training mode: one that runs
     once without it repacks its weight, on some CPUs, for a kernel without autograd, and stays so.
     LoRA gradients are then silently wrong by 90 %. The layers have no other use for the flag."""
@@ -191,19 +168,19 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def trainable(model) -> list:
+def trainable(model):
     """The parameters that take gradients."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def use(model, adapter: str, trainable: bool = False) -> None:
+def use(model, adapter, trainable=False):
     """Makes one adapter active; its LoRA weights take gradients if trainable, nothing else ever."""
     model.set_adapter(adapter)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable and "lora_" in name and f".{adapter}." in name)
 
 
-def add_policy(model) -> None:
+def add_policy(model):
     """The adapter `policy`, a copy of `align`: PPO starts at its own reference, which is the
     aligned model and not the base with its adapters off."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -213,7 +190,7 @@ def add_policy(model) -> None:
     set_peft_model_state_dict(model, weights, "policy")
 
 
-def save_adapter(model, folder: str, name: str) -> None:
+def save_adapter(model, folder, name):
     """Writes folder/name, which plain peft loads; atomic, without peft's empty model card."""
     part = os.path.join(folder, "state", "adapter")
     # the default "auto" would ask the hub whether the vocabulary was changed
@@ -222,7 +199,7 @@ def save_adapter(model, folder: str, name: str) -> None:
     os.replace(os.path.join(part, name), os.path.join(folder, name))
 
 
-def restore_adapter(model, folder: str, name: str) -> None:
+def restore_adapter(model, folder, name):
     """Loads folder/name into the adapter of that name. (peft's load_adapter ends in model.eval(),
     which would repack the 4-bit weights: see set_mode.)"""
     from peft import set_peft_model_state_dict
@@ -241,7 +218,7 @@ class MicroBatch(NamedTuple):
     mask: torch.Tensor  # (b, R) answer tokens, True = real
 
 
-def prompt_ids(tokenizer, prompt: str) -> list:
+def prompt_ids(tokenizer, prompt):
     """Token ids of a prompt, in the tokenizer's chat template where it has one. A title is
     anybody's text: a control token in it (the end of a turn, say) becomes a space."""
     control = []
@@ -259,7 +236,7 @@ def prompt_ids(tokenizer, prompt: str) -> list:
     return list(encoded["input_ids"])
 
 
-def answer_ids(tokenizer, answer: str) -> list:
+def answer_ids(tokenizer, answer):
     """Token ids of an answer, EOS after each of its lines: generation stops at the first."""
     ids = []
     for line in answer.split("\n"):
@@ -268,7 +245,7 @@ def answer_ids(tokenizer, answer: str) -> list:
     return ids
 
 
-def draw(n: int, batch: int, rng):
+def draw(n, batch, rng):
     """Yields endless batches of row numbers below n: each comes once before any comes again."""
     rows = []
     while True:
@@ -278,7 +255,7 @@ def draw(n: int, batch: int, rng):
         rows = rows[batch:]
 
 
-def by_length(lengths, budget: int):
+def by_length(lengths, budget):
     """Yields index lists of similar length, each of at most `budget` padded tokens: little
     padding, bounded memory."""
     order = np.argsort(lengths, kind="stable").tolist()
@@ -289,7 +266,7 @@ def by_length(lengths, budget: int):
             start = end
 
 
-def pad_ids(rows: list, pad: int, left: bool = False) -> tuple:
+def pad_ids(rows, pad, left=False):
     """Lists of token ids -> ids (B, T) padded at the end, or on the left; mask (B, T)."""
     side = "left" if left else "right"
     ids = [torch.tensor(row) for row in rows]
@@ -298,7 +275,7 @@ def pad_ids(rows: list, pad: int, left: bool = False) -> tuple:
     return padded, nn.utils.rnn.pad_sequence(real, True, False, side)
 
 
-def micro_batches(rows, prompts, answers, pad: int, device, size: int) -> list:
+def micro_batches(rows, prompts, answers, pad, device, size):
     """These rows of the tokenised prompts and answers in micro-batches of at most `size` rows of
     similar length: little padding."""
     rows = sorted(rows, key=lambda i: len(prompts[i]) + len(answers[i]))
@@ -314,23 +291,20 @@ def micro_batches(rows, prompts, answers, pad: int, device, size: int) -> list:
 
 
 # ------------------------------------------------------------------- log-probabilities and values
-def answer_states(model, batch: MicroBatch) -> torch.Tensor:
-    """The hidden states that predict the answer tokens, (b, R, D); those of padding mean nothing.
-    The backbone runs once; the head sees the states of answers alone, never those of prompts."""
-    return (
-        causal_lm(model)
-        .base_model(input_ids=batch.ids, use_cache=False)
-        .last_hidden_state.take_along_dim(answer_positions(batch)[..., None] - 1, 1)
-    )
-
-
-def answer_positions(batch: MicroBatch) -> torch.Tensor:
+def answer_positions(batch: MicroBatch):
     """Where the answer tokens stand in batch.ids, (b, R)."""
     offsets = torch.arange(batch.mask.shape[1], device=batch.ids.device)
     return (batch.starts[:, None] + offsets).clamp(max=batch.ids.shape[1] - 1)
 
 
-def state_logps(model, states, batch: MicroBatch, temperature: float = 1.0) -> torch.Tensor:
+def answer_states(model, batch: MicroBatch):
+    """The hidden states that predict the answer tokens, (b, R, D); those of padding mean nothing.
+    The backbone runs once; the head sees the states of answers alone, never those of prompts."""
+    out = causal_lm(model).base_model(input_ids=batch.ids, use_cache=False)
+    return out.last_hidden_state.take_along_dim(answer_positions(batch)[..., None] - 1, 1)
+
+
+def state_logps(model, states, batch: MicroBatch, temperature=1.0):
     """Log-probabilities (b, R) of the answer tokens after these states (b, R, D). In float32: in
     bfloat16 they would be 1e-2 apart. Divided by the temperature that the answers were sampled
     at, or the ratio would compare two distributions."""
@@ -339,12 +313,12 @@ def state_logps(model, states, batch: MicroBatch, temperature: float = 1.0) -> t
     return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
-def token_logps(model, batch: MicroBatch, temperature: float = 1.0) -> torch.Tensor:
+def token_logps(model, batch: MicroBatch, temperature=1.0):
     """Log-probabilities (b, R) of the answer tokens; those of padding mean nothing."""
     return state_logps(model, answer_states(model, batch), batch, temperature)
 
 
-def logps_and_values(model, head, batch: MicroBatch, temperature: float) -> tuple:
+def logps_and_values(model, head, batch: MicroBatch, temperature):
     """Log-probabilities and values (b, R) of the answer tokens, from the same states. The one
     function for rollout, reference and update: else the first ratio would not be 1."""
     states = answer_states(model, batch)
@@ -362,7 +336,7 @@ class Sampling:
     seed: int = 0
 
 
-def generate(model, tokenizer, prompts, sampling=Sampling(), name: str = "") -> tuple:
+def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
     """Samples one answer a prompt with the active adapter: (texts, lists of the sampled ids). A
     list ends with EOS unless max_new cut it off. name: of the progress bar."""
     torch.manual_seed(sampling.seed)
@@ -383,7 +357,7 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name: str = "") -> 
 
 
 @torch.no_grad()
-def decode(model, tokenizer, prompts, how: dict, budget: int, name: str = "", trie=None):
+def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
     """Yields (number of a prompt, its answers as lists of ids up to EOS), in batches of similar
     length. how: of the GenerationConfig. trie: ids that may follow each list of ids."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -431,11 +405,8 @@ def prompt_cache(model, ids, mask):
     ids, mask = (x[:, :-1] for x in once.chunk(2, 1))
     # a left-padded row must equal the same row without padding
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = (
-        causal_lm(model)
-        .base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        .past_key_values
-    )
+    how = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+    cache = causal_lm(model).base_model(input_ids=ids, **how).past_key_values
     cache.batch_select_indices(back)
     return cache
 
@@ -452,7 +423,7 @@ class SupervisedConfig:
     seed: int = 0
 
 
-def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkpoint()) -> float:
+def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkpoint()):
     """Next-token training of the trainable weights on the answers of (prompt, answer) pairs: the
     mean loss of the last tenth. Kept in the checkpoint each twentieth of the way."""
     device, pad, steps = next(model.parameters()).device, tokenizer.pad_token_id, config.steps
@@ -472,9 +443,8 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
-        for batch in micro_batches(
-            range(len(rows)), prompts, answers, pad, device, config.micro_batch
-        ):
+        part, size = range(len(rows)), config.micro_batch
+        for batch in micro_batches(part, prompts, answers, pad, device, size):
             # a sum over the tokens of all micro-batches: a mean of their means would weigh the
             # tokens of short ones more
             loss = -(token_logps(model, batch) * batch.mask).sum() / tokens
@@ -491,13 +461,13 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
-def training_state(parameters, optimizer) -> dict:
+def training_state(parameters, optimizer):
     """Weights and optimizer of a training, to be stored at once: they are live."""
     weights = nn.utils.parameters_to_vector(parameters).detach()
     return {"weights": weights, "optimizer": optimizer.state_dict()}
 
 
-def restore_training(state: dict, parameters, optimizer) -> None:
+def restore_training(state, parameters, optimizer):
     """The opposite."""
     optimizer.load_state_dict(state["optimizer"])
     weights = state["weights"].to(parameters[0].device, copy=True)
@@ -511,7 +481,7 @@ def whiten(x, mask):
     return x * (x[mask].square().mean() + 1e-8).rsqrt()
 
 
-def gae(rewards, values, mask, lam: float = 0.95) -> tuple:
+def gae(rewards, values, mask, lam=0.95):
     """Generalised advantage estimation with gamma = 1: advantages and returns (B, R). The value
     after a row's last real token is 0; padding stays 0. Returns come from unwhitened advantages."""
     advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
@@ -532,7 +502,7 @@ class Rollout(NamedTuple):
     returns: torch.Tensor
 
 
-def ppo_loss(logp, values, rollout: Rollout, mask, tokens, clip=0.2, value_coef=0.1) -> tuple:
+def ppo_loss(logp, values, rollout: Rollout, mask, tokens, clip=0.2, value_coef=0.1):
     """Clipped policy and value losses of a micro-batch, as a sum over its real tokens divided by
     `tokens`, those of the whole minibatch; and statistics, divided alike."""
     # clamped: one wild token must not make the exponential overflow
@@ -573,10 +543,10 @@ class PPOConfig:
     log: str = ""  # a file for the log, a line of JSON an update
 
 
-def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()) -> list:
-    """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (rewards (B,), {figures
-    to log}); rows index prompts. Kept in the checkpoint, and the log in config.log, after every
-    update. Returns the log, a dict an update."""
+def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
+    """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (rewards (B,),
+    {figures to log}), where rows index prompts. Kept in the checkpoint, and the log in config.log,
+    after every update. Returns the log, a dict an update."""
     eos, device = tokenizer.eos_token_id, next(model.parameters()).device
     use(model, "policy", trainable=True)
     head = value_head(model, device)
@@ -622,7 +592,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()) -
         row = {"update": update, "beta": beta, "score": scores.mean().item()}
         row |= {"reward": raw.mean().item(), "reward_std": raw.std().item()}
         row |= {"kl": kl.sum(1).mean().item(), "eos_rate": finished.float().mean().item()}
-        row |= rollout_stats(rollout, mask) | step_stats(steps)
+        row |= update_stats(steps, rollout, mask)
         row["tokens_per_s"] = mask.sum().item() / (time.perf_counter() - start)
         log.append(row | figures)
         if config.log:
@@ -646,7 +616,7 @@ def value_head(model, device) -> nn.Linear:
     return head
 
 
-def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device) -> list:
+def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device):
     """The rows of a rollout, shuffled into minibatches: lists of micro-batches. The same ones for
     old, reference and new log-probabilities, or rounding would move the first ratio from 1."""
     encoded, pad = [prompt_ids(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id
@@ -658,7 +628,7 @@ def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device) -> li
 
 
 @torch.no_grad()
-def look_back(model, head, minibatches, mask, config) -> tuple:
+def look_back(model, head, minibatches, mask, config):
     """Before any update: reference and old log-probabilities and old values, recomputed by the
     function of the update and not taken from generate: (B, R) each, padding 0."""
     ref_logp, old_logp, old_values = torch.zeros(3, *mask.shape, device=mask.device)
@@ -675,7 +645,7 @@ def look_back(model, head, minibatches, mask, config) -> tuple:
     return ref_logp * mask, old_logp * mask, old_values * mask
 
 
-def update_policy(model, head, optimizer, rollout, minibatches, rng, config) -> list:
+def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     """Epochs of clipped updates on one rollout; the statistics of each step."""
     parameters, steps = trainable(model) + list(head.parameters()), []
     order = itertools.chain(*(rng.permutation(len(minibatches)) for _ in range(config.epochs)))
@@ -700,17 +670,15 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config) -> 
     return steps
 
 
-def step_stats(steps: list) -> dict:
-    """Means over an update's steps; the number skipped, and the first ratio: 1 but for rounding."""
+def update_stats(steps, rollout, mask):
+    """Means over an update's steps, the number skipped and the first ratio (1 but for rounding);
+    entropy (mean -log p of a sampled token), how well values foretell returns, mean length."""
     row = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
-    row["skipped"] = sum(step["skipped"] for step in steps)
-    return row | {"first_ratio": steps[0]["ratio"], "steps": len(steps)}
-
-
-def rollout_stats(rollout: Rollout, mask) -> dict:
-    """Entropy (mean -log p of a sampled token), how well values foretell returns, mean length."""
     returns, error = rollout.returns[mask], (rollout.returns - rollout.old_values)[mask]
-    return {
+    return row | {
+        "skipped": sum(step["skipped"] for step in steps),
+        "steps": len(steps),
+        "first_ratio": steps[0]["ratio"],
         "entropy": -rollout.old_logp[mask].mean().item(),
         "explained_variance": 1 - (error.var() / returns.var().clamp(min=1e-8)).item(),
         "length": mask.sum(1).float().mean().item(),
@@ -719,7 +687,7 @@ def rollout_stats(rollout: Rollout, mask) -> dict:
 
 # ---------------------------------------------------------------------------------- text embeddings
 @torch.no_grad()
-def encode(model, tokenizer, texts, budget: int = 32_768) -> torch.Tensor:
+def encode(model, tokenizer, texts, budget=32_768):
     """Text embeddings (len(texts), D) on the CPU, of the base model: token means of its input
     embeddings + 0.3 of its last hidden states, each of norm 1. First and last layer (Su et al.
     2021, arXiv 2103.15316) keep the words that the last has traded for its guess of the next."""
@@ -758,25 +726,17 @@ class TinyConfig:
     device: str = "cpu"
 
 
-def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint()) -> None:
+def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint()):
     """Saves a Qwen2-shaped model and its own BPE tokenizer in Hugging Face format at path. texts:
     a list for the tokenizer, which reads the last lesson too. lessons: (name, (prompt, answer)
     pairs, steps). tags: markup kept as single tokens."""
     tokenizer = train_tokenizer(texts, lessons[-1][1], tags, config)
-    shape = hf.Qwen2Config(
-        vocab_size=-(-len(tokenizer) // 64) * 64,
-        hidden_size=config.width,
-        intermediate_size=2 * config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=config.width**-0.5,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    width = config.width
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "num_hidden_layers": config.layers}
+    sizes |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 2048}
+    sizes |= {"tie_word_embeddings": True, "initializer_range": width**-0.5}
+    shape = hf.Qwen2Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
     model = hf.Qwen2ForCausalLM(shape).to(config.device)
     initialize_to_copy(model)
@@ -812,7 +772,7 @@ def train_tokenizer(texts, samples, tags, config: TinyConfig):
 
 
 @torch.no_grad()
-def initialize_to_copy(model, sharp: float = 5.0) -> None:
+def initialize_to_copy(model, sharp=5.0):
     """Attention of a new model starts by copying what it looks at; it learns to copy words from its
     prompt in half the steps ("Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828).
     Head 0 of the first layer looks at the token before and takes it away, or a second word would
@@ -832,7 +792,7 @@ def initialize_to_copy(model, sharp: float = 5.0) -> None:
     first.q_proj.bias[size // 2 : size // 2 + 3] = -sharp * turn.sin()
 
 
-def forecast(name: str, budget: int) -> dict:
+def forecast(name, budget):
     """{"parameters", "memory_gb"} of an LLM whose config is on disk or in the cache; {} of another.
     Memory on CUDA by arithmetic, not measured: 0.9 GB a billion weights in 4 bits with adapters and
     Adam; 2 GB, and 0.75 GB a billion weights, for a pass of 32,768 tokens."""
@@ -841,28 +801,13 @@ def forecast(name: str, budget: int) -> dict:
     except (OSError, ValueError):
         return {}
     with torch.device("meta"):
-        model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    billions = model.num_parameters() / 1e9
-    memory = 0.9 * billions + (2 + 0.75 * billions) * budget / 32_768
-    return {"parameters": model.num_parameters(), "memory_gb": memory}
+        n = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+    memory = 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768
+    return {"parameters": n, "memory_gb": memory}
 
 
 # ===================================================== the two relatives: the LLM as a recommender
-@torch.no_grad()
-def likelihood(model, tokenizer, samples, micro_batch: int = 64) -> torch.Tensor:
-    """log p(answer | prompt) of (prompt, answer) pairs with the active adapter: (len(samples),)."""
-    prompts = [prompt_ids(tokenizer, prompt) for prompt, _ in samples]
-    answers = [answer_ids(tokenizer, answer) for _, answer in samples]
-    rows, device = range(len(samples)), next(model.parameters()).device
-    out = torch.empty(len(samples))
-    pad = tokenizer.pad_token_id
-    for batch in micro_batches(rows, prompts, answers, pad, device, micro_batch):
-        logp = token_logps(model, batch) * batch.mask
-        out[batch.rows.cpu()] = logp.sum(1).cpu()
-    return out
-
-
-def title_trie(tokenizer, titles) -> tuple:
+def title_trie(tokenizer, titles):
     """({token ids of a title with its end: its number}, {ids so far: ids that may follow})."""
     paths = {tuple(answer_ids(tokenizer, title)): k for k, title in enumerate(titles)}
     if len(paths) < len(titles):
@@ -874,7 +819,7 @@ def title_trie(tokenizer, titles) -> tuple:
     return paths, trie
 
 
-def retrieve(model, tokenizer, prompts, tries, beams=20, budget=32_768) -> torch.Tensor:
+def retrieve(model, tokenizer, prompts, tries, beams=20, budget=32_768):
     """The likeliest titles of tries (see title_trie) by beam search: their numbers, best first,
     (len(prompts), beams); -1 where none is left. Scores are log-probabilities as in likelihood."""
     paths, trie = tries
