@@ -119,8 +119,7 @@ def main(run: "Run"):
         run.announce("PPO")
         reinforce(run, data, llm, judge, cuts)
         run.announce("reasons")
-        reasons, timelines = write_reasons(run, data, llm, judge, cuts)
-        lines = list_reasons(run, data, reasons, timelines)
+        reasons, lines = write_reasons(run, data, llm, judge, cuts)
         run.metrics["reasons"] = reason_figures(data, llm, judge, reasons, cuts)
     if run.announce("preferences"):
         preferences = ask_preferences(run, data, llm)
@@ -483,7 +482,8 @@ def correct(run, data, llm, judge, windows):
             name = f"correction, window {window.number} of {s.windows}"
             proposals = propose(s, llm, prompts, s.seed + window.number, name)
             current = [answers[i] for i in window.items]
-            state["windows"].append(accept(judge, window, current, proposals, s.margin))
+            chosen, entries, row = accept(judge, window, current, proposals, s.margin)
+            state["windows"].append((chosen, entries, {"window": window.number} | row))
             checkpoint.save(state)
         chosen, entries, _ = state["windows"][n]
         for i, answer, entry in zip(window.items, chosen, entries, strict=True):
@@ -491,9 +491,7 @@ def correct(run, data, llm, judge, windows):
             timelines[i].append(entry)
     if not done:
         run.save(state)
-    rows = []
-    for window, (_, _, row) in zip(windows, state["windows"], strict=True):
-        rows.append({"window": window.number} | row)
+    rows = [row for _, _, row in state["windows"]]
     return state["first"], answers, timelines, rows
 
 
@@ -524,8 +522,9 @@ def best_of(run, data, llm, judge, windows, first, period):
 
 
 def write_reasons(run, data, llm, judge, cuts):
-    """All kinds of reasons, {kind: decoded answers, index 0 empty}, and the timelines."""
-    s, reasons = run.settings, {}
+    """All kinds of reasons, {kind: decoded answers, index 0 empty}, and the lines of reasons.jsonl,
+    which it writes."""
+    s, reasons, lines = run.settings, {}, []
     shown, _ = one_shot_people(data, s.seed)
     prompts = [D.reason_prompt(data, i, "", shown[i]) for i in range(1, data.n_items + 1)]
     for kind, adapter in (("aligned", "align"), ("rl", "policy")):
@@ -534,24 +533,19 @@ def write_reasons(run, data, llm, judge, cuts):
             texts = ask(llm, adapter, prompts, sampling(s), f"reasons: {kind}")
             reasons[kind] = run.save(["", *texts])
     windows = list(correction_windows(data, cuts, s.seed))
-    first, reasons["curec"], timelines, rows = correct(run, data, llm, judge, windows)
-    run.metrics["correction"] = rows
+    first, reasons["curec"], timelines, run.metrics["correction"] = correct(
+        run, data, llm, judge, windows
+    )
     period = (cuts[0], cuts[-1])
     reasons["bestof"] = best_of(run, data, llm, judge, windows, first, period)
-    return reasons, timelines
-
-
-def list_reasons(run, data, reasons, timelines):
-    """Writes reasons.jsonl, and returns its lines."""
-    lines = []
-    for i in range(1, data.n_items + 1):
+    for i, item in enumerate(data.items[1:], 1):
         said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
-        line = {"item": data.items[i]["id"], "title": data.items[i]["title"]}
-        line |= {"aligned": said["aligned"], "rl": said["rl"], "timeline": timelines[i]}
-        lines.append(line | {"reason": said["curec"]})
+        line = {"item": item["id"], "title": item["title"], "aligned": said["aligned"]}
+        line |= {"rl": said["rl"], "timeline": timelines[i], "reason": said["curec"]}
+        lines.append(line)
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-    run.write("reasons.jsonl", "".join(texts))
-    return lines
+    rl.write_atomically(f"{s.out}/reasons.jsonl", "".join(texts))
+    return reasons, lines
 
 
 def reason_figures(data, llm, judge, reasons, cuts):
@@ -684,7 +678,7 @@ class Run:
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
             for file in ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md"):
                 (self.folder / file).unlink(missing_ok=True)
-        self.write("config.json", json.dumps(description(s, cuts), indent=1))
+        rl.write_atomically(f"{s.out}/config.json", json.dumps(description(s, cuts), indent=1))
         sizes = {"users": len(data.users), "items": data.n_items}
         sizes["interactions"] = sum(map(len, data.seqs))
         self.metrics["dataset"] = {"name": data.name, **sizes, "ties": s.ties}
@@ -705,8 +699,7 @@ class Run:
         self.stage, self.time_as, self.start = stage, time_as or stage, time.perf_counter()
         if not self.has(stage):
             return None
-        kept = torch.load(self.folder / "state" / f"{stage}.pt", weights_only=True)
-        return self.finish(kept)
+        return self.finish(torch.load(self.folder / f"state/{stage}.pt", weights_only=True))
 
     def save(self, value):
         """Keeps what the stage that was started gave, and gives it back."""
@@ -717,16 +710,13 @@ class Run:
         return self.finish(kept)
 
     def finish(self, kept):
+        """Counts the time of a stage, and gives back what it gave."""
         self.times[self.time_as] = self.times.get(self.time_as, 0.0) + kept["seconds"]
         return kept["value"]
 
     def checkpoint(self) -> rl.Checkpoint:
         """Keeps units of work of the stage that was started."""
         return rl.Checkpoint(f"{self.folder}/state/{self.stage}.unit")
-
-    def write(self, name, text):
-        """A file of the run folder."""
-        rl.write_atomically(f"{self.folder}/{name}", text)
 
 
 def description(s, cuts):
@@ -809,7 +799,7 @@ def write_report(run, data, lines):
     m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if s.device != "cpu":
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
-    run.write("metrics.json", json.dumps(m, indent=1))
+    rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
     notes = [f"LLM: {s.llm}", *data.notes]
     for name in ("ppo", "reward", "lane", "time_s", "peak_memory_mb"):
         if name in m:
@@ -830,7 +820,7 @@ def write_report(run, data, lines):
     ):
         if some:
             parts += ["## " + heading, *map(timeline_text, some)]
-    run.write("report.md", "\n\n".join(parts) + "\n")
+    rl.write_atomically(f"{s.out}/report.md", "\n\n".join(parts) + "\n")
 
 
 def timeline_text(line):
@@ -866,17 +856,19 @@ def dry_run(s):
     data, drawn = load_data(s), s.ppo_updates * s.ppo_batch
     prompts = practice_prompts(data, window_cuts(data, s.windows), s.seed).prompts
     tokens = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in prompts])
-    learnt = {"LLM": 32 * s.align_steps, "knowledge": 32 * s.knowledge_steps}
-    learnt["LLM"] += 16 * s.tiny_steps if s.llm == "tiny" else 0
-    asked = {"PPO": drawn + 2 * min(drawn, len(prompts)), "preferences": 2 * len(data.users)}
-    asked["reasons"] = (3 + 2 * s.windows * s.proposals) * data.n_items
-    rows = []
-    for stage in todo:
-        n = learnt.get(stage, 0) + asked.get(stage, 0)
-        row = {"stage": stage, "texts learnt": learnt.get(stage, 0)}
-        row |= {"answers, at most": asked.get(stage, 0), "tokens read, about": round(n * tokens)}
-        rows.append(row | {"tokens written, at most": asked.get(stage, 0) * s.max_new})
-    print(markdown(rows))
+    tiny, proposed = 16 * s.tiny_steps * (s.llm == "tiny"), 2 * s.windows * s.proposals
+    rows = {
+        "LLM": (tiny + 32 * s.align_steps, 0),
+        "PPO": (0, drawn + 2 * min(drawn, len(prompts))),
+        "reasons": (0, (3 + proposed) * data.n_items),
+        "preferences": (0, 2 * len(data.users)),
+        "knowledge": (32 * s.knowledge_steps, 2 * len(data.users)),
+    }
+    for stage in [stage for stage in todo if stage in rows]:
+        learnt, asked = rows[stage]
+        read, written = round((learnt + asked) * tokens), asked * s.max_new
+        print(f"{stage}: {learnt:,} texts learnt, at most {asked:,} answers")
+        print(f"  about {read:,} tokens read, at most {written:,} written")
 
 
 def look(s):

@@ -515,11 +515,10 @@ def read_folder(folder):
         if not os.path.exists(file):
             needed = "interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title)"
             raise DataError(f"{file} is missing; a folder needs {needed}")
-    lines = read_lines(path)
+    lines, columns = read_lines(path), ("user", "item", "timestamp", "rating")
     number, header = next(lines, (1, ""))
     names = [name.strip(' "\n') for name in header.split(",")]
-    columns = ("user", "item", "timestamp", "rating")
-    if [names.count(c) for c in columns[:3]] != [1, 1, 1]:
+    if [names.count(column) for column in columns[:3]] != [1, 1, 1]:
         must = "must name the columns user,item,timestamp[,rating] once each, with commas, in UTF-8"
         raise DataError(f"{path} line {number}: the first line {must}")
 
@@ -590,15 +589,10 @@ def read_items(path, key, chosen: set, notes):
 def item_record(item_id, fields):
     """An item from any source's fields; Amazon's categories are a list of paths, or one path."""
     path = fields.get("categories") or fields.get("category") or []
-    if not isinstance(path, list):
-        path = [path]
-    elif path and isinstance(path[0], list):
-        path = path[0]
-    record = {"id": item_id}
-    for name in ("title", "brand", "description"):
-        record[name] = clean(fields.get(name))
-    record["categories"] = [category for category in map(clean, path) if category]
-    return record
+    path = path if isinstance(path, list) else [path]
+    path = path[0] if path and isinstance(path[0], list) else path
+    record = {name: clean(fields.get(name)) for name in ("title", "brand", "description")}
+    return {"id": item_id, **record, "categories": [c for c in map(clean, path) if c]}
 
 
 def clean(value):

@@ -1,16 +1,23 @@
-"""What the LLM costs: generation beside plain loops of `generate`, and memory and speed at the shapes of real models.
+"""What the LLM costs: generation beside plain loops of `generate`; memory and speed at the shapes
+of real models.
 
-    python tests/bench/bench_llm.py generation [--rounds 5]                CPU, minutes: tokens a second on the demo's prompts
-    python tests/bench/bench_llm.py shapes [--sizes 0.5B,1.5B,7B]          one CUDA GPU, 20 GB of free disk for 7B
-    python tests/bench/bench_llm.py shapes --sizes tiny --device cpu --prompt 24 --answer 8          seconds: does it run?
+    python tests/bench/bench_llm.py generation [--rounds 5]              CPU, minutes
+    python tests/bench/bench_llm.py shapes [--sizes 0.5B,1.5B,7B]        one CUDA GPU, 20 GB of disk
+    python tests/bench/bench_llm.py shapes --sizes tiny --device cpu --prompt 24 --answer 8
+                                                                         seconds: does it run?
 
-generation: rounds alternate between ours and loops over fixed-size batches in the order of the prompts, all with the same
-model, temperature and longest answer. Two kinds of work: every prompt once, and every prompt six times (a correction's proposals).
-shapes: randomly initialised models with the shapes of Qwen2.5, written to disk and loaded in NF4 by rl.load, prompts of 512
-and answers of 128 tokens; random weights end no answer early. Tokens a second: prompt and answer for align, answer tokens for
-generation and for a whole PPO update (sample, two looks back, one pass of updates). Peak: torch.cuda.max_memory_reserved of each piece of work,
-the weights included. Results: bench_llm.json beside this file, one entry a command.
+generation: tokens a second on the demo's prompts. Rounds alternate between ours and loops over
+fixed-size batches in the order of the prompts, all with the same model, temperature and longest
+answer. Two kinds of work: every prompt once, and every prompt six times, as proposals are sampled.
+
+shapes: randomly initialised models with the shapes of Qwen2.5, written to disk and loaded in NF4 by
+rl.load; prompts of 512 and answers of 128 tokens; random weights end no answer early. Tokens a
+second: of prompt and answer for align, of answers for generation and for a whole PPO update.
+Peak: torch.cuda.max_memory_reserved of each piece of work, the weights included.
+
+Results go to bench_llm.json beside this file, one entry a command.
 """
+
 import argparse
 import json
 import os
@@ -23,131 +30,226 @@ import time
 HERE = pathlib.Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[2]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
+import transformers as hf
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-import data as D  # noqa: E402
-import reward  # noqa: E402
-import rl  # noqa: E402
+import curec
+import data as D
+import rl
 
-SHAPES = {     # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied embeddings: Qwen2.5's config.json
-    "tiny": (64, 128, 2, 4, 2, 512, True), "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True), "7B": (3584, 18_944, 28, 28, 4, 152_064, False)}
+# Qwen2.5's config.json: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 512, True),
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+}
 WORDS = "red green blue old calm loud warm dark soft tall thin wide cold dry new odd".split()
+MAX_NEW = 24  # of the part generation
 
 
+# -------------------------------------------------------------------------------------- generation
 def generation(args) -> dict:
     torch.set_num_threads(args.threads)
     shop = D.demo(0)
-    who, cuts = D.choosers(shop), reward.window_cuts(shop, 2)
-    prompts = reward.practice(shop, who, cuts, 0)[1]
-    some = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
-    with tempfile.TemporaryDirectory() as folder:
-        path = args.llm or f"{folder}/tiny"
-        if not args.llm:
-            samples = D.alignment_samples(shop, 6000, np.random.default_rng(1), reason_share=1.0)
-            rl.train_tiny(path, [D.item_text(item) for item in shop.items[1:]], [("all prompts", samples, args.steps)], D.TAGS)
-        model, tokenizer = rl.load(path)
-
-    def plain(asked, size):
-        """What one would write first: batches in order, everything decoded after EOS is thrown away too."""
-        torch.manual_seed(0)
-        start, tokens, eos = time.perf_counter(), 0, tokenizer.eos_token_id
-        for k in range(0, len(asked), size):
-            ids, mask = rl.padded([rl.prompt_ids(tokenizer, p) for p in asked[k: k + size]], tokenizer.pad_token_id, left=True)
-            with torch.no_grad():
-                made = model.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=24)[:, ids.shape[1]:].tolist()
-            tokens += sum(a.index(eos) + 1 if eos in a else len(a) for a in made)
-        return tokens / (time.perf_counter() - start)
-
-    def ours(asked):
-        start = time.perf_counter()
-        _, answers = rl.generate(model, tokenizer, asked, max_new=24)
-        return sum(map(len, answers)) / (time.perf_counter() - start)
+    prompts = curec.practice_prompts(shop, curec.window_cuts(shop, 2), 0).prompts
+    prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
+    llm = open_llm(args, shop)
+    six_times = [prompt for prompt in prompts[: args.prompts // 5] for _ in range(6)]
+    works = {"every prompt once": prompts[: args.prompts], "every prompt six times": six_times}
     result = {}
-    for work, asked in (("every prompt once", some[:800]), ("every prompt six times", [p for p in some[:150] for _ in range(6)])):
-        ours(asked[:8])                                                  # sets the sampling that the plain loop shares
-        rounds = [{"ours": ours(asked)} | {f"plain, {size} a batch": plain(asked, size) for size in args.batches} for _ in range(args.rounds)]
-        result[work] = {"tokens_per_s": {k: float(np.median([r[k] for r in rounds])) for k in rounds[0]},
-                        "ours_over": {k: float(np.median([r["ours"] / r[k] for r in rounds])) for k in rounds[0] if k != "ours"},
-                        "prompt_tokens": np.percentile([len(rl.prompt_ids(tokenizer, p)) for p in asked], [0, 10, 50, 90, 100]).tolist()}
+    for work, asked in works.items():
+        our_speed(llm, asked[:8])  # warm
+        rounds = []
+        for _ in range(args.rounds):
+            speeds = {"ours": our_speed(llm, asked)}
+            for size in args.batches:
+                speeds[f"plain, {size} a batch"] = plain_speed(llm, asked, size)
+            rounds.append(speeds)
+        medians, ratios = {}, {}
+        for name in rounds[0]:
+            medians[name] = float(np.median([r[name] for r in rounds]))
+            ratios[name] = float(np.median([r["ours"] / r[name] for r in rounds]))
+        lengths = [len(rl.prompt_ids(llm[1], prompt)) for prompt in asked]
+        result[work] = {
+            "tokens_per_s": medians,
+            "ours_over": ratios,
+            "prompt_tokens": np.percentile(lengths, [0, 10, 50, 90, 100]).tolist(),
+        }
     return result
 
 
-def checkpoint(folder: str, size: str, device: str):
+def open_llm(args, shop) -> tuple:
+    """The local model args.llm, or a tiny one trained for a few steps."""
+    if args.llm:
+        return rl.load(args.llm)
+    mix = D.Mixture(reason_share=1.0)
+    samples = D.alignment_samples(shop, 20 * args.steps, np.random.default_rng(1), mix)
+    texts = [D.item_text(item) for item in shop.items[1:]]
+    lessons = [("all prompts", samples, args.steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        rl.train_tiny(f"{folder}/tiny", texts, lessons, D.TAGS, rl.TinyConfig())
+        return rl.load(f"{folder}/tiny")
+
+
+def our_speed(llm, prompts: list) -> float:
+    """Tokens a second of rl.generate."""
+    start = time.perf_counter()
+    _, answers = rl.generate(*llm, prompts, rl.Sampling(MAX_NEW))
+    return sum(map(len, answers)) / (time.perf_counter() - start)
+
+
+def plain_speed(llm, prompts: list, size: int) -> float:
+    """The same of what one would write first: batches in the order of the prompts, and everything
+    decoded after EOS is thrown away."""
+    torch.manual_seed(0)
+    model, tokenizer = llm
+    start, tokens, eos = time.perf_counter(), 0, tokenizer.eos_token_id
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": MAX_NEW}
+    ends = {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    rl.causal_lm(model).generation_config = hf.GenerationConfig(**how, **ends)
+    for k in range(0, len(prompts), size):
+        rows = [rl.prompt_ids(tokenizer, prompt) for prompt in prompts[k : k + size]]
+        ids, mask = rl.pad_ids(rows, tokenizer.pad_token_id, left=True)
+        with torch.no_grad():
+            made = model.generate(input_ids=ids, attention_mask=mask.long())
+        for answer in made[:, ids.shape[1] :].tolist():
+            tokens += answer.index(eos) + 1 if eos in answer else len(answer)
+    return tokens / (time.perf_counter() - start)
+
+
+# ------------------------------------------------------------------------------------------ shapes
+def shapes(args) -> dict:
+    result, rng = {}, np.random.default_rng(0)
+    samples = []
+    for _ in range(args.rows):
+        # a prompt's line end and an answer's EOS are tokens too
+        prompt, answer = rng.choice(WORDS, args.prompt - 1), rng.choice(WORDS, args.answer - 1)
+        samples.append((" ".join(prompt), " ".join(answer)))
+    for size in args.sizes.split(","):
+        result[size] = shape(args, size, samples)
+        print(size, json.dumps(result[size]), flush=True)
+    return result
+
+
+class Meter:
+    """Tokens a second and peak memory of each piece of work."""
+
+    def __init__(self, device: str):
+        self.cuda, self.found = device.startswith("cuda"), {}
+
+    def start(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.begun = time.perf_counter()
+
+    def stop(self, name: str, tokens: int = 0) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds, self.found[name] = time.perf_counter() - self.begun, {}
+        if tokens:
+            self.found[name]["tokens_per_s"] = tokens / seconds
+        if self.cuda:
+            self.found[name]["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+
+
+def shape(args, size: str, samples: list) -> dict:
+    """One model of the part shapes."""
+    rows, micro_batch = args.rows, args.micro_batch
+    prompts = [prompt for prompt, _ in samples]
+    sampling = rl.Sampling(args.answer, budget=8192 * micro_batch)
+    meter = Meter(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder, size, args.device)
+        meter.start()
+        llm = rl.load(folder, args.device, checkpointing=meter.cuda)
+        meter.stop("load")
+    rl.use(llm[0], "align", trainable=True)
+    meter.start()
+    rl.supervise(*llm, samples, rl.SupervisedConfig(2, rows, micro_batch))
+    meter.stop("align", 2 * rows * (args.prompt + args.answer))
+    rl.add_policy(llm[0])
+    rl.use(llm[0], "policy")
+    meter.start()
+    rl.generate(*llm, prompts, sampling)
+    meter.stop("generation", rows * args.answer)
+    sizes = {"batch": rows, "minibatch": rows // 2, "micro_batch": micro_batch}
+    config = rl.PPOConfig(1, **sizes, epochs=1, lr=1e-5, sampling=sampling)
+    meter.start()
+    rl.ppo(*llm, prompts, by_length, config)
+    meter.stop("one PPO update", rows * args.answer)
+    return meter.found
+
+
+def by_length(texts, rows) -> tuple:
+    """A reward."""
+    return torch.tensor([float(len(text)) for text in texts]), {}
+
+
+def write_model(folder: str, size: str, device: str) -> None:
     """A random model of that shape and a small tokenizer, in Hugging Face format on disk."""
-    from tokenizers import ByteLevelBPETokenizer, Tokenizer
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(WORDS * 9)] * 9, vocab_size=400, special_tokens=["<pad>", "<eos>"], show_progress=False)
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(bpe.to_str()), pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    D, I, layers, heads, kv, V, tied = SHAPES[size]
-    config = Qwen2Config(hidden_size=D, intermediate_size=I, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
-                         vocab_size=V, tie_word_embeddings=tied, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    bpe, special = ByteLevelBPETokenizer(), ["<pad>", "<eos>"]
+    text = " ".join(WORDS * 9)
+    bpe.train_from_iterator([text] * 9, 400, special_tokens=special, show_progress=False)
+    raw = Tokenizer.from_str(bpe.to_str())
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained(folder)
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+    config = hf.Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = Qwen2ForCausalLM(config)
+        model = hf.Qwen2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
 
 
-def shapes(args) -> dict:
-    cuda, result, rng, rows = args.device.startswith("cuda"), {}, np.random.default_rng(0), args.rows
-    text = lambda n: " ".join(rng.choice(WORDS, n))
-    prompts = [text(args.prompt - 1) for _ in range(rows)]                         # and the line's end
-    samples, budget = [(p, text(args.answer - 1)) for p in prompts], 8192 * args.micro_batch
-
-    def measured(found, name, tokens, work):
-        if cuda:
-            torch.cuda.synchronize(), torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        out = work()
-        torch.cuda.synchronize() if cuda else None
-        found[name] = {"tokens_per_s": tokens / (time.perf_counter() - start)} if tokens else {}
-        if cuda:
-            found[name]["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        return out
-    for size in args.sizes.split(","):
-        result[size] = found = {}
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint(folder, size, args.device)
-            model, tokenizer = measured(found, "load", 0, lambda: rl.load(folder, args.device, checkpointing=cuda))
-        rl.use(model, "align", trainable=True)
-        measured(found, "align", 2 * rows * (args.prompt + args.answer), lambda: rl.supervise(
-            model, tokenizer, samples, steps=2, batch=rows, micro_batch=args.micro_batch))
-        rl.add_policy(model)
-        rl.use(model, "policy")
-        measured(found, "generation", rows * args.answer, lambda: rl.generate(model, tokenizer, prompts, max_new=args.answer, budget=budget))
-        measured(found, "one PPO update", rows * args.answer, lambda: rl.ppo(
-            model, tokenizer, prompts, lambda answers, _: torch.tensor([float(len(a)) for a in answers]), updates=1, batch=rows,
-            minibatch=rows // 2, micro_batch=args.micro_batch, epochs=1, max_new=args.answer, lr=1e-5, budget=budget))
-        print(size, json.dumps(found), flush=True)
-        del model
-    return result
-
-
+# ------------------------------------------------------------------------------------ command line
 def main(argv=None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("what", choices=("generation", "shapes"))
-    parser.add_argument("--llm", default="", help="generation: a local model; default: a tiny one, trained for --steps steps")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--llm", default="", help="generation: a local model; default: a tiny one")
+    parser.add_argument("--steps", type=int, default=300, help="... trained for so many steps")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=800, help="generation: of every round")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="generation: sizes of the plain loops")
+    sizes, of = [8, 16, 32, 64, 128, 256], "generation: batches of the plain loops"
+    parser.add_argument("--batches", type=int, nargs="+", default=sizes, help=of)
     parser.add_argument("--sizes", default="0.5B,1.5B,7B")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--answer", type=int, default=128)
+    parser.add_argument("--device", default="cuda", help="of shapes")
+    parser.add_argument("--prompt", type=int, default=512, help="shapes: tokens")
+    parser.add_argument("--answer", type=int, default=128, help="shapes: tokens")
     parser.add_argument("--rows", type=int, default=32, help="shapes: prompts a piece of work")
     parser.add_argument("--micro-batch", type=int, default=4)
-    parser.add_argument("--json", default=str(HERE.with_suffix(".json")))
+    parser.add_argument("--json", default=HERE.with_suffix(".json"), help="where results go")
     args = parser.parse_args(argv)
     result = {"generation": generation, "shapes": shapes}[args.what](args)
-    device = torch.cuda.get_device_name() if args.what == "shapes" and args.device.startswith("cuda") else f"CPU, {platform.machine()}"
-    entry = {"device": device, "cpus": os.cpu_count(), "torch": torch.__version__,
-             "command": " ".join(["python tests/bench/bench_llm.py", *(argv or sys.argv[1:])]), "result": result}
+    device = f"CPU, {platform.machine()}"
+    if args.what == "shapes" and args.device.startswith("cuda"):
+        device = torch.cuda.get_device_name(args.device)
+    entry = {"device": device, "cpus": os.cpu_count(), "torch": torch.__version__}
+    entry["command"] = " ".join(["python tests/bench/bench_llm.py", *(argv or sys.argv[1:])])
+    entry["result"] = result
     path = pathlib.Path(args.json)
-    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {args.what: entry}, indent=1) + "\n")
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | {args.what: entry}, indent=1) + "\n")
     print(json.dumps(entry, indent=1))
     return result
 
