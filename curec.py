@@ -668,6 +668,9 @@ class Run:
         elif s.resume or config.exists() or (self.folder / "state").exists():
             advice = "leave --resume out" if s.resume else "choose another folder"
             raise D.DataError(f"--out {s.out}: holds no run of ours; {advice}")
+        # what a killed run was writing
+        for part in self.folder.glob("**/*.[0-9]*.part") if begun else ():
+            part.unlink()
         for name, value in begun.items() if s.resume else ():
             # another micro-batch is the same method
             if name != "micro_batch" and getattr(s, name, None) != value:
@@ -1052,9 +1055,9 @@ def title_inputs(s, data, encode, row, preferences) -> recommender.Inputs:
 
 
 def ask_preferences(run, data, llm):
-    """LANE: what the untuned LLM says each user prefers, at two cuts of the train history: {"names":
-    two lists a user, [] where five answers in a row were malformed; "since": (users, 2) lengths of
-    the histories it saw}."""
+    """LANE: what the untuned LLM says each user prefers, at two cuts of the train history: {"names"
+    (two lists a user, [] where five answers in a row were malformed), "since" (users, 2), lengths
+    of the histories it saw}."""
     s, kept, (model, tokenizer) = run.settings, run.load("prefer"), llm
     cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
     if kept is None:
@@ -1079,9 +1082,9 @@ def ask_preferences(run, data, llm):
 
 
 def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"), beams=20):
-    """Recommendation knowledge: trains the adapter `knowledge` (three of four samples ask what comes
-    next) and returns a score function for recommender.ranks: the titles that beam search finds, in
-    their order; all others are a miss."""
+    """Recommendation knowledge: trains the adapter `knowledge` (three of four samples ask what
+    comes next). Returns a score function for recommender.ranks: the titles that beam search finds,
+    in their order; all others are a miss."""
     s, (model, tokenizer) = run.settings, llm
     tries = rl.title_trie(tokenizer, data.titles[1:])
     torch.manual_seed(s.seed)

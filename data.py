@@ -548,7 +548,7 @@ def read_interactions(path, lines, parse, columns):
         except (AttributeError, TypeError, ValueError, OverflowError, csv.Error):
             bad += 1
             first = first or number
-    where = f"{os.path.basename(path)} (the first: line {first})"
+    where = f"{path} (the first: line {first})"
     needed = f"{columns[0]}, {columns[1]} and a {columns[2]} in seconds since 1970"
     if not rows:
         raise DataError(f"{where}: no line has {needed}; is it the right file, in seconds?")

@@ -47,6 +47,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 
+# ----------------------------------------------------------------- files that are whole at any time
 def write_atomically(path, value):
     """Writes a text, or what torch.save takes. Whatever ends the process, the old file or the new
     one is there as a whole."""
