@@ -102,12 +102,14 @@ class Settings:
 
 def main(run: "Run"):
     """The whole method, a stage a line."""
-    s, todo = run.settings, run.todo
+    s = run.settings
+    todo = run.todo
     data = load_data(s)
     cuts = window_cuts(data, s.windows)
     run.open(data, cuts)
     llm = encode = preferences = score = None
-    reasons, lines = {}, []
+    reasons = {}
+    lines = []
     if run.announce("LLM"):
         llm, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
@@ -160,13 +162,15 @@ def load_data(s):
 def llm_path(run, data):
     """Name or path of the LLM; the tiny one is trained from scratch on this data set's own texts
     and prompts, and cached by what it depends on."""
-    s, steps = run.settings, run.settings.tiny_steps
+    s = run.settings
+    steps = run.settings.tiny_steps
     if s.llm != "tiny":
         return s.llm
     path = run.load("tiny_llm")
     if path and os.path.exists(path):
         return path
-    rng, spelling = np.random.default_rng([s.seed, 41]), []
+    rng = np.random.default_rng([s.seed, 41])
+    spelling = []
     # no more samples than the steps can see
     short = D.alignment_samples(data, min(10_000, 10 * steps), rng, D.Mixture(1.0, people=1))
     every = D.alignment_samples(data, min(20_000, 20 * steps), rng, D.Mixture(1.0))
@@ -209,7 +213,8 @@ def ask(llm, adapter, prompts, how: rl.Sampling, name):
 
 def train_adapter(run, data, llm, name, steps, mix):
     """Supervised training of an adapter on alignment samples, kept in the run folder."""
-    s, (model, tokenizer) = run.settings, llm
+    s = run.settings
+    model, tokenizer = llm
     # the adapter `knowledge` is to know titles by heart
     lr = 2e-4 if s.llm != "tiny" else 1e-3 if name == "align" else 3e-3
     if run.load(name) is None:
@@ -271,7 +276,8 @@ def practice_prompts(data, cuts, seed) -> Practice:
 def reinforce(run, data, llm, judge, cuts):
     """Stage 4: PPO on the adapter `policy`. The score of an answer is its reward less the mean
     reward of two answers of `align` to the same prompt."""
-    s, period = run.settings, (cuts[0], cuts[-1])
+    s = run.settings
+    period = (cuts[0], cuts[-1])
     practice = practice_prompts(data, cuts, s.seed)
     train = practice.train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
     held = practice.held_out if len(practice.held_out) else train
@@ -344,7 +350,8 @@ def one_shot_people(data, seed):
 
 def split_people(events, rng):
     """A third of the choosers is shown, the others are the audience."""
-    mixed, third = rng.permutation(events), max(1, round(len(events) / 3))
+    mixed = rng.permutation(events)
+    third = max(1, round(len(events) / 3))
     return mixed[:third][: D.PEOPLE], mixed[third:][: reward.MAX_AUDIENCE]
 
 
@@ -394,7 +401,9 @@ def accept(judge, window: Window, current, proposals, margin):
     old = reward.rewards(judge, window.items, current, *people)
     K = len(proposals) // len(window.items)
     rng = np.random.default_rng([judge.seed, 37, len(window.items)])
-    answers, entries, false_accepts = [], [], 0
+    answers = []
+    entries = []
+    false_accepts = 0
     for k in range(len(window.items)):
         mine = range(k * K, (k + 1) * K)
         # a malformed current answer pays for it
@@ -464,7 +473,8 @@ def correct(run, data, llm, judge, windows):
     """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a
     judgement. Returns the answers at first and at last (index 0 empty), the timelines, and the
     rows of metrics.json."""
-    s, done = run.settings, run.load("curec", "correct")
+    s = run.settings
+    done = run.load("curec", "correct")
     checkpoint = run.checkpoint()
     state = done or checkpoint.state
     if state is None:
@@ -498,15 +508,18 @@ def correct(run, data, llm, judge, windows):
 def best_of(run, data, llm, judge, windows, first, period):
     """The control for correction: the first reason and as many proposals as correction made, to the
     same users shown, but with no reason so far, and judged by all their audiences at once."""
-    s, kept = run.settings, run.load("bestof", "correct")
+    s = run.settings
+    kept = run.load("bestof", "correct")
     if kept is not None:
         return kept
     shown, audience = ([np.zeros(0, int)] * (data.n_items + 1) for _ in range(2))
     # of the first reasons, and of the proposals
-    items, prompts = list(range(1, data.n_items + 1)), [[] for _ in shown]
+    items = list(range(1, data.n_items + 1))
+    prompts = [[] for _ in shown]
     for window in windows:
         for i, some, others in zip(window.items, window.shown, window.audience, strict=True):
-            shown[i], audience[i] = np.append(shown[i], some), np.append(audience[i], others)
+            shown[i] = np.append(shown[i], some)
+            audience[i] = np.append(audience[i], others)
             prompts[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
     asked = [prompt for mine in prompts for prompt in mine]
     texts = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
@@ -524,7 +537,9 @@ def best_of(run, data, llm, judge, windows, first, period):
 def write_reasons(run, data, llm, judge, cuts):
     """All kinds of reasons, {kind: decoded answers, index 0 empty}, and the lines of reasons.jsonl,
     which it writes."""
-    s, reasons, lines = run.settings, {}, []
+    s = run.settings
+    reasons = {}
+    lines = []
     shown, _ = one_shot_people(data, s.seed)
     prompts = [D.reason_prompt(data, i, "", shown[i]) for i in range(1, data.n_items + 1)]
     for kind, adapter in (("aligned", "align"), ("rl", "policy")):
@@ -603,7 +618,9 @@ def item_texts(s, data, reasons, kind):
 def train_and_test_arms(run, data, inputs, score):
     """Trains every arm with every seed and fills the metrics arms, comparisons and headroom. score:
     of the arm `knowledge`, which is no SASRec."""
-    s, ranks, jobs = run.settings, {}, {}
+    s = run.settings
+    ranks = {}
+    jobs = {}
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
     seeds = range(s.seed, s.seed + s.seeds)
     with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
@@ -632,7 +649,8 @@ def train_and_test_arms(run, data, inputs, score):
 def add_truth(metrics, data, judge, reasons, cuts):
     """Demo only: how true the reasons are, and how well the judge knows it. Read after everything
     else; feeds nothing."""
-    truth, named = {name: values[1:] for name, values in data.truth.items()}, {}
+    truth = {name: values[1:] for name, values in data.truth.items()}
+    named = {}
     for kind, answers in reasons.items():
         named[kind] = [D.parse_answer(answer)[1] for answer in answers[1:]]
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
@@ -648,14 +666,20 @@ class Run:
     """The run folder: what each finished stage gave, state/STAGE.pt, and how long it took."""
 
     def __init__(self, settings):
-        self.settings, self.folder = settings, Path(settings.out)
-        self.stage, self.start, self.times = "load", time.perf_counter(), {}
-        self.todo, self.metrics = stages_needed(settings), {"dataset": {}, "arms": {}}
+        self.settings = settings
+        self.folder = Path(settings.out)
+        self.stage = "load"
+        self.start = time.perf_counter()
+        self.times = {}
+        self.todo = stages_needed(settings)
+        self.metrics = {"dataset": {}, "arms": {}}
 
     def open(self, data, cuts):
         """Locks the folder, clears an older run out of it or checks that the one to resume was
         made with the same settings, and writes config.json."""
-        s, config, begun = self.settings, self.folder / "config.json", {}
+        s = self.settings
+        config = self.folder / "config.json"
+        begun = {}
         self.times["load"] = time.perf_counter() - self.start
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (it goes with the process)
@@ -699,7 +723,9 @@ class Run:
 
     def load(self, stage, time_as=""):
         """What a finished stage gave; None starts it. Its time counts as time_as, or its name."""
-        self.stage, self.time_as, self.start = stage, time_as or stage, time.perf_counter()
+        self.stage = stage
+        self.time_as = time_as or stage
+        self.start = time.perf_counter()
         if not self.has(stage):
             return None
         return self.finish(torch.load(self.folder / f"state/{stage}.pt", weights_only=True))
@@ -724,7 +750,8 @@ class Run:
 
 def description(s, cuts):
     """config.json: what another machine needs to know to repeat the run."""
-    folder, commit = Path(__file__).resolve().parent, ""
+    folder = Path(__file__).resolve().parent
+    commit = ""
     if shutil.which("git"):
         git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -766,7 +793,9 @@ def figures(values):
 def tables(m):
     """metrics.json in short, as Markdown, {heading: table}."""
     names = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
-    arms, audit, out = [], [], {}
+    arms = []
+    audit = []
+    out = {}
     for arm, entry in m["arms"].items():
         test = {name.upper(): np.mean(entry["test"][name]) for name in names}
         test |= {"valid NDCG@10": np.mean(entry["valid"]["ndcg@10"])}
@@ -797,7 +826,8 @@ def tables(m):
 
 def write_report(run, data, lines):
     """Writes metrics.json and report.md, and prints the tables. lines: of reasons.jsonl."""
-    s, m = run.settings, run.metrics
+    s = run.settings
+    m = run.metrics
     m["time_s"] = run.times | {"total": sum(run.times.values())}
     m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if s.device != "cpu":
@@ -844,7 +874,8 @@ def timeline_text(line):
 # -------------------------------------------------------------- before a run, and after it
 def dry_run(s):
     """--dry-run: prints downloads, memory, and what each stage learns and asks; writes nothing."""
-    todo, absent = stages_needed(s), {}
+    todo = stages_needed(s)
+    absent = {}
     if s.dataset != "demo" and not os.path.isdir(s.dataset):
         _, absent = D.amazon_files(s.dataset, s.data_dir)
     for path, url in absent.items():
@@ -856,10 +887,12 @@ def dry_run(s):
     if absent:
         print("prompts are counted when these files are there")
         return
-    data, drawn = load_data(s), s.ppo_updates * s.ppo_batch
+    data = load_data(s)
+    drawn = s.ppo_updates * s.ppo_batch
     prompts = practice_prompts(data, window_cuts(data, s.windows), s.seed).prompts
     tokens = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in prompts])
-    tiny, proposed = 16 * s.tiny_steps * (s.llm == "tiny"), 2 * s.windows * s.proposals
+    tiny = 16 * s.tiny_steps * (s.llm == "tiny")
+    proposed = 2 * s.windows * s.proposals
     rows = {
         "LLM": (tiny + 32 * s.align_steps, 0),
         "PPO": (0, drawn + 2 * min(drawn, len(prompts))),
@@ -880,12 +913,11 @@ def look(s):
     beside that of the item's own."""
     config = json.loads(Path(s.run, "config.json").read_text())
     run = Run(replace(Settings(**config["settings"]), out=s.run))
-    data, stage = (
-        load_data(run.settings),
-        f"arm-curec.{run.settings.seed}" if s.explain else "reward",
-    )
+    data = load_data(run.settings)
+    stage = f"arm-curec.{run.settings.seed}" if s.explain else "reward"
     ids = data.users if s.explain else [item["id"] for item in data.items[1:]]
-    name, kept = s.explain or s.item, run.load(stage)
+    name = s.explain or s.item
+    kept = run.load(stage)
     if name not in ids:
         raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
     if kept is None:
@@ -901,7 +933,8 @@ def look(s):
         for value, item in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             print(f"\n{value:+.2f}  {timeline_text(lines[item - 1])}")
         return
-    item, encoder = ids.index(name) + 1, run.settings.encoder
+    item = ids.index(name) + 1
+    encoder = run.settings.encoder
     if encoder:
         encode = reward.load_encoder(encoder, run.settings.device)
     else:
@@ -912,7 +945,8 @@ def look(s):
     reasons = [s.score, lines[item - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
     period = (config["windows"][0], config["windows"][-1])
-    found, rows = reward.rewards(judge, [item], answers, [shown], [audience], period), []
+    found = reward.rewards(judge, [item], answers, [shown], [audience], period)
+    rows = []
     for k, reason in enumerate(reasons):
         row = {"reason": reason, "reward": float(found.total[k])}
         for part in ("shown", "audience", "grounded", "format_ok"):
@@ -968,7 +1002,8 @@ def parse_args(argv=None):
 
 def resolve(s):
     """Fills what depends on data and machine, and refuses what contradicts itself."""
-    demo, gpus = s.dataset == "demo", torch.cuda.device_count()
+    demo = s.dataset == "demo"
+    gpus = torch.cuda.device_count()
     device = s.device or ("cuda" if gpus else "cpu")
     known = [arm for arm in ARMS if arm != "oracle" or demo]
     arms = [arm for arm in known if s.method in ARMS[arm].methods.split()]
@@ -1034,7 +1069,8 @@ def command_line(argv=None):
 def title_inputs(s, data, encode, row, preferences) -> recommender.Inputs:
     """ID embeddings that start as whitened embeddings of titles and, for LANE, the preferences that
     an LLM named; its placebo shuffles them among the users."""
-    titles, width = encode(data.titles[1:]), recommender.WIDTH
+    titles = encode(data.titles[1:])
+    width = recommender.WIDTH
     whiten = reward.whitening(titles, width)
     start = whiten(titles)
     initial = TITLE_NORM * F.pad(start, (0, width - start.shape[1], 1, 0))
@@ -1058,7 +1094,9 @@ def ask_preferences(run, data, llm):
     """LANE: what the untuned LLM says each user prefers, at two cuts of the train history: {"names"
     (two lists a user, [] where five answers in a row were malformed), "since" (users, 2), lengths
     of the histories it saw}."""
-    s, kept, (model, tokenizer) = run.settings, run.load("prefer"), llm
+    s = run.settings
+    kept = run.load("prefer")
+    model, tokenizer = llm
     cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
     if kept is None:
         prompts = [D.history_question(data, seq[:n], "prefer") for seq, n in cuts]
@@ -1085,7 +1123,8 @@ def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"),
     """Recommendation knowledge: trains the adapter `knowledge` (three of four samples ask what
     comes next). Returns a score function for recommender.ranks: the titles that beam search finds,
     in their order; all others are a miss."""
-    s, (model, tokenizer) = run.settings, llm
+    s = run.settings
+    model, tokenizer = llm
     tries = rl.title_trie(tokenizer, data.titles[1:])
     torch.manual_seed(s.seed)
     # it is to know the titles by heart

@@ -106,7 +106,8 @@ class Dataset:
     @cached_property
     def titles(self):
         """Each item's title in a prompt; equal ones get a number: a title names one item."""
-        titles, seen = [""], Counter()
+        titles = [""]
+        seen = Counter()
         for item in self.items[1:]:
             short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
             title = short
@@ -180,7 +181,8 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
     swap one of their three needs. A user picks item i at time t with probability proportional to
     exp(4 m + 2 [m = 2] + popularity_i), where m = |drivers(i, t) & needs(u, t)|."""
     rng = np.random.default_rng([seed, 7])
-    n_aspects, span = len(ASPECTS), 100_000_000  # seconds: about three years
+    n_aspects = len(ASPECTS)
+    span = 100_000_000  # seconds: about three years
     said = np.array([rng.permutation(n_aspects)[:5] for _ in range(n_items)])
     early = np.array([rng.permutation(aspects)[:2] for aspects in said])
     late = early.copy()
@@ -515,7 +517,8 @@ def read_folder(folder):
         if not os.path.exists(file):
             needed = "interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title)"
             raise DataError(f"{file} is missing; a folder needs {needed}")
-    lines, columns = read_lines(path), ("user", "item", "timestamp", "rating")
+    lines = read_lines(path)
+    columns = ("user", "item", "timestamp", "rating")
     number, header = next(lines, (1, ""))
     names = [name.strip(' "\n') for name in header.split(",")]
     if [names.count(column) for column in columns[:3]] != [1, 1, 1]:
@@ -533,7 +536,9 @@ def read_folder(folder):
 def read_interactions(path, lines, parse, columns):
     """Rows (user, item, time, rating or None) of the lines that have them, and a note of those
     that do not. parse: line -> dict. columns: names of user, item, time and rating."""
-    rows, bad, first = [], 0, 0
+    rows = []
+    bad = 0
+    first = 0
     for number, line in lines:
         try:
             fields = parse(line)
@@ -565,7 +570,9 @@ def parse_id(value):
 
 def read_items(path, key, chosen: set, notes):
     """{item id: fields} of the chosen items; the first of several. key: the name of the id."""
-    records, bad, name = {}, 0, os.path.basename(path)
+    records = {}
+    bad = 0
+    name = os.path.basename(path)
     asin = re.compile(r"""['"]asin['"]\s*:\s*['"](.*?)['"]""")
     for _, line in read_lines(path):
         # parsing is slow, and Amazon describes ten times the items that were chosen

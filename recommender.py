@@ -59,7 +59,8 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.local, self.drop = nn.Parameter(torch.zeros(LOCAL, width)), nn.Dropout(dropout)
+        self.local = nn.Parameter(torch.zeros(LOCAL, width))
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x, last=None):
         """x (B, T, D) -> (B, T, D); with last (B,) the states at these positions alone, (B, D)."""
@@ -104,7 +105,8 @@ class SASRec(nn.Module):
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.pos = nn.Embedding(MAX_LEN, width)
         self.blocks = nn.ModuleList([Block(width, HEADS, dropout) for _ in range(blocks)])
-        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
         self.log_tau = nn.Parameter(torch.tensor(0.07).log())
         self.project = self.align = None
         for module in self.modules():
@@ -218,7 +220,8 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     histories, targets, users = training_samples(data.train)
     known = model.align.known(users, [len(h) for h in histories]) if model.align else None
     lengths = np.array([min(len(h), MAX_LEN) for h in histories])
-    padded, targets = pad(histories), torch.from_numpy(targets)
+    padded = pad(histories)
+    targets = torch.from_numpy(targets)
     # few samples: eight steps an epoch all the same
     batch = min(config.batch, -(-len(targets) // 8))
     steps = len(targets) / batch
@@ -285,7 +288,8 @@ def markov(data):
     """First-order transition counts from the last item; popularity breaks ties, fills the rest."""
     fill = torch.from_numpy(data.counts / (data.counts.max() + 1.0))  # < 1: less than a transition
     pairs = np.concatenate([np.stack([s[:-1], s[1:]]) for s in data.train], 1)
-    ones, size = torch.ones(pairs.shape[1]).to(fill), (data.n_items + 1, data.n_items + 1)
+    ones = torch.ones(pairs.shape[1]).to(fill)
+    size = (data.n_items + 1, data.n_items + 1)
     follow = torch.sparse_coo_tensor(torch.from_numpy(pairs), ones, size, check_invariants=True)
     follow = follow.coalesce()
 
@@ -342,7 +346,8 @@ def metrics(rank):
 
 def paired_bootstrap(a, b, draws=2000, seed=0):
     """Mean of a - b over users and its 95 % interval. a, b: (seeds, users), averaged over seeds."""
-    difference, rng = a.mean(0) - b.mean(0), np.random.default_rng(seed)
+    difference = a.mean(0) - b.mean(0)
+    rng = np.random.default_rng(seed)
     n = len(difference)
     means = [difference[rng.integers(n, size=n)].mean() for _ in range(draws)]
     return float(difference.mean()), np.percentile(means, [2.5, 97.5]).tolist()
@@ -361,7 +366,9 @@ def user_slices(data):
 
 def popularity_audit(top, counts):
     """Do lists top (users, 10) push popular items? Coverage, Gini of exposure, popularity rank."""
-    counts, top, n_items = counts[1:], top[top > 0], len(counts) - 1
+    counts = counts[1:]
+    n_items = len(counts)
+    top = top[top > 0]
     place = np.argsort(np.argsort(-counts, kind="stable")) + 1
     shown = np.sort(np.bincount(top, minlength=n_items + 1)[1:])
     gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
@@ -418,7 +425,8 @@ METHODS = ("curec", "lane", "knowledge")
 def fit_arm(arm, data, inputs, config, seed, score=None):
     """Trains one arm with one seed, then reads test, once: {"ranks": (users,) on test, "row": of
     metrics.json, "model": its state dict}. score: of an arm that was trained elsewhere."""
-    start, model = time.perf_counter(), None
+    start = time.perf_counter()
+    model = None
     if ARMS[arm].baseline:
         score = ARMS[arm].baseline(data)
     elif score is None:
@@ -487,7 +495,8 @@ def headroom(entries, metric="ndcg@10"):
     if not {"oracle", "content"} <= set(entries):
         return {}
     value = {arm: float(np.mean(entry["test"][metric])) for arm, entry in entries.items()}
-    room, recovered = value["oracle"] - value["content"], {}
+    room = value["oracle"] - value["content"]
+    recovered = {}
     for arm in entries:
         if ARMS[arm].recovers and room > 0:
             recovered[arm] = (value[arm] - value["content"]) / room

@@ -101,14 +101,16 @@ class RewardModel(nn.Module):
         nn.init.eye_(self.P.weight)
         heads = next(h for h in (4, 2, 1) if width % h == 0)
         self.block = Block(width, heads, dropout)
-        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, width, bias=False)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width, bias=False)
         # the tower starts as the plain mean of the history's embeddings
         nn.init.zeros_(self.out.weight)
         self.log_tau = nn.Parameter(torch.tensor(0.2).log())
 
     def states(self, items, vectors):
         """items (B, T), right-padded with 0; vectors (n + 1, width) -> unit states (B, width)."""
-        z, real = F.embedding(items, self.P(vectors)), (items > 0).float()[..., None]
+        z = F.embedding(items, self.P(vectors))
+        real = (items > 0).float()[..., None]
         mean = (z * real).sum(1) / real.sum(1).clamp(min=1)
         last = self.block(z, (items > 0).sum(1) - 1)
         return F.normalize(mean + self.out(self.norm(last)), dim=-1)
@@ -127,7 +129,9 @@ class Judge:
     frozen. Ready after `fit`, or after `load_weights` of a model that was fitted before."""
 
     def __init__(self, data, encode, seed=0):
-        self.data, self.seed, self.raw_encode = data, seed, encode
+        self.data = data
+        self.seed = seed
+        self.raw_encode = encode
         texts = [D.mask_identity(data, D.item_text(item)) for item in data.items[1:]]
         raw = encode(texts)
         self.whiten = whitening(raw, EMBEDDING_SIZE)
@@ -147,7 +151,8 @@ class Judge:
         "epochs", "best_epoch"}, without the first where nothing could be held out."""
         torch.manual_seed(self.seed)
         self.model = model = RewardModel(self.items.shape[1])
-        data, rng = self.data, np.random.default_rng([self.seed, 23])
+        data = self.data
+        rng = np.random.default_rng([self.seed, 23])
         user, item = data.events["user"], data.events["item"]
         held_users, held_items = held_out(data, self.seed)
         train = np.flatnonzero(~held_users[user] & ~held_items[item])
@@ -199,7 +204,8 @@ class Judge:
         """Takes a reward model's weights and computes the state of every train event, once."""
         self.model.load_state_dict(weights)
         self.model.eval()
-        states, n = [], len(self.data.events["user"])
+        states = []
+        n = len(self.data.events["user"])
         for start in range(0, n, batch):
             events = range(start, min(start + batch, n))
             states.append(self.model.states(self.histories(events), self.items))
@@ -219,7 +225,8 @@ class Judge:
         z = self.model.reasons(self.encode(reasons))  # (M, width)
         others = self.model.scores(self.states[self.pool(period)], z)  # (N, M)
         levels = others.logsumexp(0) - np.log(len(others))
-        tau, out = self.model.log_tau.exp(), []
+        tau = self.model.log_tau.exp()
+        out = []
         for events, reason, level in zip(people, z, levels, strict=True):
             if len(events):
                 scores = self.states[torch.as_tensor(events)] @ reason / tau
@@ -233,7 +240,8 @@ class HeldOut:
     """Random reasons of the held-out items, and the held-out users' events that chose them."""
 
     def __init__(self, judge: Judge, users, items, rng):
-        data, self.judge = judge.data, judge
+        data = judge.data
+        self.judge = judge
         numbers = np.flatnonzero(items[1:]) + 1
         events = np.flatnonzero(users[data.events["user"]] & items[data.events["item"]])
         # of all of them: they are sorted by time
@@ -250,7 +258,8 @@ class HeldOut:
         """How often the chosen item's reason scores above another's: mean over draws; chance .5."""
         if not self.possible:
             return 0.5
-        model, values = self.judge.model.eval(), []
+        model = self.judge.model.eval()
+        values = []
         states = model.states(self.judge.histories(self.events), self.judge.items)
         for vectors in self.draws:
             scores = model.scores(states, model.reasons(vectors))
@@ -296,7 +305,8 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     n_shown, n_audience = (np.array([len(p) for p in people])[of] for people in (shown, audience))
     weight = np.where((n_shown > 0) & (n_audience > 0), AUDIENCE_WEIGHT, n_audience > 0)
     said = [D.grounded(judge.data, items[k], reason) for k, reason in zip(of, reasons, strict=True)]
-    grounded, format_penalty = np.array(said), FORMAT_PENALTY * ~format_ok
+    grounded = np.array(said)
+    format_penalty = FORMAT_PENALTY * ~format_ok
     ungrounded_penalty = UNGROUNDED_PENALTY * (1 - grounded)
     total = (1 - weight) * a_shown + weight * a_audience - format_penalty - ungrounded_penalty
     parts = (a_shown, a_audience, grounded, format_ok, format_penalty, weight)
@@ -335,7 +345,9 @@ def driver_choice(judge: Judge, truth, period):
     """How often the audience prefers a pair of true drivers to a pair of decoys, and of how many
     items. The audience: users held out from the judge's training, at least two, of items held out
     too; of an item whose driver changed, those of the second half. {} where there are none."""
-    data, items, people = judge.data, [], []
+    data = judge.data
+    items = []
+    people = []
     held_users, held_items = held_out(data, judge.seed)
     second_half = data.events["time"] > truth["since"][1]
     for i in np.flatnonzero(held_items[1:]) + 1:
@@ -348,7 +360,9 @@ def driver_choice(judge: Judge, truth, period):
             people.append(events[:MAX_AUDIENCE])
     if not items:
         return {}
-    rng, pairs, decoys = np.random.default_rng([judge.seed, 31]), [], []
+    rng = np.random.default_rng([judge.seed, 31])
+    pairs = []
+    decoys = []
     for i in items:
         pairs.append(D.REASON.format(*truth["late"][i]))
         false = rng.permutation([p for p in data.phrases[i] if p not in truth["late"][i]])

@@ -66,7 +66,8 @@ class Checkpoint:
     nothing is kept."""
 
     def __init__(self, path=""):
-        self.path, self.state = path, None
+        self.path = path
+        self.state = None
         if path and os.path.exists(path):
             self.state = torch.load(path, "cpu", weights_only=True)
 
@@ -427,8 +428,11 @@ class SupervisedConfig:
 def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkpoint()):
     """Next-token training of the trainable weights on the answers of (prompt, answer) pairs: the
     mean loss of the last tenth. Kept in the checkpoint each twentieth of the way."""
-    device, pad, steps = next(model.parameters()).device, tokenizer.pad_token_id, config.steps
-    parameters, losses = trainable(model), []
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id
+    steps = config.steps
+    parameters = trainable(model)
+    losses = []
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
     if checkpoint.state:
         losses = checkpoint.state["losses"]
@@ -440,11 +444,13 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
     for step, rows in bar:
         prompts = [prompt_ids(tokenizer, samples[i][0]) for i in rows]
         answers = [answer_ids(tokenizer, samples[i][1]) for i in rows]
-        tokens, total = sum(map(len, answers)), 0.0
+        tokens = sum(map(len, answers))
+        total = 0.0
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
-        part, size = range(len(rows)), config.micro_batch
+        part = range(len(rows))
+        size = config.micro_batch
         for batch in micro_batches(part, prompts, answers, pad, device, size):
             # a sum over the tokens of all micro-batches: a mean of their means would weigh the
             # tokens of short ones more
@@ -485,7 +491,9 @@ def whiten(x, mask):
 def gae(rewards, values, mask, lam=0.95):
     """Generalised advantage estimation with gamma = 1: advantages and returns (B, R). The value
     after a row's last real token is 0; padding stays 0. Returns come from unwhitened advantages."""
-    advantages, advantage, next_value = torch.zeros_like(rewards), 0.0, 0.0
+    advantages = torch.zeros_like(rewards)
+    advantage = 0.0
+    next_value = 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + next_value - values[:, t]
         advantage = (delta + lam * advantage) * mask[:, t]
@@ -548,29 +556,31 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (rewards (B,),
     {figures to log}), where rows index prompts. Kept in the checkpoint, and the log in config.log,
     after every update. Returns the log, a dict an update."""
-    eos, device = tokenizer.eos_token_id, next(model.parameters()).device
+    device = next(model.parameters()).device
     use(model, "policy", trainable=True)
     head = value_head(model, device)
-    lora, own = trainable(model), list(head.parameters())
+    lora = trainable(model)
+    own = list(head.parameters())
     groups = [{"params": lora, "lr": config.lr}, {"params": own, "lr": config.value_lr}]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
-    log, beta, scale = [], config.beta, None
+    begun = checkpoint.state or {"log": [], "beta": config.beta, "scale": None}
+    log, beta, scale = (begun[key] for key in ("log", "beta", "scale"))
     if checkpoint.state:
-        log, beta, scale = (checkpoint.state[key] for key in ("log", "beta", "scale"))
         restore_training(checkpoint.state, lora + own, optimizer)
     order = draw(len(prompts), config.batch, np.random.default_rng([config.seed, 19]))
     todo = itertools.islice(zip(range(config.updates), order, strict=False), len(log), None)
     bar = tqdm(todo, "PPO", config.updates, initial=len(log), unit="update", disable=None)
     for update, rows in bar:
         # made of seed and update: no random state needs to be saved
-        rng, start = np.random.default_rng([config.seed, 19, update]), time.perf_counter()
+        rng = np.random.default_rng([config.seed, 19, update])
+        start = time.perf_counter()
         # 1. sample answers
         set_mode(model, training=False)
         asked = [prompts[i] for i in rows]
         sampling = replace(config.sampling, seed=int(rng.integers(2**31)))
         texts, answers = generate(model, tokenizer, asked, sampling)
-        finished = torch.tensor([a[-1] == eos for a in answers], device=device)
-        mask = pad_ids(answers, eos)[1].to(device)  # (B, R), the EOS included
+        finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
+        mask = pad_ids(answers, 0)[1].to(device)  # (B, R), the EOS included
         # 2. score them, in units of the first spread there is
         raw, figures = reward_fn(texts, rows)
         raw = raw.float().to(device)
@@ -600,8 +610,8 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
             write_atomically(config.log, "".join(json.dumps(row) + "\n" for row in log))
         if config.kl_target:
             beta *= 1 + 0.1 * float(np.clip(row["kl"] / config.kl_target - 1, -0.2, 0.2))
-        kept = {"log": log, "beta": beta, "scale": scale}
-        checkpoint.save(kept | training_state(lora + own, optimizer))
+        state = training_state(lora + own, optimizer)
+        checkpoint.save(state | {"log": log, "beta": beta, "scale": scale})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
     set_mode(model, training=False)
     use(model, "policy")
@@ -620,8 +630,10 @@ def value_head(model, device) -> nn.Linear:
 def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device):
     """The rows of a rollout, shuffled into minibatches: lists of micro-batches. The same ones for
     old, reference and new log-probabilities, or rounding would move the first ratio from 1."""
-    encoded, pad = [prompt_ids(tokenizer, prompt) for prompt in prompts], tokenizer.pad_token_id
-    shuffled, minibatches = rng.permutation(len(prompts)), []
+    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    pad = tokenizer.pad_token_id
+    shuffled = rng.permutation(len(prompts))
+    minibatches = []
     for start in range(0, len(prompts), config.minibatch):
         rows = shuffled[start : start + config.minibatch]
         minibatches.append(micro_batches(rows, encoded, answers, pad, device, config.micro_batch))
@@ -633,7 +645,8 @@ def look_back(model, head, minibatches, mask, config):
     """Before any update: reference and old log-probabilities and old values, recomputed by the
     function of the update and not taken from generate: (B, R) each, padding 0."""
     ref_logp, old_logp, old_values = torch.zeros(3, *mask.shape, device=mask.device)
-    temperature, batches = config.sampling.temperature, list(itertools.chain(*minibatches))
+    temperature = config.sampling.temperature
+    batches = list(itertools.chain(*minibatches))
     use(model, "align")
     for batch in batches:
         length = batch.mask.shape[1]
@@ -642,16 +655,19 @@ def look_back(model, head, minibatches, mask, config):
     for batch in batches:
         length = batch.mask.shape[1]
         logp, values = logps_and_values(model, head, batch, temperature)
-        old_logp[batch.rows, :length], old_values[batch.rows, :length] = logp, values
+        old_logp[batch.rows, :length] = logp
+        old_values[batch.rows, :length] = values
     return ref_logp * mask, old_logp * mask, old_values * mask
 
 
 def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     """Epochs of clipped updates on one rollout; the statistics of each step."""
-    parameters, steps = trainable(model) + list(head.parameters()), []
+    parameters = trainable(model) + list(head.parameters())
+    steps = []
     order = itertools.chain(*(rng.permutation(len(minibatches)) for _ in range(config.epochs)))
     for k in order:
-        tokens, step = sum(batch.mask.sum() for batch in minibatches[k]), Counter()
+        tokens = sum(batch.mask.sum() for batch in minibatches[k])
+        step = Counter()
         for batch in minibatches[k]:
             logp, values = logps_and_values(model, head, batch, config.sampling.temperature)
             part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
@@ -675,7 +691,8 @@ def update_stats(steps, rollout, mask):
     """Means over an update's steps, the number skipped and the first ratio (1 but for rounding);
     entropy (mean -log p of a sampled token), how well values foretell returns, mean length."""
     row = {name: float(np.mean([step[name] for step in steps])) for name in steps[0]}
-    returns, error = rollout.returns[mask], (rollout.returns - rollout.old_values)[mask]
+    returns = rollout.returns[mask]
+    error = (rollout.returns - rollout.old_values)[mask]
     return row | {
         "skipped": sum(step["skipped"] for step in steps),
         "steps": len(steps),
@@ -693,7 +710,8 @@ def encode(model, tokenizer, texts, budget=32_768):
     embeddings + 0.3 of its last hidden states, each of norm 1. First and last layer (Su et al.
     2021, arXiv 2103.15316) keep the words that the last has traded for its guess of the next."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    device, rows = next(model.parameters()).device, []
+    device = next(model.parameters()).device
+    rows = []
     for text in texts:
         rows.append(tokenizer(" " + text, add_special_tokens=False)["input_ids"][:256] or [eos])
     means = torch.empty(len(rows), 2 * causal_lm(model).config.hidden_size)
