@@ -14,6 +14,8 @@ they help an ordinary recommender to rank and to say why.
      9. downstream: train SASRec with the last reasons as item features, beside control arms
     10. evaluate: rank the whole catalogue for each test user; compare arms with paired intervals
 
+An event is a train choice that has a history; the people of an item (shown, audience) are given as
+event numbers: who, and when. data.py's `Dataset` is worth a look first.
 Each stage leaves its result in the run folder, long ones after every update or window: from there
 --resume goes on. The demo's hidden truth is read by `add_truth` and by the arm `oracle` alone.
 """
@@ -57,7 +59,7 @@ TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones 
 
 def option(default, group, text, choices=None):
     """A field of Settings, and a flag of the command line."""
-    text += f" [{default}]" if default not in ("", False) else ""
+    text += "" if default == "" or default is False else f" [{default}]"
     return field(default=default, metadata={"group": group, "help": text, "choices": choices})
 
 
@@ -65,7 +67,9 @@ def option(default, group, text, choices=None):
 class Settings:
     dataset: str = option("demo", "data", "demo | beauty | other Amazon category | folder")
     data_dir: str = option("data", "data", "folder that holds or receives downloaded files")
-    ties: str = option("file", "data", "order within a timestamp: as published, or honest", D.TIES)
+    ties: str = option(
+        "file", "data", "within a timestamp: the files' order (as published) or drawn", D.TIES
+    )
     k_core: int = option(-1, "data", "fewest interactions a user, item; -1: 5 for a folder or 0")
     limit_items: int = option(0, "data", "keep the N items chosen most, then a 5-core; 0: all")
     limit_users: int = option(0, "data", "then keep N users drawn by seed; 0: all")
@@ -135,7 +139,7 @@ def main(run: "Run"):
     write_report(run, data, lines)
 
 
-# ------------------------------------------------------------------------- stages 1 to 4: the LLM
+# ----------------------------------------------------- algorithm, 1 to 4: the LLM and its judge
 def stages_needed(s):
     """The names of the stages that the arms need, in their order."""
     arms = [ARMS[arm] for arm in s.arms.split(",")]
@@ -256,6 +260,7 @@ def practice_prompts(data, cuts, seed) -> Practice:
     (choosers of one window, a random reason). A tenth of the items is held out; prompts that show
     nobody are in neither set: there is nothing to judge their answers by."""
     rng = np.random.default_rng([seed, 47])
+    # others than those whose reasons are compared later
     shown, audience = one_shot_people(data, seed + 1)
     rows = []
     for i in range(1, data.n_items + 1):
@@ -267,20 +272,22 @@ def practice_prompts(data, cuts, seed) -> Practice:
         rows.append((i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
         rows.append((i, D.reason_prompt(data, i, current, few), few, others))
     columns = [list(column) for column in zip(*rows, strict=True)]
-    some = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
+    held_items = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
     judged = rng.permutation([k for k, row in enumerate(rows) if len(row[2])])
-    held = np.isin(columns[0], some)[judged]
+    held = np.isin(columns[0], held_items)[judged]
     return Practice(*columns, judged[~held], judged[held])
 
 
 def reinforce(run, data, llm, judge, cuts):
-    """Stage 4: PPO on the adapter `policy`. The score of an answer is its reward less the mean
+    """PPO on the adapter `policy`. The score of an answer is its reward less the mean
     reward of two answers of `align` to the same prompt."""
     s = run.settings
     period = (cuts[0], cuts[-1])
     practice = practice_prompts(data, cuts, s.seed)
     train = practice.train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
     held = practice.held_out if len(practice.held_out) else train
+    if not len(train):
+        raise D.DataError(f"{data.name}: no item has people to judge its reasons; take more data")
     rl.add_policy(llm[0])
 
     def rewards(texts, rows) -> reward.Rewards:
@@ -321,7 +328,7 @@ def reinforce(run, data, llm, judge, cuts):
     run.metrics["ppo"] = change | {"kl": log[-1]["kl"], "updates": len(log)}
 
 
-# ----------------------------------------------------- stages 5 to 8: chronological correction
+# -------------------------------------------- algorithm, 5 to 8: chronological correction
 class Window(NamedTuple):
     """The items that step in a window, and by whom: arrays of event numbers an item."""
 
@@ -349,7 +356,8 @@ def one_shot_people(data, seed):
 
 
 def split_people(events, rng):
-    """A third of the choosers is shown, the others are the audience."""
+    """A third of the choosers is shown, the others are the audience; of both as many as their
+    limits allow."""
     mixed = rng.permutation(events)
     third = max(1, round(len(events) / 3))
     return mixed[:third][: D.PEOPLE], mixed[third:][: reward.MAX_AUDIENCE]
@@ -357,7 +365,7 @@ def split_people(events, rng):
 
 def correction_windows(data, cuts, seed):
     """Yields a Window after another. An item with fewer than 4 new choosers waits: they join its
-    next window. Nobody who came after the end of a window is in it."""
+    next window, and are judged beside its states. Nobody who came after its end is in a window."""
     waiting = [np.zeros(0, int)] * (data.n_items + 1)
     for number in range(1, len(cuts)):
         start, end = cuts[number - 1], cuts[number]
@@ -393,17 +401,13 @@ def propose(s, llm, prompts, seed, name):
 def accept(judge, window: Window, current, proposals, margin):
     """For each item of a window the proposal of highest reward, and whether it replaces the current
     answer. proposals: K answers an item, item by item. Returns (answers from now on, an entry of
-    the timeline each, a row of metrics.json). The row's false-accept rate: what choice and test
-    let pass where each user of the audience may as well have liked the current answer better by as
-    much: a sign is drawn for each."""
+    the timeline each, a row of metrics.json)."""
     people = (window.shown, window.audience, window.period)
     new = reward.rewards(judge, window.items, proposals, *people)
     old = reward.rewards(judge, window.items, current, *people)
     K = len(proposals) // len(window.items)
-    rng = np.random.default_rng([judge.seed, 37, len(window.items)])
     answers = []
     entries = []
-    false_accepts = 0
     for k in range(len(window.items)):
         mine = range(k * K, (k + 1) * K)
         # a malformed current answer pays for it
@@ -415,12 +419,27 @@ def accept(judge, window: Window, current, proposals, margin):
         entry["reward_before"] = float(before.mean())
         entry["reward_after"] = float(new.by_audience[best].mean())
         entries.append(entry | {"accepted": accepted})
+    lucky = false_accepts(judge, new, old, margin)
+    return answers, entries, window_row(entries, len(proposals), lucky)
+
+
+def false_accepts(judge, new: reward.Rewards, old: reward.Rewards, margin):
+    """How many items the same choice and test would correct by luck: where each user of the
+    audience may as well have liked the current answer better by as much. A random sign flips their
+    gains; a flipped gain moves the mean, and so the reward, by (sign - 1) gain."""
+    n_items = len(old.total)
+    K = len(new.total) // n_items
+    rng = np.random.default_rng([judge.seed, 37, n_items])
+    number = 0
+    for k in range(n_items):
+        mine = range(k * K, (k + 1) * K)
+        before = old.by_audience[k] - float(old.format_penalty[k])
         signs = rng.choice([-1.0, 1.0], len(before))
         gains = {j: new.by_audience[j] - before for j in mine}
-        changes = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]
-        lucky = mine[np.argmax(new.total[mine] + changes)]
-        false_accepts += is_accepted(new, lucky, signs * gains[lucky], old.grounded[k], margin)
-    return answers, entries, window_row(entries, len(proposals), false_accepts)
+        moves = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]
+        best = mine[np.argmax(new.total[mine] + moves)]
+        number += is_accepted(new, best, signs * gains[best], old.grounded[k], margin)
+    return number
 
 
 def is_accepted(new: reward.Rewards, best, gains, old_grounded, margin):
@@ -513,8 +532,6 @@ def best_of(run, data, llm, judge, windows, first, period):
     if kept is not None:
         return kept
     shown, audience = ([np.zeros(0, int)] * (data.n_items + 1) for _ in range(2))
-    # of the first reasons, and of the proposals
-    items = list(range(1, data.n_items + 1))
     prompts = [[] for _ in shown]
     for window in windows:
         for i, some, others in zip(window.items, window.shown, window.audience, strict=True):
@@ -522,15 +539,17 @@ def best_of(run, data, llm, judge, windows, first, period):
             audience[i] = np.append(audience[i], others)
             prompts[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
     asked = [prompt for mine in prompts for prompt in mine]
-    texts = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
-    texts = [*first[1:], *texts]
-    items = np.array(items + [i for i in items for _ in prompts[i]])
+    proposals = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
+    # the item of each candidate: of first reasons, then of proposals
+    items = list(range(1, data.n_items + 1))
+    items += [i for i in range(1, data.n_items + 1) for _ in prompts[i]]
+    candidates = [*first[1:], *proposals]
     some, others = [shown[i] for i in items], [audience[i] for i in items]
-    total = reward.rewards(judge, items, texts, some, others, period).total
+    total = reward.rewards(judge, items, candidates, some, others, period).total
     best = [""]
     for i in range(1, data.n_items + 1):
-        mine = np.flatnonzero(items == i)
-        best.append(texts[mine[np.argmax(total[mine])]])
+        mine = np.flatnonzero(np.array(items) == i)
+        best.append(candidates[mine[np.argmax(total[mine])]])
     return run.save(best)
 
 
@@ -582,7 +601,7 @@ def reason_figures(data, llm, judge, reasons, cuts):
     return figures
 
 
-# -------------------------------------------------------------- stages 9 and 10: the arms
+# --------------------------------------------------------- algorithm, 9 and 10: the arms
 def arm_inputs(s, data, encode, reasons, preferences):
     """What the SASRec of each arm gets: {arm: recommender.Inputs}, as its row of ARMS says. The
     features of a text: its embeddings, whitened. preferences: LANE's (see ask_preferences)."""
@@ -663,7 +682,8 @@ def add_truth(metrics, data, judge, reasons, cuts):
 
 # ------------------------------------------------------------------------------- the run folder
 class Run:
-    """The run folder: what each finished stage gave, state/STAGE.pt, and how long it took."""
+    """The run folder: what each finished stage gave, state/STAGE.pt, and how long it took. Stages
+    are never nested: `load` starts one (unless it is finished), the next `save` finishes it."""
 
     def __init__(self, settings):
         self.settings = settings
@@ -782,11 +802,8 @@ def figures(values):
     """Named numbers and texts as one line."""
     texts = []
     for name, x in values.items():
-        texts.append(
-            f"{name} {x}"
-            if isinstance(x, str)
-            else f"{name} {x:{',.4g' if isinstance(x, float) else ','}}"
-        )
+        form = ",.4g" if isinstance(x, float) else "" if isinstance(x, str) else ","
+        texts.append(f"{name} {x:{form}}")
     return ", ".join(texts)
 
 
@@ -986,8 +1003,9 @@ def parse_args(argv=None):
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         kind = {"action": "store_true"}
         if f.type is not bool:
-            name = f.name.split("_")[-1].upper()
-            kind = {"type": f.type, "choices": f.metadata["choices"], "metavar": name}
+            kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is not bool and not f.metadata["choices"]:
+            kind["metavar"] = f.name.split("_")[-1].upper()
         text = f.metadata["help"].replace("%", "%%")
         flag = "--" + f.name.replace("_", "-")
         groups[group].add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)

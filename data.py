@@ -9,6 +9,7 @@
 Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, Amazon files of 2014 and
 2018, a folder of your own. The demo's hidden truth (why each item is chosen) is read by the truth
 figures and by the arm `oracle` alone; what trains a model reads `train`, `events` and `items`.
+Every random stream is default_rng([seed, salt, ...]), with a salt of its own for each use.
 """
 
 import ast
@@ -223,7 +224,8 @@ PROMPT = (
     "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\n"
     "Why do people choose it?"
 )
-REASON = "people choose it for {} and {}"
+REASON_START = "people choose it for "
+REASON = REASON_START + "{} and {}"
 ANSWER = "<think> {} </think> <reason> {} </reason>"
 TAGS = ("<think>", "</think>", "<reason>", "</reason>")
 ANSWER_PATTERN = re.compile(
@@ -276,7 +278,7 @@ def random_reason(data, item, rng, size=2):
     """A grounded reason that names phrases of the item drawn at random."""
     own = data.phrases[item]
     drawn = sorted(rng.permutation(len(own))[:size])
-    return "people choose it for " + (" and ".join(own[i] for i in drawn) or "itself")
+    return REASON_START + (" and ".join(own[i] for i in drawn) or "itself")
 
 
 def shared_phrases(data, item, events):
@@ -306,7 +308,7 @@ class Mixture:
 
     reason_share: float = 0.5  # the others are tasks
     people: int = PEOPLE  # most users shown to a reason
-    follow: float = 1.0  # share of reasons that name what their thought names
+    follow: float = 1.0  # share of reasons that name what their thought names; others: at random
     tasks: tuple = tuple(TASKS)
     next_share: float = 0.0  # more of the task `next`
     longest: int = HISTORY  # items of a history in a task

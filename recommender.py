@@ -227,7 +227,8 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     steps = len(targets) / batch
 
     def moving_average(old, new, n):
-        """Reaches back over an epoch's steps, less at the start."""
+        """Exponential, over about an epoch's steps; shorter at the start, or the random weights
+        would stay in it."""
         return old.lerp(new, max(1 / steps, 9 / (10 + float(n))))
 
     average = AveragedModel(model, avg_fn=moving_average)

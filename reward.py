@@ -12,9 +12,10 @@
     audience: other users who chose the item; N: the states of 256 events of the same period
 
 The target item is represented by its reason alone: if the score also saw its ID or its text, the
-reason would tell it nothing new, and the reward would ignore the reason. Training is a softmax over
-the reasons of all train items, each epoch a fresh random grounded subset of every item's phrases,
-so that no reason can become an item ID. The epoch is chosen on held-out users x held-out items.
+reason would tell it nothing new, and the reward would ignore the reason. In training every item
+gets a new random reason each epoch (some of its phrases), or reasons would become item IDs; the
+task is to pick the chosen item's reason among those of all train items, a softmax. The epoch is
+chosen on held-out users x held-out items.
 
 Left out: an LLM as judge, preference data in pairs.
 """
@@ -47,10 +48,10 @@ def whitening(vectors, k=384):
     """PCA whitening fitted on text embeddings (M, D): a function (m, D) -> (m, k or fewer) after
     which they have mean norm 1."""
     mean = vectors.mean(0)
-    _, s, v = torch.linalg.svd(vectors - mean, full_matrices=False)
-    size = min(k, int((s > 1e-3 * s[0]).sum()))
-    # shrunk, or noise would be blown up
-    matrix = v[:size].T / (s[:size] + 0.2 * s[0])
+    _, sigma, v = torch.linalg.svd(vectors - mean, full_matrices=False)
+    size = min(k, int((sigma > 1e-3 * sigma[0]).sum()))
+    # 0.2: small directions are shrunk, or their noise would be blown up
+    matrix = v[:size].T / (sigma[:size] + 0.2 * sigma[0])
     matrix = matrix / ((vectors - mean) @ matrix).norm(dim=1).mean()
     return lambda x: (x - mean) @ matrix
 
@@ -157,6 +158,8 @@ class Judge:
         held_users, held_items = held_out(data, self.seed)
         train = np.flatnonzero(~held_users[user] & ~held_items[item])
         train_items = np.flatnonzero(~held_items[1:]) + 1
+        if not len(train):
+            raise D.DataError(f"{data.name}: too few events to train the reward model; take more")
         checks = HeldOut(self, held_users, held_items, rng)
         # P: the shared space may turn slowly only
         others = [p for name, p in model.named_parameters() if name != "P.weight"]
@@ -294,23 +297,31 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     """R of decoded answers about these items, by formula and penalties: what PPO, correction, its
     control and all figures ask. answers: K an item (M in all), item by item. shown, audience: an
     array of event numbers an item."""
-    of = np.repeat(np.arange(len(items)), len(answers) // len(items))
+    item_of = np.repeat(np.arange(len(items)), len(answers) // len(items))
     parsed = [D.parse_answer(answer) for answer in answers]
     reasons = [reason for reason, _, _ in parsed]
     format_ok = np.array([ok for _, _, ok in parsed], bool)
-    by_shown = judge.advantages(reasons, [shown[k] for k in of], period)
-    by_audience = judge.advantages(reasons, [audience[k] for k in of], period)
-    a_shown, a_audience = mean_of_each(by_shown), mean_of_each(by_audience)
+    by_shown = judge.advantages(reasons, [shown[k] for k in item_of], period)
+    by_audience = judge.advantages(reasons, [audience[k] for k in item_of], period)
+    weight = np.full(len(answers), AUDIENCE_WEIGHT)
     # where one of them is nobody, the other has all the weight
-    n_shown, n_audience = (np.array([len(p) for p in people])[of] for people in (shown, audience))
-    weight = np.where((n_shown > 0) & (n_audience > 0), AUDIENCE_WEIGHT, n_audience > 0)
-    said = [D.grounded(judge.data, items[k], reason) for k, reason in zip(of, reasons, strict=True)]
-    grounded = np.array(said)
+    weight[[len(values) == 0 for values in by_shown]] = 1.0
+    weight[[len(values) == 0 for values in by_audience]] = 0.0
+    a_shown, a_audience = mean_of_each(by_shown), mean_of_each(by_audience)
+    said = [D.grounded(judge.data, items[k], reasons[j]) for j, k in enumerate(item_of)]
+    ungrounded_penalty = UNGROUNDED_PENALTY * (1 - np.array(said))
     format_penalty = FORMAT_PENALTY * ~format_ok
-    ungrounded_penalty = UNGROUNDED_PENALTY * (1 - grounded)
     total = (1 - weight) * a_shown + weight * a_audience - format_penalty - ungrounded_penalty
-    parts = (a_shown, a_audience, grounded, format_ok, format_penalty, weight)
-    return Rewards(total, *parts, by_audience)
+    return Rewards(
+        total=total,
+        shown=a_shown,
+        audience=a_audience,
+        audience_weight=weight,
+        grounded=np.array(said),
+        format_ok=format_ok,
+        format_penalty=format_penalty,
+        by_audience=by_audience,
+    )
 
 
 def mean_of_each(arrays):

@@ -2,7 +2,7 @@
 
     pytest tests/test_rl.py                              try it alone
 
-    score_t = [t is last] s - beta (logp_t - ref_logp_t)          s = reward_fn(texts, rows), scaled
+    score_t = [t is last] s - beta (logp_t - ref_logp_t)       s = reward / its first spread
     A_t     = sum_k lambda^k (score_{t+k} + V_{t+k+1} - V_{t+k})  GAE, gamma = 1, V = 0 at the end
     ratio_t = exp(logp_t - old_logp_t)
     L       = mean_t max(-A_t ratio_t, -A_t clip(ratio_t)) + c_v (clipped value loss)
@@ -673,6 +673,7 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
             part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
             loss, stats = ppo_loss(logp, values, part, batch.mask, tokens)
             loss.backward()
+            # Counter.update adds up
             step.update(stats | {"loss": loss.item()})
         step["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         step["skipped"] = not np.isfinite(step["loss"] + step["grad_norm"]) or step["ratio"] > 10
@@ -840,7 +841,7 @@ def title_trie(tokenizer, titles):
 
 def retrieve(model, tokenizer, prompts, tries, beams=20, budget=32_768):
     """The likeliest titles of tries (see title_trie) by beam search: their numbers, best first,
-    (len(prompts), beams); -1 where none is left. Scores are log-probabilities as in likelihood."""
+    (len(prompts), beams); -1 where none is left."""
     paths, trie = tries
     how = {"do_sample": False, "length_penalty": 0.0, "num_beams": beams}
     how |= {"num_return_sequences": beams, "max_new_tokens": max(map(len, paths))}
