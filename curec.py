@@ -781,6 +781,7 @@ def description(s, cuts):
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
         "windows": cuts,
         "git_commit": commit or "unknown",
+        "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": gpu},
     }
