@@ -432,9 +432,9 @@ def note(notes, number, what):
 
 def by_user(rows):
     """{user id: rows in their order}, users sorted."""
-    groups = {user: [] for user in sorted({row[0] for row in rows})}
-    for row in rows:
-        groups[row[0]].append(row)
+    groups = {}
+    for row in sorted(rows, key=lambda row: row[0]):
+        groups.setdefault(row[0], []).append(row)
     return groups
 
 
@@ -457,7 +457,8 @@ def from_rows(name, rows, records, notes) -> Dataset:
     if not users:
         advice = "lower --k-core or the limits, or check the files"
         raise DataError("; ".join([f"{name}: no user has 3 interactions left; {advice}", *notes]))
-    number = {item: i for i, item in enumerate(sorted({row[1] for row in kept}), 1)}
+    chosen = sorted({row[1] for row in kept})
+    number = {item: i for i, item in enumerate(chosen, 1)}
     items = [{}, *(item_record(item, records.get(item, {})) for item in number)]
     note(notes, sum(not item["title"] for item in items[1:]), "items without a title")
     rated = sum(row[3] is not None for row in kept)

@@ -353,9 +353,11 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
         print(f"  {name}: {len(out):,} answers, {speed:,.0f} tokens/s")
     # a reward sees the texts up to EOS; the policy trains on the sampled ids themselves, for
     # tokenising a text again may give others
-    eos = tokenizer.eos_token_id
-    texts = tokenizer.batch_decode([[i for i in answer if i != eos] for answer in out])
-    return [text.strip() for text in texts], out
+    texts = []
+    for answer in out:
+        said = [i for i in answer if i != tokenizer.eos_token_id]
+        texts.append(tokenizer.decode(said).strip())
+    return texts, out
 
 
 @torch.no_grad()
