@@ -820,10 +820,11 @@ def forecast(name, budget):
     Adam; 2 GB, and 0.75 GB a billion weights, for a pass of 32,768 tokens."""
     try:
         config = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):
         return {}
-    with torch.device("meta"):
-        n = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+    n = model.num_parameters()
     memory = 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768
     return {"parameters": n, "memory_gb": memory}
 
