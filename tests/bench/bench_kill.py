@@ -1,7 +1,7 @@
 """Kills the quick demo (SIGKILL) at random moments of all stages and resumes it each time: it must
 end as if nothing had happened.
 
-    python tests/bench/bench_kill.py               20 kills, in about half an hour on two cores
+    python tests/bench/bench_kill.py               20 kills, ten minutes or more
 
 A round starts in a folder of its own, tiny LLM included, and ends with a run that nobody killed;
 another follows if kills are left. metrics.json, reasons.jsonl, ppo.jsonl (all without times and

@@ -53,7 +53,7 @@ def hits(run: curec.Run, tasks: tuple) -> np.ndarray:
         score = curec.teach_knowledge(run, data, llm, tasks)
         known = [np.append(s, v) for s, v in zip(data.train, data.valid, strict=True)]
         rank = rec.ranks(score, known, data.test)
-        run.load("ranks")
+        run.load("ranks")  # the stage that is saved is not knowledge
         run.save(torch.from_numpy(rank))
     return rec.metrics(np.asarray(rank))["hr@10"]
 
@@ -78,11 +78,13 @@ def main() -> None:
             base = found["recommendation"][: len(mine)]
             less = pooled([a - b for a, b in zip(mine, base, strict=True)])
             rows[name] = {"hr@10": float(np.mean(np.concatenate(mine))), "less base": less}
-    table = [[name, row["hr@10"], *row["less base"].values()] for name, row in rows.items()]
-    print(curec.markdown(["tasks", "HR@10", *rows["recommendation"]["less base"]], table))
+    table = []
+    for name, row in rows.items():
+        table.append({"tasks": name, "HR@10": row["hr@10"]} | row["less base"])
+    print(curec.markdown(table))
     result = {"command": "python tests/bench/bench_knowledge.py", "steps": args.steps}
     result |= {"torch": torch.__version__, "cpus": os.cpu_count()}
-    result |= {"commit": curec.describe(run.settings, [])["git_commit"], "results": rows}
+    result |= {"commit": curec.description(run.settings, [])["git_commit"], "results": rows}
     pathlib.Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
