@@ -615,7 +615,8 @@ def arm_inputs(s, data, encode, reasons, preferences):
         parts = [features[kind] for kind in row.texts]
         inputs[arm] = recommender.Inputs(torch.cat(parts, 1) if parts else None, ids=row.ids)
         if row.titles:
-            inputs[arm] = title_inputs(s, data, encode, row, preferences)
+            initial, known = title_inputs(s, data, encode, row, preferences)
+            inputs[arm] = replace(inputs[arm], initial=initial, preferences=known)
     return inputs
 
 
@@ -1085,7 +1086,7 @@ def command_line(argv=None):
 
 
 # ================================================================================ the two relatives
-def title_inputs(s, data, encode, row, preferences) -> recommender.Inputs:
+def title_inputs(s, data, encode, row, preferences):
     """ID embeddings that start as whitened embeddings of titles and, for LANE, the preferences that
     an LLM named; its placebo shuffles them among the users."""
     titles = encode(data.titles[1:])
@@ -1094,7 +1095,7 @@ def title_inputs(s, data, encode, row, preferences) -> recommender.Inputs:
     start = whiten(titles)
     initial = TITLE_NORM * F.pad(start, (0, width - start.shape[1], 1, 0))
     if not row.preferences:
-        return recommender.Inputs(initial=initial)
+        return initial, None
     # where a cut's answer was dropped, the earlier cut's stays
     names = preferences["names"]
     names = [mine or names[k - k % 2] for k, mine in enumerate(names)]
@@ -1105,8 +1106,7 @@ def title_inputs(s, data, encode, row, preferences) -> recommender.Inputs:
     if row.preferences == "shuffled":
         named = named[np.random.default_rng([s.seed, 83]).permutation(len(named))]
     vectors = F.pad(whiten(encode(known or ["none"])), (0, 0, 1, 0))
-    found = recommender.Preferences(vectors, named, preferences["since"])
-    return recommender.Inputs(initial=initial, preferences=found)
+    return initial, recommender.Preferences(vectors, named, preferences["since"])
 
 
 def ask_preferences(run, data, llm):
@@ -1148,7 +1148,9 @@ def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"),
     torch.manual_seed(s.seed)
     # it is to know the titles by heart
     model.add_adapter("knowledge", replace(model.peft_config["align"], r=64, lora_alpha=128))
-    mix = D.Mixture(0.0, tasks=tasks, next_share=0.75, longest=D.LONGEST, ahead=D.LONGEST)
+    mix = D.Mixture(
+        0.0, tasks=tasks, next_share=0.75, longest=D.RELATIVES_HISTORY, ahead=D.RELATIVES_HISTORY
+    )
     train_adapter(run, data, llm, "knowledge", s.knowledge_steps, mix)
     rl.use(model, "knowledge")
 

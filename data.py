@@ -30,13 +30,13 @@ import numpy as np
 from tqdm import tqdm
 
 # prompts: items shown of each history; users shown; words of a title and of an item's text
-HISTORY, PEOPLE = 3, 4
+PROMPT_HISTORY, PEOPLE = 3, 4
 TITLE_WORDS, TEXT_WORDS = 12, 40
 # a word that fewer items have tells which item it is: the reward's encoder never sees it
 MIN_ITEMS = 5
 TIES = ("file", "shuffle")  # order within a timestamp
 # LANE's m preferences a user; items of a history that the two relatives show
-PREFERENCES, LONGEST = 5, 10
+PREFERENCES, RELATIVES_HISTORY = 5, 10
 
 # the last two lines: words that every reason has, and sizes
 STOPWORDS = frozenset(
@@ -239,7 +239,7 @@ def reason_prompt(data, item, reason, events):
     the reason so far ("" = none), the item's text."""
     shown = []
     for e in events[:PEOPLE]:
-        shown.append("- " + "; ".join(data.titles[i] for i in data.history(e)[-HISTORY:]))
+        shown.append("- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:]))
     people = "\n".join(shown) or "- nobody yet"
     return PROMPT.format(people, reason or "none", item_text(data.items[item]))
 
@@ -285,7 +285,7 @@ def shared_phrases(data, item, events):
     """The item's phrases that the histories shown of these events say too, most shared first."""
     said = Counter()
     for e in events[:PEOPLE]:
-        for i in data.history(e)[-HISTORY:]:
+        for i in data.history(e)[-PROMPT_HISTORY:]:
             said.update(words(data.titles[i]))
     return sorted((w for w in data.phrases[item] if said[w]), key=lambda w: -said[w])
 
@@ -311,7 +311,7 @@ class Mixture:
     follow: float = 1.0  # share of reasons that name what their thought names; others: at random
     tasks: tuple = tuple(TASKS)
     next_share: float = 0.0  # more of the task `next`
-    longest: int = HISTORY  # items of a history in a task
+    longest: int = PROMPT_HISTORY  # items of a history in a task
     ahead: int = 1  # items that the answer of `next` names, a line each
 
 
@@ -689,7 +689,7 @@ LANE = {
 
 def history_question(data, history, task, *about):
     """A question of one of the two relatives (TASKS, LANE) about the last items of a history."""
-    chosen = "; ".join(data.titles[i] for i in history[-LONGEST:])
+    chosen = "; ".join(data.titles[i] for i in history[-RELATIVES_HISTORY:])
     return f"Chosen in order: {chosen}\n" + (TASKS | LANE)[task].format(*about)
 
 
@@ -708,7 +708,7 @@ def lane_samples(data, n, rng):
     history's items, and an item fits one if it says it."""
     rich = []
     for seq in data.train:
-        said = Counter(w for i in seq[-LONGEST:] for w in data.phrases[i])
+        said = Counter(w for i in seq[-RELATIVES_HISTORY:] for w in data.phrases[i])
         if len(said) >= PREFERENCES:
             rich.append(seq)
     samples = []
@@ -716,7 +716,7 @@ def lane_samples(data, n, rng):
         seq = rich[rng.integers(len(rich))]
         item = int(rng.integers(1, data.n_items + 1))
         task = ("prefer", "prefer", "explain")[rng.integers(3)]
-        past = seq[: rng.integers(1, len(seq) + 1)][-LONGEST:]
+        past = seq[: rng.integers(1, len(seq) + 1)][-RELATIVES_HISTORY:]
         said = Counter(w for i in past for w in data.phrases[i])
         # in alphabetical order: a model that has learnt to go on in it repeats nothing
         names = sorted(w for w, _ in said.most_common(PREFERENCES))

@@ -179,7 +179,6 @@ class TrainConfig:
     blocks: int = 1
     dropout: float = 0.3
     device: str = "cpu"
-    progress: bool = True
 
 
 def next_item_loss(model, ids, targets, known=None):
@@ -233,7 +232,8 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
 
     average = AveragedModel(model, avg_fn=moving_average)
     best, best_epoch, best_weights = -1.0, 0, None
-    quiet = None if config.progress else True
+    # bars of worker processes would run over one another
+    quiet = True if parent_process() else None
     bar = tqdm(range(1, config.epochs + 1), name, unit="epoch", leave=None, disable=quiet)
     for epoch in bar:
         rng = np.random.default_rng([seed, 89, epoch])

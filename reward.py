@@ -5,8 +5,8 @@
     z(x)   = P enc(x)                              enc: frozen text encoder, whitened
     h(e)   = unit(mean_j z(item_j) + SASRec(z(item_1) .. z(item_t)))   chosen before event e
     s(e,r) = cos(h(e), z(r)) / tau                 tau is learnt, P starts as the identity
-    A(S,r) = mean_{e in S} s(e,r) - logmeanexp_{e in N} s(e,r)
-    R(r)   = (1 - l) A(shown, r) + l A(audience, r) - format penalty - ungrounded penalty
+    A(S,r) = mean_{e in S} s(e,r) - logmeanexp_{e in N} s(e,r)     the lift of r for users S
+    R(r)   = (1 - w) A(shown, r) + w A(audience, r) - format penalty - ungrounded penalty
 
     shown:    users in the prompt that wrote the reason, each as an event (see data.py)
     audience: other users who chose the item; N: the states of 256 events of the same period
@@ -34,10 +34,10 @@ from recommender import Block, pad
 
 FORMAT_PENALTY = 2.0  # in units of A: nats
 UNGROUNDED_PENALTY = 2.0  # times the share of the reason's words that the item does not say
-AUDIENCE_WEIGHT = 0.5  # lambda
+AUDIENCE_WEIGHT = 0.5  # w
 STATES = 256  # |N|
 MAX_AUDIENCE = 16  # most users of an audience
-MAX_HISTORY = 20  # items of a history that the user tower reads
+JUDGE_HISTORY = 20  # items of a history that the user tower reads
 EMBEDDING_SIZE = 128  # of whitened embeddings
 BATCH, LEARNING_RATE = 256, 2e-4
 HELD_OUT = 2000  # most held-out events that choose the epoch
@@ -200,7 +200,7 @@ class Judge:
 
     def histories(self, events):
         """What the users of these events had chosen before, (B, T), right-padded with 0."""
-        return pad([self.data.history(e) for e in events], MAX_HISTORY)
+        return pad([self.data.history(e) for e in events], JUDGE_HISTORY)
 
     @torch.no_grad()
     def load_weights(self, weights, batch=1024):
@@ -222,7 +222,7 @@ class Judge:
         return torch.from_numpy(rng.permutation(inside)[:STATES])
 
     @torch.no_grad()
-    def advantages(self, reasons, people, period):
+    def lifts(self, reasons, people, period):
         """s(e, r) - logmeanexp_{N} s(., r) of each event e in people (M arrays of event numbers):
         M arrays, in nats; the mean of each is A(people, r)."""
         z = self.model.reasons(self.encode(reasons))  # (M, width)
@@ -290,7 +290,7 @@ class Rewards:
     format_ok: np.ndarray
     format_penalty: np.ndarray
     audience_weight: np.ndarray
-    by_audience: list  # of M arrays: the advantage of each user of the audience
+    by_audience: list  # of M arrays: the lift of each user of the audience
 
 
 def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
@@ -301,8 +301,8 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     parsed = [D.parse_answer(answer) for answer in answers]
     reasons = [reason for reason, _, _ in parsed]
     format_ok = np.array([ok for _, _, ok in parsed], bool)
-    by_shown = judge.advantages(reasons, [shown[k] for k in item_of], period)
-    by_audience = judge.advantages(reasons, [audience[k] for k in item_of], period)
+    by_shown = judge.lifts(reasons, [shown[k] for k in item_of], period)
+    by_audience = judge.lifts(reasons, [audience[k] for k in item_of], period)
     weight = np.full(len(answers), AUDIENCE_WEIGHT)
     # where one of them is nobody, the other has all the weight
     weight[[len(values) == 0 for values in by_shown]] = 1.0
@@ -378,6 +378,6 @@ def driver_choice(judge: Judge, truth, period):
         pairs.append(D.REASON.format(*truth["late"][i]))
         false = rng.permutation([p for p in data.phrases[i] if p not in truth["late"][i]])
         decoys.append(D.REASON.format(*false[:2]))
-    true = mean_of_each(judge.advantages(pairs, people, period))
-    other = mean_of_each(judge.advantages(decoys, people, period))
+    true = mean_of_each(judge.lifts(pairs, people, period))
+    other = mean_of_each(judge.lifts(decoys, people, period))
     return {"driver_choice": float(np.mean(true > other)), "driver_items": len(items)}

@@ -484,7 +484,7 @@ def restore_training(state, parameters, optimizer):
 
 
 # ----------------------------------------------------------------------------- PPO: its mathematics
-def whiten(x, mask):
+def standardize(x, mask):
     """Mean 0 and variance 1 over real tokens, of all rows together; padding stays 0."""
     x = (x - x[mask].mean()).masked_fill(~mask, 0)
     return x * (x[mask].square().mean() + 1e-8).rsqrt()
@@ -599,7 +599,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         advantages, returns = gae(rewards, old_values, mask, config.lam)
         # 5. several epochs of clipped updates
         set_mode(model, training=True)
-        rollout = Rollout(old_logp, old_values, whiten(advantages, mask), returns)
+        rollout = Rollout(old_logp, old_values, standardize(advantages, mask), returns)
         steps = update_policy(model, head, optimizer, rollout, minibatches, rng, config)
         # 6. log, adapt beta
         row = {"update": update, "beta": beta, "score": scores.mean().item()}

@@ -1,13 +1,17 @@
 """recommender.py: metrics against brute force, causality, selection, baselines and audit by hand.
 
-    pytest tests/test_recommender.py             a few seconds
+pytest tests/test_recommender.py              some seconds; -m slow: worker processes, floods
 """
+
+import dataclasses
 import inspect
 import io
-import re
+import math
+import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,104 +25,134 @@ from torch.optim.swa_utils import AveragedModel
 import recommender as rec
 
 
-# ------------------------------------------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------------------------- helpers
 def fixed(scores):
-    """A score function that gives prepared rows, one a user, in order of calling."""
-    rows = iter(torch.tensor(np.array(scores), dtype=torch.float32))
-    return lambda sequences, users: torch.stack([next(rows) for _ in sequences])
+    """A score function that gives prepared rows, one a user."""
+    table = torch.tensor(np.array(scores), dtype=torch.float32)
+
+    def score(sequences, users):
+        return table[list(users)]
+
+    return score
 
 
 def ring(n=12, n_users=48, length=5, seed=0):
-    """Everyone walks round a ring of n items: the next item is known once the last is. n_items, train, valid, test."""
+    """Everyone walks round a ring of n items: the next item is known once the last is."""
     starts = np.random.default_rng(seed).integers(0, n, n_users)
-    walks = [(s + np.arange(length + 2)) % n + 1 for s in starts]
-    return SimpleNamespace(n_items=n, train=[w[:-2] for w in walks], valid=np.array([w[-2] for w in walks]),
-                           test=np.array([w[-1] for w in walks]))
+    walks = [(start + np.arange(length + 2)) % n + 1 for start in starts]
+    train = [walk[:-2] for walk in walks]
+    return SimpleNamespace(
+        n_items=n,
+        train=train,
+        valid=np.array([walk[-2] for walk in walks]),
+        test=np.array([walk[-1] for walk in walks]),
+        times=[np.arange(length + 2)] * n_users,
+        counts=np.bincount(np.concatenate(train), minlength=n + 1),
+    )
 
 
-def quick(d, features=None, **kw):
-    return rec.train(d.n_items, d.train, d.valid, features, **{"epochs": 3, "width": 16, "blocks": 1, "batch": 16, **kw})
+def config(**changes):
+    """Of a training that takes a moment."""
+    return rec.TrainConfig(**{"epochs": 3, "width": 16, "batch": 16, **changes})
 
 
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def quick(data, inputs=rec.Inputs(), seed=0, **changes):
+    return rec.train(data, inputs, config(**changes), seed)
 
 
-def through_disk(state):
-    """What a killed run finds: the state as it was when it was saved, and nothing that torch.load would have to trust."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+def features_of(n_items, size=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n_items + 1, size, generator=generator)
+    features[0] = 0
+    return features
 
 
-def equal(a, b):
-    """Are two states the same bit for bit, dicts and lists inside them too?"""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and [*a] == [*b] and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else type(a) is type(b) and a == b
+def assert_same_weights(a, b):
+    """Are two models, or two state dicts, the same bit for bit?"""
+    a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
+    assert list(a) == list(b)
+    for name, weights in a.items():
+        assert torch.equal(weights, b[name]), name
 
 
-class Keeper:
-    """Keeps a run's states in a folder, one an epoch, as a worker process does: it can be pickled."""
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir()
+def stub_validation(monkeypatch, values):
+    """Validation NDCG@10 is values, one a look."""
+    left = iter(values)
 
-    def save(self, state):
-        torch.save(state, self.folder / f"{state['epoch']}.pt")
+    def metrics(rank):
+        return {"ndcg@10": np.array([next(left)])}
 
-    def states(self):
-        return [torch.load(path, weights_only=True) for path in sorted(self.folder.iterdir())]
-
-
-def worker_shows_bars():
-    return rec.BARS["disable"] is not True
+    monkeypatch.setattr(rec, "metrics", metrics)
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """One entry for every step that an optimizer makes."""
-    made, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **kw: (made.append(1), step(self, *a, **kw))[1])
+    """One entry for every step of an optimizer: the first weights after it."""
+    made, real = [], torch.optim.AdamW.step
+
+    def step(self, *args, **settings):
+        result = real(self, *args, **settings)
+        made.append(self.param_groups[0]["params"][0].detach().clone())
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     return made
 
 
 @pytest.fixture(scope="module")
 def small_model():
     torch.manual_seed(0)
-    return rec.SASRec(30, torch.randn(31, 5), width=16, heads=2, blocks=2, dropout=0.3).eval()
+    return rec.SASRec(30, rec.Inputs(torch.randn(31, 5)), width=16, blocks=2).eval()
 
 
-# ------------------------------------------------------------------------------------------------ ranks and metrics
-def brute_force(scores, seen, target, k):
-    """HR, NDCG and reciprocal rank the long way: sort every unseen item, the target behind all it ties with."""
+# ------------------------------------------------------------------------------ ranks and metrics
+def metrics_of_user(scores, seen, target, k):
+    """HR, NDCG and reciprocal rank the long way: sort every unseen item, the target behind all it
+    ties with."""
     items = [i for i in range(1, len(scores)) if i not in seen]
     order = sorted(items, key=lambda i: (-scores[i], i == target))
-    gain = [float(i == target) for i in order]
-    dcg = sum(g / np.log2(place + 2) for place, g in enumerate(gain[:k]))
-    ideal = sum(g / np.log2(place + 2) for place, g in enumerate(sorted(gain, reverse=True)[:k]))
-    return sum(gain[:k]), dcg / ideal, 1 / (order.index(target) + 1)
+    gains = [float(i == target) for i in order]
+    found = sum(gain / math.log2(place + 1) for place, gain in enumerate(gains[:k], 1))
+    ideal = 1 / math.log2(1 + 1)
+    return sum(gains[:k]), found / ideal, 1 / (order.index(target) + 1)
+
+
+def assert_ranks_equal_brute_force(seed, n, users):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, 8, (users, n + 1)).astype(np.float32)  # few levels: ties everywhere
+    scores[:, 0] = 100  # padding must never count
+    seen, targets = [], []
+    for u in range(users):
+        order = rng.permutation(n) + 1
+        seen.append(order[: rng.integers(1, n)])
+        targets.append(order[-1])
+        scores[u, seen[u]] += 50 * (u % 2)  # seen items would be on top
+    found = rec.metrics(rec.ranks(fixed(scores), seen, targets, batch=64))
+    for u in range(users):
+        for k in rec.CUTOFFS:
+            hr, ndcg, mrr = metrics_of_user(scores[u], set(seen[u]), targets[u], k)
+            assert found[f"hr@{k}"][u] == hr
+            assert found[f"ndcg@{k}"][u] == pytest.approx(ndcg)
+            assert found["mrr"][u] == pytest.approx(mrr)
 
 
 def test_ranks_and_metrics_equal_brute_force_with_ties_and_seen_items():
-    """Guards: ties for us, seen items or the padding item in the ranking, log2(rank) off by one, k off by one."""
-    rng, n, users = np.random.default_rng(0), 40, 300
-    scores = rng.integers(0, 8, (users, n + 1)).astype(np.float32)           # few levels: ties everywhere
-    scores[:, 0] = 100                                                       # padding must never count
-    orders = [rng.permutation(n) + 1 for _ in range(users)]
-    seen, targets = [o[: rng.integers(1, 12)] for o in orders], np.array([o[-1] for o in orders])
-    for u in range(users):
-        scores[u, seen[u]] += 50 * (u % 2)                                   # seen items would be on top
-    m = rec.metrics(rec.ranks(fixed(scores), seen, targets, batch=64))
-    for u in range(users):
-        for k in rec.CUTOFFS:
-            expected = brute_force(scores[u], set(seen[u]), targets[u], k)
-            assert np.allclose((m[f"hr@{k}"][u], m[f"ndcg@{k}"][u], m["mrr"][u]), expected)
-    assert {f"{x}@{k}" for x in ("hr", "ndcg") for k in (5, 10, 20)} | {"mrr"} == set(m)
+    """Guards: ties for us, seen items or the padding item in the ranking, log2(rank) off by one,
+    k off by one."""
+    assert_ranks_equal_brute_force(seed=0, n=40, users=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_ranks_and_metrics_equal_brute_force_on_many_catalogues(seed):
+    """Guards: the same on catalogues smaller than a list and larger than a batch of scores."""
+    assert_ranks_equal_brute_force(seed, n=5 * seed, users=200)
+
+
+def test_metrics_are_all_that_is_reported():
+    """Guards: a cut-off that is missing from the tables."""
+    names = {"hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr"}
+    assert set(rec.metrics(np.array([1, 30]))) == names
 
 
 def test_all_ties_are_the_last_rank():
@@ -127,620 +161,1111 @@ def test_all_ties_are_the_last_rank():
 
 
 def test_ranks_do_not_depend_on_the_batch_size():
-    """Guards: rows that see their neighbours' padding or seen items."""
+    """Guards: rows that see their neighbours' padding or seen items; users numbered anew in each
+    batch."""
     rng = np.random.default_rng(1)
-    scores, seen = rng.random((50, 21)), [np.arange(1, rng.integers(3, 10)) for _ in range(50)]
-    by = {b: rec.ranks(fixed(scores), seen, np.full(50, 15), batch=b).tolist() for b in (1, 7, 512)}
-    assert by[1] == by[7] == by[512]
+    scores = rng.random((50, 21))
+    seen = [np.arange(1, rng.integers(3, 10)) for _ in range(50)]
+    targets = np.full(50, 15)
+    at_once = rec.ranks(fixed(scores), seen, targets, batch=512).tolist()
+    assert rec.ranks(fixed(scores), seen, targets, batch=1).tolist() == at_once
+    assert rec.ranks(fixed(scores), seen, targets, batch=7).tolist() == at_once
+    assert rec.ranks(fixed(scores), seen, targets).tolist() == at_once
 
 
 def test_items_seen_long_ago_are_masked_too():
     """Guards: masking only the last MAX_LEN items, those that the model reads."""
     n = rec.MAX_LEN + 30
-    scores = np.arange(n + 1, 0, -1)                                         # item 1 best, item n worst
+    scores = np.arange(n + 1, 0, -1)  # item 1 best, item n worst
     assert rec.ranks(fixed([scores]), [np.arange(1, n)], [n]).tolist() == [1]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_target_score_that_is_not_finite_raises(value):
-    """Guards: NaN compares false with everything, so a diverged model would rank every target first or last."""
+    """Guards: NaN compares false with everything, so a diverged model would rank every target
+    first or last."""
     scores = np.ones((2, 6))
     scores[1, 5] = value
     with pytest.raises(ValueError, match="finite"):
         rec.ranks(fixed(scores), [np.array([1])] * 2, [5, 5])
 
 
+def test_another_items_score_that_is_no_number_raises():
+    """Guards: an item of score NaN, which is never counted as better than the target."""
+    scores = np.ones((1, 6))
+    scores[0, 3] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        rec.ranks(fixed(scores), [np.array([1])], [5])
+
+
 def test_a_target_among_the_seen_items_raises():
     """Guards: a split that repeats an item is an error of the data, not a rank."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="seen"):
         rec.ranks(fixed(np.ones((1, 6))), [np.array([1, 2])], [2])
 
 
-def test_ranks_lists_the_ten_best_unseen_items():
-    """Guards: seen items in the recommended lists (the audit and --explain read them)."""
-    scores, lists = np.arange(31.0), []
-    rec.ranks(fixed([scores]), [np.array([30, 28])], [1], lists=lists)
-    assert lists[0].tolist() == [[29, 27, 26, 25, 24, 23, 22, 21, 20, 19]]
+def test_top_items_are_the_ten_best_unseen_items():
+    """Guards: seen items or padding in the recommended lists (the audit and --explain read
+    them)."""
+    scores = np.arange(31.0)
+    scores[0] = 99
+    top = rec.top_items(fixed([scores]), [np.array([30, 28])])
+    assert top.tolist() == [[29, 27, 26, 25, 24, 23, 22, 21, 20, 19]]
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+def test_lists_are_filled_up_with_0_where_few_items_are_left():
+    """Guards: seen items at the end of a list that is longer than what is left to recommend."""
+    (top,) = rec.top_items(fixed([[0, 5, 4, 3, 2]]), [np.array([1, 3])])
+    assert top.tolist() == [2, 4, 0, 0]
+
+
+def test_items_that_an_arm_did_not_consider_stand_behind_all_others_and_in_no_list():
+    """Guards: a miss that beats something, a list filled up with misses in the order of their
+    numbers."""
+    scores = np.full((1, 31), rec.MISS)
+    scores[0, [4, 9]] = 2, 1
+    seen = [np.array([1, 2])]
+    assert rec.ranks(fixed(scores), seen, [9]).tolist() == [2]
+    # thirty items but the two seen, ties against us
+    assert rec.ranks(fixed(scores), seen, [5]).tolist() == [28]
+    assert rec.top_items(fixed(scores), seen).tolist() == [[4, 9] + [0] * 8]
+
+
+# ------------------------------------------------------------------------------------------ model
+@torch.no_grad()
 def test_blocks_are_causal(small_model):
-    """Guards: attention that sees the answer: changing later items must leave earlier states as they were."""
+    """Guards: attention that sees the answer: changing later items must leave earlier states as
+    they were."""
     x = torch.randn(4, 10, 16)
     changed = x.clone()
     changed[:, 6:] = torch.randn(4, 4, 16)
-    with torch.no_grad():
-        a, b = (small_model.blocks[0](y) for y in (x, changed))
-    assert torch.equal(a[:, :6], b[:, :6]) and not torch.allclose(a[:, 6:], b[:, 6:])
+    before, after = small_model.blocks[0](x), small_model.blocks[0](changed)
+    assert torch.equal(before[:, :6], after[:, :6])
+    assert not torch.allclose(before[:, 6:], after[:, 6:])
 
 
+@torch.no_grad()
 def test_a_block_gives_the_last_states_alone_as_among_all(small_model):
     """Guards: the state of a neighbour, or of the padding, where only the last position goes on."""
     x, last = torch.randn(3, 7, 16), torch.tensor([6, 0, 3])
-    with torch.no_grad():
-        assert torch.allclose(small_model.blocks[0](x, last), small_model.blocks[0](x)[torch.arange(3), last], atol=1e-6)
+    block = small_model.blocks[0]
+    assert torch.allclose(block(x, last), block(x)[torch.arange(3), last], atol=1e-6)
 
 
 def test_states_go_through_every_block(small_model, monkeypatch):
     """Guards: a block that is left out, or one before the last that gives a single position on."""
-    seen = []
-    monkeypatch.setattr(rec.Block, "forward", lambda self, x, last=None: seen.append((tuple(x.shape), last)) or (
-        x if last is None else x[torch.arange(len(x)), last]))
+    shapes, lasts = [], []
+
+    def forward(self, x, last=None):
+        shapes.append(tuple(x.shape))
+        lasts.append(last)
+        return x if last is None else x[torch.arange(len(x)), last]
+
+    monkeypatch.setattr(rec.Block, "forward", forward)
     small_model(torch.tensor([[3, 1, 4], [2, 5, 0]]), small_model.table())
-    assert [shape for shape, _ in seen] == [(2, 3, 16)] * 2 and seen[0][1] is None and seen[1][1].tolist() == [2, 1]
+    assert shapes == [(2, 3, 16), (2, 3, 16)]
+    assert lasts[0] is None
+    assert lasts[1].tolist() == [2, 1]
 
 
+@torch.no_grad()
 def test_a_row_alone_equals_the_row_in_a_padded_batch(small_model):
     """Guards: padding that shifts positions or is attended to."""
     short, long = np.array([3, 1, 4]), np.arange(1, 21)
     ids = rec.pad([short, long])
-    assert ids.tolist()[0] == [3, 1, 4] + [0] * 17
-    with torch.no_grad():
-        both, alone = (small_model(x, small_model.table()) for x in (ids, rec.pad([short])))
+    assert ids[0].tolist() == [3, 1, 4] + [0] * 17
+    table = small_model.table()
+    both, alone = small_model(ids, table), small_model(rec.pad([short]), table)
     assert torch.allclose(both[0], alone[0], atol=1e-5)
     score = rec.scorer(small_model)
     assert torch.allclose(score([short, long])[0], score([short])[0], atol=1e-5)
 
 
+@torch.no_grad()
 def test_scorer_reads_the_last_real_position_of_long_and_short_histories(small_model):
     """Guards: the state at a padded position, or MAX_LEN counted from the wrong end."""
     long = np.random.default_rng(0).integers(1, 31, rec.MAX_LEN + 25)
-    scores = rec.scorer(small_model)([long, long[-4:]])
+    scores, table = rec.scorer(small_model)([long, long[-4:]]), small_model.table()
     assert scores.shape == (2, 31)
-    for row, s in zip(scores, (long[-rec.MAX_LEN:], long[-4:])):
-        with torch.no_grad():
-            state = small_model(torch.tensor(s)[None], small_model.table())[0]
-        assert torch.allclose(row, small_model.table().detach() @ state, atol=1e-5)
+    for row, read in zip(scores, (long[-rec.MAX_LEN :], long[-4:]), strict=True):
+        state = small_model(torch.tensor(read)[None], table)[0]
+        assert torch.allclose(row, table @ state, atol=1e-5)
 
 
-def test_the_fused_table_is_id_plus_projected_features():
-    """Guards: features that reach the input but not the output table, dropout left on when ranking, a padding row that moves."""
-    features = torch.randn(31, 5, dtype=torch.float64)
-    features[0] = 0
-    m = rec.SASRec(30, features, width=16).eval()
-    expected = F.normalize(m.item.weight + features.float() @ m.project.weight.T, dim=-1)
-    assert torch.allclose(m.table(), expected, atol=1e-6) and torch.equal(m.table(), m.table())
-    assert m.table()[0].abs().max() == 0
+def test_the_table_is_id_embeddings_plus_projected_features():
+    """Guards: features that reach the input but not the output table, dropout left on when
+    ranking, a padding row that moves."""
+    features = features_of(30, 5).double()
+    model = rec.SASRec(30, rec.Inputs(features), width=16).eval()
+    content = features.float() @ model.project.weight.T
+    expected = F.normalize(model.item.weight + content, dim=-1)
+    assert torch.allclose(model.table(), expected, atol=1e-6)
+    assert torch.equal(model.table(), model.table())
+    assert model.table()[0].abs().max() == 0
 
 
-def test_id_and_content_arms_have_tables_of_one_shape_and_share_their_first_weights():
-    """Guards: two scorer paths that drift apart; arms that start from different random numbers, which looks like an effect."""
-    made = []
+def test_the_arms_share_their_first_weights_and_the_shape_of_their_scores():
+    """Guards: arms that start from different random numbers, which looks like an effect; two ways
+    to score that drift apart."""
+    models = []
     for features in (None, torch.randn(31, 5)):
         torch.manual_seed(3)
-        made.append(rec.SASRec(30, features, width=16))
-    a, b = made
-    assert a.table().shape == b.table().shape == (31, 16) and a.table().dtype == b.table().dtype == torch.float32
-    x, y = (rec.scorer(m)([np.array([1, 2])]) for m in made)
-    assert x.shape == y.shape == (1, 31) and x.dtype == y.dtype
-    shared = a.state_dict()
-    assert all(torch.equal(shared[k], b.state_dict()[k]) for k in shared) and len(b.state_dict()) == len(shared) + 2
+        models.append(rec.SASRec(30, rec.Inputs(features), width=16))
+    plain, content = (model.state_dict() for model in models)
+    assert set(content) - set(plain) == {"features", "project.weight"}
+    for name, weights in plain.items():
+        assert torch.equal(weights, content[name]), name
+    for model in models:
+        scores = rec.scorer(model)([np.array([1, 2])])
+        assert model.table().shape == (31, 16)
+        assert scores.shape == (1, 31)
+        assert scores.dtype == torch.float32
 
 
-# -------------------------------------------------------------------------------------------------------- training
-def test_samples_are_every_history_with_its_next_item():
-    """Guards: a history that runs into another person's or that is missed; a target beside its history."""
-    histories, targets, users = rec.samples([np.array([1, 2, 3]), np.array([6]), np.array([7, 8])])
-    assert [h.tolist() for h in histories] == [[1], [1, 2], [7]] and targets.tolist() == [2, 3, 8] and users.tolist() == [0, 0, 2]
+@torch.no_grad()
+def test_states_and_table_have_fixed_norms(small_model):
+    """Guards: a popular item that wins by the length of its vector; a temperature that reaches one
+    side only."""
+    table = small_model.table()
+    assert torch.allclose(table[1:].norm(dim=1), torch.ones(30), atol=1e-5)
+    state = small_model(torch.tensor([[1, 2, 3]]), table)
+    assert state.norm().item() == pytest.approx(1 / small_model.log_tau.exp().item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_local_convolution_looks_back_exactly_its_length():
+    """Guards: an offset of one in the causal padding."""
+    block = rec.Block(8, 2, 0.0).eval()
+    # of the block only the convolution is left
+    block.qkv.weight.zero_()
+    block.down.weight.zero_()
+    block.local.copy_(torch.randn(rec.LOCAL, 8))
+    x = torch.randn(1, 9, 8)
+    moved = x.clone()
+    moved[0, 3] += torch.randn(8)
+    change = (block(x) - block(moved)).abs().amax(-1)[0]
+    assert torch.nonzero(change > 1e-6).flatten().tolist() == list(range(3, 3 + rec.LOCAL))
+
+
+def test_inputs_are_item_vectors_of_norm_sqrt_width_plus_positions_from_the_last_item():
+    """Guards: item vectors drowned by the positions, or a position counted from the first item or
+    from the padding."""
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x, last):
+            seen.append(x)
+            return x[:, -1]
+
+    model = rec.SASRec(5, width=8, blocks=0).eval()
+    model.blocks.append(Spy())
+    ids, table = torch.tensor([[3, 1, 4], [2, 5, 0]]), model.table()
+    model(ids, table)
+    # of a padded position nothing is read
+    positions = model.pos.weight[torch.tensor([[2, 1, 0], [1, 0, 0]])]
+    assert torch.allclose(seen[0], table[ids] * 8**0.5 + positions, atol=1e-5)
+
+
+def test_projected_features_lose_dimensions_to_dropout():
+    """Guards: dropout of raw features (a dense product for every step, and worse on Beauty)."""
+    model = rec.SASRec(400, rec.Inputs(torch.randn(401, 16)), dropout=0.3).train()
+    torch.nn.init.zeros_(model.item.weight)
+    lost = (model.table()[1:] == 0).float().mean().item()
+    assert lost == pytest.approx(0.3, abs=0.02)
+
+
+def test_convolutions_start_at_nothing():
+    """Guards: the noise of a random filter over the last items."""
+    for block in rec.SASRec(5, blocks=2).blocks:
+        assert block.local.abs().max() == 0
+
+
+@pytest.mark.parametrize("norm", [0.2, 3.0])
+def test_projected_features_start_at_their_norm(monkeypatch, norm):
+    """Guards: features so short that the ID embeddings, which learn faster, leave them nothing to
+    say."""
+    monkeypatch.setattr(rec, "FEATURE_NORM", norm)
+    model = rec.SASRec(400, rec.Inputs(F.normalize(torch.randn(401, 32), dim=-1)))
+    found = model.project(model.features).norm(dim=-1).mean().item()
+    assert found == pytest.approx(norm, rel=0.2)
+
+
+def test_id_embeddings_start_as_those_given_and_train_on():
+    """Guards: a fair baseline that starts at random, or whose titles are frozen."""
+    inputs = rec.Inputs(initial=torch.randn(13, 16))
+    start = rec.SASRec(12, inputs, width=16).item.weight
+    assert torch.equal(start[1:], inputs.initial[1:])
+    assert start[0].abs().max() == 0
+    trained, _ = quick(ring(), inputs)
+    assert not torch.equal(trained.item.weight[1:], inputs.initial[1:])
+
+
+# --------------------------------------------------------------------- item vectors without an ID
+def test_without_ids_an_item_vector_is_its_features_alone():
+    """Guards: two items of one text that the model tells apart all the same."""
+    features = features_of(30, 5)
+    features[8] = features[7]
+    model = rec.SASRec(30, rec.Inputs(features, ids=False), width=16).eval()
+    assert model.item.weight.abs().max() == 0
+    expected = F.normalize(features @ model.project.weight.T, dim=-1)
+    assert torch.allclose(model.table(), expected, atol=1e-6)
+    assert torch.equal(model.table()[7], model.table()[8])
+
+
+def test_without_ids_given_embeddings_are_not_used_either():
+    """Guards: titles that come in as ID embeddings where no ID was asked for."""
+    inputs = rec.Inputs(features_of(30), torch.ones(31, 16), ids=False)
+    assert rec.SASRec(30, inputs, width=16).item.weight.abs().max() == 0
+
+
+def test_without_ids_the_id_embeddings_stay_zero_in_training():
+    """Guards: ID embeddings that an optimizer, its weight decay or the average moves."""
+    data, features = ring(), features_of(12)
+    model, _ = quick(data, rec.Inputs(features, ids=False))
+    assert model.item.weight.abs().max() == 0
+    torch.manual_seed(0)
+    fresh = rec.SASRec(12, rec.Inputs(features, ids=False), width=16)
+    assert not torch.equal(model.project.weight, fresh.project.weight)
+    with_ids, _ = quick(data, rec.Inputs(features))
+    assert with_ids.item.weight[1:].abs().min() > 0
+
+
+def test_without_ids_only_the_id_embeddings_start_otherwise():
+    """Guards: a comparison of with and without IDs that starts from other random numbers."""
+    models = []
+    for ids in (True, False):
+        torch.manual_seed(3)
+        models.append(rec.SASRec(30, rec.Inputs(features_of(30), ids=ids), width=16).state_dict())
+    for name, weights in models[0].items():
+        if name != "item.weight":
+            assert torch.equal(weights, models[1][name]), name
+
+
+def test_a_model_without_ids_comes_back_from_its_weights():
+    """Guards: fresh ID embeddings in a model that is looked at later."""
+    data = ring()
+    model, _ = quick(data, rec.Inputs(features_of(12), ids=False))
+    again = rec.from_weights(12, model.state_dict())
+    assert torch.equal(rec.scorer(again)(data.train), rec.scorer(model)(data.train))
+
+
+# --------------------------------------------------------------------------------------- training
+def test_training_samples_are_every_history_with_its_next_item():
+    """Guards: a history that runs into another user's or that is missed; a target beside its
+    history."""
+    sequences = [np.array([1, 2, 3]), np.array([6]), np.array([7, 8])]
+    histories, targets, users = rec.training_samples(sequences)
+    assert [history.tolist() for history in histories] == [[1], [1, 2], [7]]
+    assert targets.tolist() == [2, 3, 8]
+    assert users.tolist() == [0, 0, 2]
 
 
 def test_the_loss_is_over_every_real_next_item_and_nothing_else(monkeypatch):
-    """Guards: loss on padding, the first item as a target, the valid item in training, a history left out."""
-    d, told = ring(), []
-    d.train.append(np.random.default_rng(0).integers(1, 13, rec.MAX_LEN + 9))    # longer than the model reads
-    d.train.append(np.array([7]))                                                # nothing to predict
-    real = F.cross_entropy
+    """Guards: loss on padding, the first item as a target, the valid item in training, a history
+    left out, a softmax over less than the catalogue."""
+    data, told, widths, real = ring(), [], set(), F.cross_entropy
+    # longer than the model reads, and nothing to predict
+    data.train.append(np.random.default_rng(0).integers(1, 13, rec.MAX_LEN + 9))
+    data.train.append(np.array([7]))
+    data.valid = np.append(data.valid, [0, 0])
 
-    def spy(logits, targets):
-        assert logits.shape == (len(targets), d.n_items), "a full softmax over the catalogue, without padding"
+    def cross_entropy(logits, targets):
+        widths.add(logits.shape[1])
         told.extend((targets + 1).tolist())
         return real(logits, targets)
-    monkeypatch.setattr(rec.F, "cross_entropy", spy)
-    d.valid = np.append(d.valid, [0, 0])
-    monkeypatch.setattr(rec, "ranks", lambda *_, **__: np.ones(1, dtype=int))     # selection is not looked at here
-    quick(d, epochs=1)
-    expected = [i for s in d.train for i in s[1:]]
-    assert sorted(told) == sorted(expected) and 0 not in told
+
+    def no_ranks(score, sequences, targets):
+        return np.ones(1, dtype=int)
+
+    monkeypatch.setattr(rec.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(rec, "ranks", no_ranks)  # selection is not looked at here
+    quick(data, epochs=1)
+    expected = np.concatenate([sequence[1:] for sequence in data.train])
+    assert sorted(told) == sorted(expected.tolist())
+    assert 0 not in told
+    assert widths == {data.n_items}
+
+
+@torch.no_grad()
+def test_the_loss_equals_its_formula(small_model):
+    """Guards: a target shifted by the padding item, a sum in place of the mean."""
+    ids, targets = torch.tensor([[3, 1, 4], [2, 5, 0]]), torch.tensor([9, 30])
+    table = small_model.table()
+    logits = small_model(ids, table) @ table.T
+    losses = []
+    for row, target in zip(logits, targets, strict=True):
+        shares = row[1:].exp() / row[1:].exp().sum()
+        losses.append(-shares[target - 1].log())
+    found = rec.next_item_loss(small_model, ids, targets)
+    assert found.item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)
 
 
 def test_training_learns_a_deterministic_ring_and_carries_on_to_test():
-    """Guards: shifted targets, a table that is not trained, scores of the wrong position: any of them ends near chance (.3)."""
-    d = ring()
-    model, log = quick(d, epochs=30, width=32, lr=1e-2, dropout=0.1)
-    rank = rec.ranks(rec.scorer(model), [np.append(s, v) for s, v in zip(d.train, d.valid)], d.test)
-    assert log["valid_ndcg@10"] > 0.97 and rec.metrics(rank)["ndcg@10"].mean() > 0.9
+    """Guards: shifted targets, a table that is not trained, scores of the wrong position: any of
+    them ends near chance (.3)."""
+    data = ring()
+    model, log = quick(data, epochs=30, width=32, lr=1e-2, dropout=0.1)
+    known = [np.append(s, v) for s, v in zip(data.train, data.valid, strict=True)]
+    rank = rec.ranks(rec.scorer(model), known, data.test)
+    assert log["valid_ndcg@10"] > 0.97
+    assert rec.metrics(rank)["ndcg@10"].mean() > 0.9
 
 
 def test_features_count_in_the_history_and_in_the_ranking_and_are_trained():
-    """Guards: features that are stored but reach only one side, or a projection that never gets a gradient."""
-    d, features = ring(), torch.randn(13, 4)
-    model, _ = quick(d, features)
+    """Guards: features that are stored but reach only one side, or a projection that never gets a
+    gradient."""
+    inputs = rec.Inputs(features_of(12))
+    model, _ = quick(ring(), inputs)
     torch.manual_seed(0)
-    assert not torch.equal(model.project.weight, rec.SASRec(12, features, width=16, blocks=1).project.weight)
+    fresh = rec.SASRec(12, inputs, width=16)
+    assert not torch.equal(model.project.weight, fresh.project.weight)
     histories = [np.array([5]), np.array([1])]
     before = rec.scorer(model)(histories)
     model.features[5] += 1
     change = (rec.scorer(model)(histories) - before).abs()
-    assert change[0].min() > 0, "item 5 in the history moves every score"
-    assert change[1, 5] > 0 and change[1, [i for i in range(13) if i != 5]].max() == 0, "as a candidate only its own"
+    # in the history item 5 moves every item's score, as a candidate its own alone
+    assert change[0, 1:].min() > 0
+    assert torch.nonzero(change[1]).flatten().tolist() == [5]
 
 
 def test_same_seed_same_model_bit_for_bit_and_another_seed_differs():
-    """Guards: initial weights, order or dropout drawn outside the seed, or from whatever ran before."""
-    d, features = ring(), torch.randn(13, 4)
-    a, _ = quick(d, features, seed=5)
-    torch.rand(7), np.random.rand(7)                                           # somebody else draws
-    assert same(a, quick(d, features, seed=5)[0]) and not same(a, quick(d, features, seed=6)[0])
+    """Guards: initial weights, order or dropout drawn outside the seed, or from whatever ran
+    before."""
+    data, inputs = ring(), rec.Inputs(features_of(12))
+    first, _ = quick(data, inputs, seed=5)
+    # somebody else draws
+    torch.rand(7)
+    np.random.rand(7)
+    again, _ = quick(data, inputs, seed=5)
+    other, _ = quick(data, inputs, seed=6)
+    assert_same_weights(first, again)
+    assert not torch.equal(first.item.weight, other.item.weight)
 
 
 def test_few_users_still_make_eight_steps_an_epoch(steps):
-    """Guards: a batch as large as the data, two steps an epoch and an early stop before anything is learnt."""
-    quick(ring(n_users=400), epochs=1, batch=256)
+    """Guards: a batch as large as the data, two steps an epoch and an early stop before anything
+    is learnt."""
+    quick(ring(n_users=400), epochs=1, batch=10_000)
     assert len(steps) == 8
 
 
 def test_the_best_epoch_is_given_back_and_training_stops_early(monkeypatch):
     """Guards: the last epoch's weights under the best epoch's figure; patience that never ends."""
-    monkeypatch.setattr(rec, "LEAST_STEPS", 0), monkeypatch.setattr(rec, "EVERY", 1)
-    d = ring()
-
-    def run(values, **kw):
-        values = iter(values)
-        monkeypatch.setattr(rec, "metrics", lambda rank: {"ndcg@10": np.array([next(values)])})
-        return quick(d, **kw)
-    stopped, log = run([.2, .5, .1, .1, .1, .1, .1, .1], epochs=8, patience=2)
-    assert log == {"epochs": 4, "best_epoch": 2, "valid_ndcg@10": .5}
-    assert same(stopped, run([.2, .5], epochs=2)[0]) and not same(stopped, run([.2, .5, .6], epochs=3)[0])
-
-
-@pytest.mark.parametrize("n_users, steps", [(32, 8), (100, 25)])
-def test_no_early_stop_before_the_least_steps(monkeypatch, n_users, steps):
-    """Guards: a run that stops in the dip with which long features start, before the rise behind it; a least number of
-    epochs instead of steps, which small data (eight steps an epoch) is through with before the rise."""
+    monkeypatch.setattr(rec, "MIN_STEPS", 0)
     monkeypatch.setattr(rec, "EVERY", 1)
-    d, least = ring(n_users=n_users), int(np.ceil(rec.LEAST_STEPS / steps))
+
+    def run(values, **changes):
+        stub_validation(monkeypatch, values)
+        return quick(ring(), **changes)
+
+    stopped, log = run([0.2, 0.5, *[0.1] * 6], epochs=8, patience=2)
+    assert log == {"epochs": 4, "best_epoch": 2, "valid_ndcg@10": 0.5}
+    two, _ = run([0.2, 0.5], epochs=2)
+    three, _ = run([0.2, 0.5, 0.6], epochs=3)
+    assert_same_weights(stopped, two)
+    assert not torch.equal(stopped.item.weight, three.item.weight)
+    assert not stopped.training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_users, steps_an_epoch", [(32, 8), (100, 25)])
+def test_no_early_stop_before_the_least_steps(monkeypatch, n_users, steps_an_epoch):
+    """Guards: a run that stops in the dip with which large features start, before the rise behind
+    it; a least number of epochs instead of steps, which small data (eight steps an epoch) is
+    through with before the rise."""
+    monkeypatch.setattr(rec, "EVERY", 1)
+    data, least = ring(n_users=n_users), math.ceil(rec.MIN_STEPS / steps_an_epoch)
 
     def run(values):
-        values = iter(values)
-        monkeypatch.setattr(rec, "metrics", lambda rank: {"ndcg@10": np.array([next(values)])})
-        return quick(d, epochs=60, patience=2)[1]
-    dip = [.3] + [.1] * (least - 3)
-    assert run([*dip, .5, *[.1] * 9])["best_epoch"] == least - 1
-    assert run([*dip, *[.1] * 10]) == {"epochs": least, "best_epoch": 1, "valid_ndcg@10": .3}
+        stub_validation(monkeypatch, values)
+        _, log = quick(data, epochs=60, patience=2)
+        return log
+
+    dip = [0.3] + [0.1] * (least - 3)
+    assert run([*dip, 0.5, *[0.1] * 9])["best_epoch"] == least - 1
+    assert run([*dip, *[0.1] * 10]) == {"epochs": least, "best_epoch": 1, "valid_ndcg@10": 0.3}
 
 
-def test_validation_is_looked_at_every_second_epoch_and_after_the_last(monkeypatch):
+@pytest.mark.parametrize("epochs, expected", [(1, 1), (2, 1), (5, 3)])
+def test_validation_is_looked_at_every_second_epoch_and_after_the_last(
+    monkeypatch, epochs, expected
+):
+    """Guards: a last epoch that nobody looks at, so that its weights can never be the best."""
     looks, real = [], rec.metrics
-    monkeypatch.setattr(rec, "metrics", lambda rank: looks.append(1) or real(rank))
-    assert [(looks.clear(), quick(ring(), epochs=n), len(looks))[2] for n in (1, 2, 5)] == [1, 1, 3]
+
+    def metrics(rank):
+        looks.append(rank)
+        return real(rank)
+
+    monkeypatch.setattr(rec, "metrics", metrics)
+    quick(ring(), epochs=epochs)
+    assert len(looks) == expected
 
 
-def variant(name, d):
-    """What SASRec is given, as train's arguments."""
-    return {"id": {}, "features": {"features": torch.randn(13, 40, generator=torch.Generator().manual_seed(1))},
-            "lane": {"start": torch.randn(13, 16, generator=torch.Generator().manual_seed(2)),
-                     "preferences": told(len(d.train)) | {"since": torch.tensor([[2, 4]] * len(d.train))}}}[name]
+def test_validation_sees_the_average_of_the_weights(monkeypatch, steps):
+    """Guards: an average that is kept but never used, or one that forgets everything but the last
+    step."""
+    seen, real = [], rec.scorer
+
+    def scorer(model, device="cpu"):
+        seen.append(next(model.parameters()).detach().clone())
+        return real(model, device)
+
+    monkeypatch.setattr(rec, "scorer", scorer)
+    kept, _ = quick(ring(), epochs=1, batch=24)  # 8 steps; the average reaches back as far
+    weights = torch.stack(steps)
+    assert len(steps) == 8
+    assert torch.equal(next(kept.parameters()), seen[0])
+    assert not torch.equal(seen[0], weights[-1])
+    assert (seen[0] >= weights.amin(0) - 1e-6).all()
+    assert (seen[0] <= weights.amax(0) + 1e-6).all()
 
 
-@pytest.mark.parametrize("name", ["id", "features", "lane"])
-def test_a_run_killed_after_any_epoch_ends_as_if_it_had_not_been(name, steps):
-    """Guards: Adam's moments, the average, its age, the best epoch so far or a random number that is not what it would have been;
-    epochs trained twice or left out; features that are stored with every state."""
-    d, states = ring(), []
-    given = variant(name, d) | {"epochs": 5, "lr": 3e-4}               # so slow that validation rises at every look
-    whole, log = quick(d, **given, save=lambda state: states.append(through_disk(state)))
-    an_epoch = len(steps) // 5
-    assert [state["epoch"] for state in states] == [1, 2, 3, 4, 5] and an_epoch == 12 and [state["over"] for state in states] == [False] * 4 + [True]
-    buffers = {key for key, _ in whole.named_buffers()}
-    assert not any(key.removeprefix("module.") in buffers for weights in states[0]["weights"] for key in weights)
-    for k, state in enumerate(states, 1):
-        later = []
-        steps.clear()
-        model, again = quick(d, **given, state=state, save=lambda state: later.append(through_disk(state)))
-        assert same(model, whole) and again == log and not model.training
-        assert len(steps) == (5 - k) * an_epoch and equal(later, states[k:])
-    assert [state["best_epoch"] for state in states] == [0, 2, 2, 4, 5] and len(states[0]["optimizer"]["state"]) == len(list(whole.parameters()))
+def test_the_average_reaches_back_about_an_epoch(monkeypatch):
+    """Guards: an average over the whole run or over a step."""
+    averages = []
+
+    class Spy(AveragedModel):
+        def __init__(self, model, avg_fn):
+            super().__init__(model, avg_fn=avg_fn)
+            averages.append(avg_fn)
+
+    monkeypatch.setattr(rec, "AveragedModel", Spy)
+    quick(ring(n_users=24, length=8), epochs=1, batch=16)
+    samples = 24 * 7
+    zero, one = torch.zeros(1), torch.ones(1)
+    assert averages[0](zero, one, 10**6).item() == pytest.approx(16 / samples, abs=1e-6)
+    assert averages[0](zero, one, 0).item() == pytest.approx(0.9)
 
 
-def test_a_run_that_early_stopping_ended_trains_no_further(monkeypatch, steps):
-    """Guards: a finished run that goes on when it is resumed; patience that starts anew; the last epoch's weights for the best one's."""
-    monkeypatch.setattr(rec, "LEAST_STEPS", 0)
-    d, states = ring(), []
-    how = variant("features", d) | {"epochs": 60, "patience": 2, "lr": 3e-4}
-    whole, log = quick(d, **how, save=lambda state: states.append(through_disk(state)))
-    assert 2 < log["best_epoch"] == log["epochs"] - 2 == len(states) - 2 < 20 and states[-1]["over"] and not states[-2]["over"]
-    for k in (log["best_epoch"] - 1, log["best_epoch"], log["epochs"] - 1, log["epochs"]):
-        steps.clear()
-        model, again = quick(d, **how, state=states[k - 1])
-        assert same(model, whole) and again == log and len(steps) == 12 * (log["epochs"] - k)
+def test_batches_are_made_by_the_length_that_the_model_sees(monkeypatch):
+    """Guards: batches sorted by the length of a whole history, which the model cuts at MAX_LEN."""
+    seen, real = [], rec.batches
+
+    def batches(lengths, batch, rng):
+        seen.append(lengths.tolist())
+        return real(lengths, batch, rng)
+
+    monkeypatch.setattr(rec, "batches", batches)
+    data = ring(n_users=24, length=8)
+    data.train[0] = np.tile(data.train[0], 10)
+    quick(data, epochs=1)
+    expected = []
+    for sequence in data.train:
+        expected += [min(t, rec.MAX_LEN) for t in range(1, len(sequence))]
+    assert seen == [expected]
+
+
+def test_batches_visit_every_sample_once_and_pad_little():
+    """Guards: samples left out or trained twice; batches sorted by length, short ones first."""
+    lengths = np.random.default_rng(1).integers(2, 51, 1000)
+    found = list(rec.batches(lengths, 32, np.random.default_rng(0)))
+    assert sorted(np.concatenate(found)) == list(range(1000))
+    assert max(map(len, found)) == 32
+    padded = sum(len(rows) * lengths[rows].max() for rows in found)
+    assert padded < 1.2 * lengths.sum()
+    means = [lengths[rows].mean() for rows in found[:16]]
+    assert means != sorted(means)
+    other = list(rec.batches(lengths, 32, np.random.default_rng(1)))
+    assert not np.array_equal(found[0], other[0])
 
 
 def test_every_epoch_draws_its_own_numbers_from_seed_and_epoch(monkeypatch):
-    """Guards: the same batches in every epoch or for every seed; dropout that goes on from whatever ran before; all of it after a kill."""
-    drawn, real = [], rec.batches
+    """Guards: the same batches in every epoch or for every seed; dropout that goes on from
+    whatever ran before."""
+    orders, torch_seeds, real = [], [], rec.batches
 
-    def spy(lengths, batch, rng):
+    def batches(lengths, batch, rng):
         rows = list(real(lengths, batch, rng))
-        drawn.append((torch.initial_seed(), np.concatenate(rows).tolist()))
+        orders.append(np.concatenate(rows).tolist())
+        torch_seeds.append(torch.initial_seed())
         return rows
-    monkeypatch.setattr(rec, "batches", spy)
-    states = []
-    quick(ring(), epochs=2, seed=1, save=lambda state: states.append(through_disk(state)))
+
+    monkeypatch.setattr(rec, "batches", batches)
+    quick(ring(), epochs=2, seed=1)
     quick(ring(), epochs=2, seed=2)
-    assert all(len({str(x) for x in part}) == 4 for part in zip(*drawn)), "two seeds, two epochs: four orders, four seeds of dropout"
+    # two seeds, two epochs
+    assert len(set(map(str, orders))) == 4
+    assert len(set(torch_seeds)) == 4
     torch.manual_seed(99)
-    quick(ring(), epochs=2, seed=1, state=states[0])
-    assert drawn[4] == drawn[1] and len(drawn) == 5
-
-
-def test_a_state_in_memory_is_not_trained_on(steps):
-    """Guards: an optimizer that goes on in the tensors of the state it was given: the second run from there would be another."""
-    states = []
-    quick(ring(), lr=3e-4, save=lambda state: states.append(through_disk(state)))
-    before = through_disk(states[0])
-    steps.clear()
-    a, b = (quick(ring(), lr=3e-4, state=states[0])[0] for _ in range(2))
-    assert len(steps) == 2 * 2 * 12 and same(a, b) and equal(states[0], before)
+    quick(ring(), epochs=2, seed=1)
+    assert orders[4:] == orders[:2]
+    assert torch_seeds[4:] == torch_seeds[:2]
 
 
 def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
-    """Guards: the epoch chosen on test. train() has no way to see it, run_arm looks at data.test only after train()
-    has returned, and other test items leave the model and its validation figures bit for bit as they were."""
-    assert not [p for p in inspect.signature(rec.train).parameters if "test" in p]
+    """Guards: the epoch chosen on test. `train` is given no test items, `fit_arm` looks at them
+    only after `train` has returned, and other test items leave the model and its validation
+    figures bit for bit as they were."""
+    trained, real = [], rec.train
 
     class Sealed(SimpleNamespace):
-        trained = False
-        test = property(lambda self: self.answers if self.trained else pytest.fail("test read before training ended"))
+        @property
+        def test(self):
+            assert trained, "test items read before training ended"
+            return self.answers
+
+    def train(data, *args):
+        result = real(data, *args)
+        trained.append(data)
+        return result
 
     def run(answers):
-        d = ring()
-        sealed = Sealed(n_items=d.n_items, train=d.train, valid=d.valid, answers=answers)
-        monkeypatch.setattr(rec, "train", lambda *a, **k: (train(*a, **k), setattr(sealed, "trained", True))[0])
-        return rec.together([rec.run_arm("id", sealed, {}, {}, epochs=2)])
-    train, d = rec.train, ring()
-    others = np.array([next(i for i in range(1, 13) if i not in (*s, v, t)) for s, v, t in zip(d.train, d.valid, d.test)])
-    a, b = run(d.test), run(others)
-    assert a["entry"]["valid"] == b["entry"]["valid"] and (a["ranks"] != b["ranks"]).any()
-    assert a["model"] and all(torch.equal(v, b["model"][k]) for k, v in a["model"].items())
+        trained.clear()
+        fields = {name: value for name, value in vars(ring()).items() if name != "test"}
+        data = Sealed(**fields, answers=answers)
+        return rec.fit_arm("id", data, rec.Inputs(), config(epochs=2), 0)
+
+    assert not any("test" in name for name in inspect.signature(real).parameters)
+    assert not any("test" in field.name for field in dataclasses.fields(rec.TrainConfig))
+    monkeypatch.setattr(rec, "train", train)
+    data, others = ring(), []
+    for sequence, valid, test in zip(data.train, data.valid, data.test, strict=True):
+        free = set(range(1, 13)) - {*sequence.tolist(), int(valid), int(test)}
+        others.append(min(free))
+    first, second = run(data.test), run(np.array(others))
+    assert first["row"]["valid"] == second["row"]["valid"]
+    assert not torch.equal(first["ranks"], second["ranks"])
+    assert first["model"]
+    assert_same_weights(first["model"], second["model"])
 
 
-# --------------------------------------------------------------------------------------------------- the baselines
-TOY = [np.array(s) for s in ([1, 2, 3], [1, 2, 4], [3, 2, 4], [1, 5])]       # counts 0, 3, 3, 2, 2, 1
+# ---------------------------------------------------------------------------------- the baselines
+def toy():
+    """Four short sequences over items 1..6; counts 3, 3, 2, 2, 1, 0."""
+    train = [np.array(s) for s in ([1, 2, 3], [1, 2, 4], [3, 2, 4], [1, 5])]
+    return SimpleNamespace(n_items=6, train=train, counts=np.array([0, 3, 3, 2, 2, 1, 0]))
 
 
 def test_popularity_by_hand():
     """Guards: counts of padding, of valid or of distinct users only."""
-    assert rec.popularity(6, TOY)([TOY[0], TOY[3]]).tolist() == [[0, 3, 3, 2, 2, 1, 0]] * 2
+    data = toy()
+    scores = rec.popularity(data)([data.train[0], data.train[3]])
+    assert scores.tolist() == [[0, 3, 3, 2, 2, 1, 0]] * 2
 
 
 def test_markov_by_hand():
-    """Guards: reversed transitions, popularity that outweighs a transition, state kept from one user to the next."""
-    score = rec.markov(6, TOY)
-    after_2, after_6, after_2_again = score([np.array([5, 2]), np.array([6]), np.array([2])])
-    assert torch.equal(after_2, after_2_again)
-    assert after_2.argsort(descending=True)[:2].tolist() == [4, 3], "2 -> 4 twice, 2 -> 3 once"
-    assert after_2[3] > after_2[[1, 2]].max() and after_2[1] == after_2[2]
-    assert torch.equal(after_6.argsort(descending=True, stable=True)[:5], torch.tensor([1, 2, 3, 4, 5])), "popularity fills"
-    assert after_6.max() < 1 and after_6[1] == after_6[2] > after_6[3] == after_6[4] > after_6[5] > after_6[6] == 0
+    """Guards: reversed transitions, popularity that outweighs a transition, state kept from one
+    user to the next."""
+    after_2, after_6, again = rec.markov(toy())([np.array(s) for s in ([5, 2], [6], [2])])
+    assert torch.equal(after_2, again)
+    # 2 -> 4 twice, 2 -> 3 once, then popularity
+    assert after_2.argsort(descending=True)[:2].tolist() == [4, 3]
+    assert after_2[3] > after_2[1]
+    assert after_2[1] == after_2[2]
+    # nothing follows 6: popularity alone
+    assert after_6.argsort(descending=True, stable=True)[:5].tolist() == [1, 2, 3, 4, 5]
+    assert after_6.max() < 1
+    assert after_6[6] == 0
 
 
-# ------------------------------------------------------------------------------------- intervals, audit and slices
-def test_paired_bootstrap():
-    """Guards: unpaired resampling (an interval as wide as the users differ), seeds taken for users, unseeded draws."""
+def test_markov_equals_a_count_of_transitions():
+    """Guards: a transition counted once where it came twice, popularity of the wrong scale."""
     rng = np.random.default_rng(0)
-    users = rng.random((3, 400))
-    noise = rng.normal(0, .05, (3, 400))
-    delta, (low, high) = rec.paired_bootstrap(users, users)
-    assert delta == low == high == 0
-    delta, (low, high) = rec.paired_bootstrap(users + noise - noise.mean(), users)
-    assert low < 0 < high and abs(delta) < 1e-9
-    delta, (low, high) = rec.paired_bootstrap(users + .02 + noise - noise.mean(), users)
-    assert 0 < low < delta < high and abs(delta - .02) < 1e-9
-    spread = noise.mean(0).std() / 20                                          # standard error of 400 users' means
-    assert 3.4 < (high - low) / spread < 4.5, "95 % are 3.92 standard errors of the paired, seed-averaged differences"
-    assert rec.paired_bootstrap(users + noise, users) == rec.paired_bootstrap(users + noise, users)
-    assert rec.paired_bootstrap(users + noise, users, seed=1) != rec.paired_bootstrap(users + noise, users)
+    train = [rng.integers(1, 9, rng.integers(1, 12)) for _ in range(60)]
+    counts = Counter(int(i) for sequence in train for i in sequence)
+    pairs = Counter()
+    for sequence in train:
+        for before, after in zip(sequence[:-1], sequence[1:], strict=True):
+            pairs[int(before), int(after)] += 1
+    data = SimpleNamespace(n_items=9, train=train, counts=np.array([counts[i] for i in range(10)]))
+    scores = rec.markov(data)([np.array([4, last]) for last in range(1, 10)])
+    most = max(counts.values())
+    for last in range(1, 10):
+        for item in range(10):
+            expected = pairs[last, item] + counts[item] / (most + 1)
+            assert scores[last - 1, item].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("baseline", [rec.popularity, rec.markov])
+def test_baselines_do_not_keep_what_ranking_masks(baseline):
+    """Guards: items seen by one user that are masked for the next one too."""
+    data = toy()
+    score = baseline(data)
+    before = score(data.train)
+    rec.ranks(score, data.train, [6, 6, 6, 6])
+    assert torch.equal(score(data.train), before)
+
+
+# ------------------------------------------------------------------- intervals, audit and slices
+@pytest.fixture(scope="module")
+def differences():
+    """(seeds, users) values and differences of mean zero."""
+    rng = np.random.default_rng(0)
+    values = rng.random((3, 400))
+    # mostly the users', the same with every seed: three seeds are not three times the users
+    noise = rng.normal(0, 0.05, 400) + rng.normal(0, 0.02, (3, 400))
+    return values, noise - noise.mean()
+
+
+def test_the_bootstrap_of_equal_values_is_zero(differences):
+    """Guards: unpaired resampling, an interval as wide as the users differ."""
+    values, _ = differences
+    assert rec.paired_bootstrap(values, values) == (0, [0, 0])
+
+
+def test_the_bootstrap_tells_a_difference_from_none(differences):
+    """Guards: a - b the wrong way round, an interval that does not hold its own mean."""
+    values, noise = differences
+    delta, (low, high) = rec.paired_bootstrap(values + noise, values)
+    assert abs(delta) < 1e-9
+    assert low < 0 < high
+    delta, (low, high) = rec.paired_bootstrap(values + 0.02 + noise, values)
+    assert delta == pytest.approx(0.02)
+    assert 0 < low < delta < high
+
+
+def test_the_bootstrap_equals_a_second_implementation(differences):
+    """Guards: seeds taken for users, a percentile of the wrong side: against resampling by
+    multinomial counts, and against 3.92 standard errors."""
+    values, noise = differences
+    _, (low, high) = rec.paired_bootstrap(values + noise, values)
+    per_user, n = noise.mean(0), noise.shape[1]
+    drawn = np.random.default_rng(5).multinomial(n, np.full(n, 1 / n), size=4000)
+    means = np.sort(drawn @ per_user / n)
+    width = high - low
+    assert low == pytest.approx(means[100], abs=0.07 * width)
+    assert high == pytest.approx(means[-101], abs=0.07 * width)
+    assert width == pytest.approx(3.92 * per_user.std() / n**0.5, rel=0.1)
+
+
+def test_the_bootstrap_is_drawn_by_its_seed(differences):
+    """Guards: draws that change from one report to the next."""
+    values, noise = differences
+    first = rec.paired_bootstrap(values + noise, values)
+    assert rec.paired_bootstrap(values + noise, values) == first
+    assert rec.paired_bootstrap(values + noise, values, seed=1) != first
+
+
+@pytest.mark.slow
+def test_nineteen_of_twenty_intervals_hold_the_truth():
+    """Guards: an interval that is honest about its width but not about its place."""
+    held = 0
+    for seed in range(400):
+        skewed = np.random.default_rng(seed).exponential(1.0, (1, 150))
+        _, (low, high) = rec.paired_bootstrap(skewed, np.zeros((1, 150)), draws=600, seed=seed)
+        held += low < 1 < high
+    # .95 less what 150 skewed users cost, and three standard errors of 400 repeats
+    assert 0.89 < held / 400 < 0.985
 
 
 def test_compare_pairs_the_arms_that_ran():
     """Guards: a - b the wrong way round, arms that did not run, the number of seeds."""
-    r = {"curec": np.ones((2, 50), dtype=int), "content": np.full((2, 50), 2)}
-    (row,) = rec.compare(r, [("curec", "content"), ("curec", "oracle")])
-    assert (row["a"], row["b"], row["metric"], row["seeds"]) == ("curec", "content", "ndcg@10", 2)
-    assert row["delta"] == pytest.approx(1 - 1 / np.log2(3)) and row["ci95"] == pytest.approx([row["delta"]] * 2)
+    ranks = {"curec": np.ones((2, 50), dtype=int), "content": np.full((2, 50), 2)}
+    (row,) = rec.compare(ranks)
+    delta = 1 - 1 / np.log2(3)
+    assert row == {
+        "a": "curec",
+        "b": "content",
+        "metric": "ndcg@10",
+        "seeds": 2,
+        "delta": pytest.approx(delta),
+        "ci95": pytest.approx([delta, delta]),
+    }
+
+
+def entries_of(**values):
+    """Of metrics.json: two seeds' test NDCG@10 an arm."""
+    return {arm: {"test": {"ndcg@10": value}} for arm, value in values.items()}
 
 
 def test_headroom_by_hand():
     """Guards: shares of the wrong difference; an arm without reasons that recovers something."""
-    arms = {a: {"test": {"ndcg@10": v}} for a, v in {"id": [.01, .01], "content": [.05, .07], "curec": [.08, .10], "oracle": [.10, .10]}.items()}
-    assert rec.headroom(arms) == {"headroom": {"ndcg@10": pytest.approx(.04), "recovered": {"curec": pytest.approx(.75)}}}
-    for oracle in (.06, .05):                                                      # no room, or less than none: no share of it
-        arms["oracle"]["test"]["ndcg@10"] = [oracle] * 2
-        assert rec.headroom(arms)["headroom"]["recovered"] == {}
-    del arms["oracle"]
-    assert rec.headroom(arms) == {}, "what was not measured is absent"
+    entries = entries_of(
+        id=[0.01, 0.01], content=[0.05, 0.07], curec=[0.08, 0.10], oracle=[0.10, 0.10]
+    )
+    found = rec.headroom(entries)["headroom"]
+    assert found["ndcg@10"] == pytest.approx(0.04)
+    assert found["recovered"] == {"curec": pytest.approx(0.75)}
+
+
+@pytest.mark.parametrize("oracle", [0.06, 0.05])
+def test_where_there_is_no_room_nothing_recovers_a_share_of_it(oracle):
+    """Guards: a division by nothing, or by less than nothing."""
+    entries = entries_of(content=[0.05, 0.07], curec=[0.08, 0.10], oracle=[oracle, oracle])
+    assert rec.headroom(entries)["headroom"]["recovered"] == {}
+
+
+@pytest.mark.parametrize("missing", ["oracle", "content"])
+def test_a_headroom_that_was_not_measured_is_absent(missing):
+    """Guards: a headroom of zero in the report of a run without an oracle."""
+    entries = entries_of(content=[0.05], curec=[0.08], oracle=[0.1])
+    del entries[missing]
+    assert rec.headroom(entries) == {}
+
+
+def gini(shown):
+    """Mean absolute difference of all pairs over twice the mean."""
+    pairs = [abs(a - b) for a in shown for b in shown]
+    return sum(pairs) / len(shown) ** 2 / (2 * sum(shown) / len(shown))
 
 
 def test_audit_by_hand():
     """Guards: padding counted as an item, Gini of the wrong sign, popularity ranks off by one."""
-    train = [np.array([1, 2, 3, 4])] * 2 + [np.array([1, 2]), np.array([1])]   # popularity ranks 1, 2, 3, 4
-    equal = rec.audit(np.array([[1, 2], [3, 4]]), 4, train)
-    assert equal == {"coverage@10": 1.0, "gini@10": pytest.approx(0), "mean_popularity_rank@10": 2.5}
-    one = rec.audit(np.array([[1], [1]]), 4, train)
-    assert one == {"coverage@10": .25, "gini@10": pytest.approx(.75), "mean_popularity_rank@10": 1.0}
-    uneven = rec.audit(np.array([[1, 2], [1, 3]]), 4, train)                    # exposures 2, 1, 1, 0
-    pairs = sum(abs(a - b) for a in (2, 1, 1, 0) for b in (2, 1, 1, 0)) / (2 * 4 * 4)
-    assert uneven["gini@10"] == pytest.approx(pairs / 1.0) and uneven["mean_popularity_rank@10"] == 1.75
+    counts = np.array([0, 4, 3, 2, 1])  # popularity ranks 1, 2, 3, 4
+    equal = rec.popularity_audit(np.array([[1, 2], [3, 4]]), counts)
+    assert equal["coverage@10"] == 1
+    assert equal["gini@10"] == pytest.approx(0)
+    assert equal["mean_popularity_rank@10"] == 2.5
+    one = rec.popularity_audit(np.array([[1, 0], [1, 0]]), counts)
+    assert one["coverage@10"] == 0.25
+    assert one["gini@10"] == pytest.approx(0.75)
+    assert one["mean_popularity_rank@10"] == 1
+    uneven = rec.popularity_audit(np.array([[1, 2], [1, 3]]), counts)
+    assert uneven["gini@10"] == pytest.approx(gini([2, 1, 1, 0]))
+    assert uneven["mean_popularity_rank@10"] == 1.75
+
+
+def test_gini_equals_the_mean_difference_of_all_pairs():
+    """Guards: a formula for sorted exposures that is used on unsorted ones."""
+    rng = np.random.default_rng(0)
+    top = np.minimum(rng.geometric(0.2, (50, 10)), 25)
+    found = rec.popularity_audit(top, rng.permutation(26))
+    shown = [int((top == item).sum()) for item in range(1, 26)]
+    assert found["gini@10"] == pytest.approx(gini(shown))
+    assert found["coverage@10"] == np.mean([n > 0 for n in shown])
 
 
 def test_slices_by_hand():
-    """Guards: counting valid or test choices as train; 'later' measured against the wrong event of the user."""
-    train, times, test = [[1, 2], [2, 3], [4, 1]], [[1, 5, 6, 7], [2, 8, 9, 10], [1, 2, 3, 4]], np.array([3, 4, 2])
-    d = SimpleNamespace(n_items=4, train=[np.array(s) for s in train], times=[np.array(t) for t in times], test=test,
-                        counts=np.array([0, 6, 9, 5, 6]))
-    s = rec.slices_of(d)
-    assert s["train<=5"].tolist() == [True, False, False]
-    # item 3 was chosen in train at 8, after user 0's test event at 7; item 4 at 1, before 10; item 2 at 5, after 4
-    assert s["no_later_train"].tolist() == [False, True, False]
+    """Guards: counting valid or test choices as train; 'later' measured against the wrong event of
+    the user."""
+    data = SimpleNamespace(
+        n_items=4,
+        train=[np.array(s) for s in ([1, 2], [2, 3], [4, 1], [1, 2])],
+        times=[np.array(t) for t in ([1, 5, 6, 7], [2, 8, 9, 10], [1, 2, 3, 4], [0, 1, 2, 8])],
+        test=np.array([3, 4, 2, 3]),
+        counts=np.array([0, 6, 9, 5, 6]),
+    )
+    slices = rec.user_slices(data)
+    assert slices["train<=5"].tolist() == [True, False, False, True]
+    # item 3 was chosen in train at 8, after user 0's test event at 7; item 4 at 1, before 10;
+    # item 2 at 5, after 4; item 3 at 8, which is no later than 8
+    assert slices["no_later_train"].tolist() == [False, True, False, True]
 
 
-def test_run_arm_reports_each_seed_and_slice():
-    """Guards: seeds overwritten by one another, slices averaged over all users."""
-    d = ring()
-    keep = np.arange(len(d.train)) < 5
-    fits = [rec.run_arm("id", d, {}, {"first": keep, "nobody": keep & False}, seed=k, epochs=2) for k in (7, 8)]
-    ranks_, entry, model = rec.together(fits).values()
-    assert all(torch.equal(v, fits[0]["model"][k]) for k, v in model.items()) and not torch.equal(model["pos.weight"], fits[1]["model"]["pos.weight"])
-    assert ranks_.shape == (2, len(d.train)) and entry["seeds"] == [7, 8] and "item.weight" in model
-    per_user = [rec.metrics(r) for r in ranks_.numpy()]
-    for m in per_user[0]:
-        assert entry["test"][m] == pytest.approx([p[m].mean() for p in per_user])
-        assert entry["slices"]["first"][m] == pytest.approx([p[m][keep].mean() for p in per_user])
-    assert list(entry["slices"]) == ["first"], "a slice without users is absent, not zero"
-    once = rec.together([rec.run_arm("markov", d, {}, {})])
-    assert once["ranks"].shape[0] == 1 == len(once["entry"]["seeds"]) and once["entry"]["test"]["ndcg@10"][0] > .99 and not once["model"]
-    assert entry["train_s"] > 0 and entry["rank_ms_per_user"] > 0 and 0 <= entry["audit"]["gini@10"] <= 1
+# ------------------------------------------------------------------------------------------- arms
+def test_arms_compare_themselves_with_arms_that_exist_and_read_texts_that_exist():
+    """Guards: a misspelt name in a row of ARMS, whose comparison then never appears."""
+    for name, arm in rec.ARMS.items():
+        assert set(arm.against) <= set(rec.ARMS) - {name}, name
+        assert set(arm.texts) <= set(rec.TEXTS), name
+        assert set(arm.methods.split()) <= set(rec.METHODS), name
+        assert arm.preferences in ("", "own", "shuffled"), name
 
 
-def test_batches_visit_every_user_once_and_pad_little():
-    lengths = np.random.default_rng(1).integers(2, 51, 1000)
-    seen = list(rec.batches(lengths, 32, np.random.default_rng(0)))
-    assert sorted(np.concatenate(seen)) == list(range(1000)) and max(map(len, seen)) == 32
-    padded = sum(len(rows) * lengths[rows].max() for rows in seen)
-    assert padded < 1.2 * lengths.sum(), "batches of similar length pad less than a fifth"
-    means = [lengths[rows].mean() for rows in seen[:16]]
-    assert means != sorted(means), "short and long batches come in random order"
-    again = list(rec.batches(lengths, 32, np.random.default_rng(1)))
-    assert not np.array_equal(seen[0], again[0]), "another seed, another order"
+def test_only_arms_that_add_reasons_to_content_recover_headroom():
+    """Guards: an arm that is no content + reasons, and yet has a share of oracle - content."""
+    reasons = {name for name, arm in rec.ARMS.items() if set(arm.texts) & set(rec.REASON_TEXTS)}
+    recovering = {name for name, arm in rec.ARMS.items() if arm.recovers}
+    assert recovering == reasons
+    for name in recovering:
+        assert rec.ARMS[name].texts[0] == "item", name
+        assert rec.ARMS[name].ids, name
 
 
-def test_states_and_table_have_fixed_lengths(small_model):
-    """Guards: a popular item that wins by the length of its vector; a temperature that reaches one side only."""
-    table = small_model.table()
-    assert torch.allclose(table[1:].norm(dim=1), torch.ones(len(table) - 1), atol=1e-5)
-    states = small_model(torch.tensor([[1, 2, 3]]), table)
-    assert torch.allclose(states.norm(dim=-1), (1 / small_model.log_tau.exp()).expand(1), atol=1e-4)
+@pytest.mark.parametrize("recovers", [False, True])
+def test_a_new_arm_is_one_row_of_the_table(monkeypatch, recovers):
+    """Guards: an arm that has to be named in more than one place; one that slips into the
+    recovered headroom without saying so."""
+    row = rec.Arm(("item",), ("content", "id", "oracle"), ids=False, recovers=recovers)
+    monkeypatch.setitem(rec.ARMS, "features-only", row)
+    ranks = {
+        "content": np.full((2, 50), 2),
+        "features-only": np.full((2, 50), 1),
+        "id": np.full((2, 50), 3),
+    }
+    pairs = [(found["a"], found["b"]) for found in rec.compare(ranks)]
+    assert pairs == [("content", "id"), ("features-only", "content"), ("features-only", "id")]
+    entries = entries_of(content=[0.1], oracle=[0.3], curec=[0.2])
+    entries |= {"features-only": {"test": {"ndcg@10": [0.25]}}}
+    recovered = rec.headroom(entries)["headroom"]["recovered"]
+    assert recovered["curec"] == pytest.approx(0.5)
+    assert ("features-only" in recovered) == recovers
+    if recovers:
+        assert recovered["features-only"] == pytest.approx(0.75)
 
 
-def test_the_local_convolution_looks_back_exactly_its_length():
-    """Guards: an offset of one in the causal padding."""
-    block = rec.Block(8, 2, 0.0).eval()
-    with torch.no_grad():
-        block.qkv.weight.zero_(), block.down.weight.zero_(), block.local.copy_(torch.randn(rec.LOCAL, 8))
-    x = torch.randn(1, 9, 8)
-    moved = x.clone()
-    moved[0, 3] += torch.randn(8)
-    changed = (block(x) - block(moved)).abs().amax(-1)[0] > 1e-6
-    assert changed.tolist() == [3 <= t < 3 + rec.LOCAL for t in range(9)]
+def test_a_new_arm_is_trained_and_tested_as_its_row_says(monkeypatch):
+    """Guards: a new arm without IDs that gets ID embeddings all the same; a baseline of one's own
+    that is not asked."""
+    data = ring()
+
+    def backwards(data):
+        def score(sequences, users=None):
+            scores = torch.zeros(len(sequences), data.n_items + 1)
+            for row, sequence in zip(scores, sequences, strict=True):
+                row[(int(sequence[-1]) - 2) % data.n_items + 1] = 1
+            return scores
+
+        return score
+
+    monkeypatch.setitem(rec.ARMS, "backwards", rec.Arm(baseline=backwards))
+    fit = rec.fit_arm("backwards", data, rec.Inputs(), config(), 0)
+    assert fit["row"]["test"]["hr@5"] == 0
+    assert fit["model"] == {}
+    monkeypatch.setitem(rec.ARMS, "features-only", rec.Arm(("item",), ids=False))
+    inputs = rec.Inputs(torch.eye(13), ids=False)
+    fit = rec.fit_arm("features-only", data, inputs, config(epochs=30, lr=1e-2), 0)
+    assert fit["model"]["item.weight"].abs().max() == 0
+    assert fit["row"]["test"]["ndcg@10"] > 0.7
 
 
-def test_validation_sees_the_average_of_the_weights(monkeypatch):
-    """Guards: an average that is kept but never used, or one that forgets everything but the last step."""
-    steps, real, seen = [], rec.scorer, []
-    step = torch.optim.AdamW.step
+def test_fit_arm_measures_test_and_valid_after_what_is_known_of_a_user():
+    """Guards: the valid item left out of the history that ranks test, or left in that for valid."""
+    data, asked = ring(), []
 
-    def spy_step(self, *args, **settings):
-        step(self, *args, **settings)
-        steps.append(self.param_groups[0]["params"][0].detach().clone())
-    monkeypatch.setattr(torch.optim.AdamW, "step", spy_step)
-    monkeypatch.setattr(rec, "scorer", lambda model, device="cpu": seen.append(model.log_tau.detach().clone()) or real(model, device))
-    kept, _ = quick(ring(), epochs=1, batch=24)                                  # 8 steps; the average reaches back as far
-    weights = torch.stack(steps)
-    assert torch.equal(kept.log_tau, seen[0]), "what validation saw is what is given back"
-    assert len(steps) == 8 and not torch.equal(seen[0], steps[-1])
-    assert ((weights.amin(0) - 1e-6 <= seen[0]) & (seen[0] <= weights.amax(0) + 1e-6)).all()
+    def score(sequences, users):
+        asked.append([s.tolist() for s in sequences])
+        return torch.rand(len(sequences), data.n_items + 1)
+
+    rec.fit_arm("knowledge", data, None, config(), 0, score)
+    train = [s.tolist() for s in data.train]
+    with_valid = [[*s, int(v)] for s, v in zip(train, data.valid, strict=True)]
+    # test, valid, lists
+    assert asked == [with_valid, train, with_valid]
 
 
-def test_the_average_reaches_back_about_an_epoch_and_batches_hold_histories_of_similar_length(monkeypatch):
-    """Guards: an average over the whole run or over a step; batches sorted by anything but the length the model sees."""
-    told, batches = {}, rec.batches
-    monkeypatch.setattr(rec, "AveragedModel", lambda model, avg_fn: told.update(mean=avg_fn) or AveragedModel(model, avg_fn=avg_fn))
-    monkeypatch.setattr(rec, "batches", lambda lengths, *rest: told.update(lengths=lengths) or batches(lengths, *rest))
-    d = ring(n_users=24, length=8)
-    d.train[0] = np.tile(d.train[0], 10)
-    quick(d, epochs=1, batch=16)
-    steps = len(told["lengths"]) / 16
-    assert told["mean"](torch.zeros(1), torch.ones(1), 10 ** 6).item() == pytest.approx(1 / steps, abs=1e-6)
-    assert told["mean"](torch.zeros(1), torch.ones(1), 0).item() == pytest.approx(0.9)
-    assert told["lengths"].tolist() == [min(t, rec.MAX_LEN) for s in d.train for t in range(1, len(s))]
+def test_fit_arm_reports_each_slice(monkeypatch):
+    """Guards: slices averaged over all users, a slice without users as zeros."""
+    data = ring()
+    first = np.arange(len(data.train)) < 5
+
+    def user_slices(data):
+        return {"first": first, "nobody": np.zeros(len(data.train), bool)}
+
+    monkeypatch.setattr(rec, "user_slices", user_slices)
+    fit = rec.fit_arm("id", data, rec.Inputs(), config(epochs=2), 7)
+    per_user = rec.metrics(fit["ranks"].numpy())
+    assert list(fit["row"]["slices"]) == ["first"]
+    for name, values in per_user.items():
+        assert fit["row"]["test"][name] == pytest.approx(values.mean())
+        assert fit["row"]["slices"]["first"][name] == pytest.approx(values[first].mean())
+    assert fit["ranks"].shape == (len(data.train),)
+    assert "item.weight" in fit["model"]
 
 
-def test_inputs_are_item_vectors_of_length_sqrt_width_plus_positions_from_the_last_item():
-    """Guards: item vectors drowned by the positions, or a position counted from the first item or from the padding."""
-    model, ids = rec.SASRec(5, width=8, blocks=0).eval(), torch.tensor([[3, 1, 4], [2, 5, 0]])
-    table = model.table()
-    block, seen = rec.Block(8, 2, 0.0), []
-    block.forward = lambda x, last: seen.append(x) or x[:, -1]
-    model.blocks.append(block)
-    model(ids, table)
-    expected = table[ids] * 8 ** .5 + model.pos.weight[torch.tensor([[2, 1, 0], [1, 0, 0]])]
-    assert torch.allclose(seen[0], expected, atol=1e-5)
+def test_an_arms_entry_has_a_value_a_seed():
+    """Guards: seeds overwritten by one another, the cost of one seed for that of all."""
+    data, fits = ring(), []
+    for seed in (7, 8):
+        fits.append(rec.fit_arm("id", data, rec.Inputs(), config(epochs=2), seed))
+    rows, entry = [fit["row"] for fit in fits], rec.arm_entry(fits)
+    assert entry["seeds"] == [7, 8]
+    assert entry["test"]["ndcg@10"] == [row["test"]["ndcg@10"] for row in rows]
+    assert entry["valid"]["mrr"] == [row["valid"]["mrr"] for row in rows]
+    assert entry["train_s"] == pytest.approx(rows[0]["train_s"] + rows[1]["train_s"])
+    assert entry["rank_ms_per_user"] > 0
+    gini_of_each = [row["audit"]["gini@10"] for row in rows]
+    assert entry["audit"]["gini@10"] == pytest.approx(np.mean(gini_of_each))
+    assert not torch.equal(fits[0]["model"]["pos.weight"], fits[1]["model"]["pos.weight"])
 
 
-def test_features_lose_projected_dimensions_to_dropout_and_convolutions_start_at_nothing():
-    """Guards: dropout of raw features (a dense product for every step, and worse on Beauty); noise of a random filter."""
-    model = rec.SASRec(400, torch.randn(401, 16), dropout=.3).train()
-    with torch.no_grad():
-        model.item.weight.zero_()
-    assert (model.table()[1:] == 0).float().mean().item() == pytest.approx(.3, abs=.02)
-    assert all((b.local == 0).all() for b in model.blocks)
+def test_a_baseline_needs_no_training():
+    """Guards: a SASRec under the name of a baseline."""
+    fit = rec.fit_arm("markov", ring(), rec.Inputs(), config(), 0)
+    entry = rec.arm_entry([fit])
+    assert fit["model"] == {}
+    assert entry["seeds"] == [0]
+    assert entry["test"]["ndcg@10"][0] > 0.99
 
 
-def test_projected_features_start_at_their_length(monkeypatch):
-    """Guards: features so short that the ID vectors, which learn faster, leave them nothing to say."""
-    for length in (.2, 3.):
-        monkeypatch.setattr(rec, "LENGTH", length)
-        model = rec.SASRec(400, F.normalize(torch.randn(401, 32), dim=-1))
-        assert model.project(model.features).norm(dim=-1).mean().item() == pytest.approx(length, rel=0.2)
+def test_a_fit_is_kept_on_disk_as_plain_tensors_and_figures():
+    """Guards: a fit that a resumed run could not load without trusting the file."""
+    fit = rec.fit_arm("id", ring(), rec.Inputs(features_of(12)), config(epochs=1), 0)
+    file = io.BytesIO()
+    torch.save(fit, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=True)
+    assert again["row"] == fit["row"]
+    assert torch.equal(again["ranks"], fit["ranks"])
+    assert_same_weights(again["model"], fit["model"])
 
 
-def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch, tmp_path):
-    """Guards: workers that draw other random numbers, show bars on top of one another or cannot save their states; an arm that forgets how far
-    it was or how long it took; a pool for a run that is too small for it. (So few items need one thread only.)"""
+# ------------------------------------------------------------------------------- worker processes
+def test_small_runs_and_cuda_need_no_worker_processes(monkeypatch):
+    """Guards: a pool for a run that is too small for it, or several processes on one GPU."""
     monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
-    assert isinstance(rec.workers("cpu", 5), ThreadPoolExecutor) and isinstance(rec.workers("cuda", 99), ThreadPoolExecutor)
-    assert rec.BARS["disable"] is None, "this process shows bars on a terminal"
-    found, kept, arm = [], [], ("id", ring(), {}, {})
-    for fits in (6, 1):
-        whole, rest = (Keeper(tmp_path / f"{fits}-{part}") for part in ("whole", "rest"))
-        with rec.workers("cpu", fits) as pool:
-            assert pool.submit(worker_shows_bars).result() == (fits == 1)
-            found.append(pool.submit(rec.run_arm, *arm, SimpleNamespace(state=None, seconds=0.0, save=whole.save), seed=1, epochs=3).result())
-            units = SimpleNamespace(state=whole.states()[0], seconds=1e6, save=rest.save)
-            found.append(pool.submit(rec.run_arm, *arm, units, seed=1, epochs=3).result())
-        kept.append(whole.states())
-        assert [state["epoch"] for state in kept[-1]] == [1, 2, 3] and equal(rest.states(), kept[-1][1:])
-    assert equal(*kept) and [fit["row"]["train_s"] > 1e6 for fit in found] == [False, True] * 2
-    assert all(torch.equal(fit["ranks"], found[0]["ranks"]) and equal(dict(fit["model"]), dict(found[0]["model"])) for fit in found)
-    assert rec.BARS["disable"] is None
+    for device, fits in (("cpu", 5), ("cuda", 99)):
+        with rec.workers(device, fits) as pool:
+            assert isinstance(pool, ThreadPoolExecutor)
 
 
-@pytest.mark.skipif(rec.os.cpu_count() < 2, reason="one CPU: no worker processes")
+def bars_disabled():
+    """What a training tells its progress bar: None shows one on a terminal only."""
+    told, real = [], rec.tqdm
+
+    def tqdm(*args, disable, **settings):
+        told.append(disable)
+        return real(*args, disable=True, **settings)
+
+    rec.tqdm = tqdm
+    quick(ring(), epochs=1)
+    rec.tqdm = real
+    return told
+
+
+def test_bars_are_shown_on_a_terminal_only():
+    """Guards: bars in a log file, or none at all."""
+    assert bars_disabled() == [None]
+
+
+@pytest.mark.slow
+def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch):
+    """Guards: workers that draw other random numbers. (So few items need one thread only.)"""
+    monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
+    job = ("id", ring(), rec.Inputs(features_of(12)), config(), 1)
+    with rec.workers("cpu", 6) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+        assert pool.submit(torch.get_num_threads).result() == 1
+        far = pool.submit(rec.fit_arm, *job).result()
+    near = rec.fit_arm(*job)
+    assert torch.equal(far["ranks"], near["ranks"])
+    assert far["row"]["test"] == near["row"]["test"]
+    assert_same_weights(dict(far["model"]), dict(near["model"]))
+
+
+@pytest.mark.slow
+def test_worker_processes_show_no_bars(monkeypatch):
+    """Guards: the bars of several workers on top of one another on a terminal."""
+    monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
+    with rec.workers("cpu", 6) as pool:
+        assert pool.submit(bars_disabled).result() == [True]
+
+
+PARENT = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+import recommender
+if __name__ == "__main__":
+    recommender.os.cpu_count = lambda: 2
+    pool = recommender.workers("cpu", 6)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(300)
+"""
+
+
+def is_running(process):
+    """Neither gone nor a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc to look at")
 def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
     """Guards: processes left behind by a killed run, each with half a gigabyte."""
-    code = (f"import sys; sys.path.insert(0, {str(Path(rec.__file__).parent)!r})\n"
-            "import recommender, os, time\nif __name__ == '__main__':\n"
-            "    pool = recommender.workers('cpu', 6)\n    print(pool.submit(os.getpid).result(), flush=True)\n    time.sleep(60)")
-    (tmp_path / "parent.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
-    worker = int(parent.stdout.readline())
+    code = tmp_path / "parent.py"
+    code.write_text(PARENT.format(folder=str(Path(rec.__file__).parent)))
+    with subprocess.Popen([sys.executable, code], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
     assert worker != parent.pid
-    parent.kill(), parent.wait()
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{worker}/stat").exists() and Path(f"/proc/{worker}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "the worker is still there"
+    deadline = time.monotonic() + 120
+    while is_running(worker) and time.monotonic() < deadline:
         time.sleep(0.2)
+    assert not is_running(worker)
 
 
-# ------------------------------------------------------------------------------------------------------------- LANE
-def told(users=4, n=12, width=6, seed=0):
-    """Preferences of users at two cuts, after 2 and 4 items: what Alignment takes."""
-    g = torch.Generator().manual_seed(seed)
-    vectors = torch.cat([torch.zeros(1, width), torch.randn(9, width, generator=g)])
-    return {"vectors": vectors, "named": torch.randint(1, 10, (users, 2, 5), generator=g), "since": torch.tensor([[2, 4]] * users)}
+# ------------------------------------------------------------------------------------------- LANE
+def told(n_users=4, size=6):
+    """Preferences of users at two cuts, after 2 and 4 items."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = F.pad(torch.randn(9, size, generator=generator), (0, 0, 1, 0))
+    named = torch.randint(1, 10, (n_users, 2, 5), generator=generator)
+    return rec.Preferences(vectors, named, torch.tensor([[2, 4]] * n_users))
 
 
+def attention_of(m, state, wishes, head):
+    """Shares and outcome of one head (a slice of the width) of an attention layer, by hand."""
+    q_bias, k_bias, v_bias = m.in_proj_bias.chunk(3)
+    q = m.q_proj_weight @ state + q_bias
+    keys = wishes @ m.k_proj_weight.T + k_bias
+    values = wishes @ m.v_proj_weight.T + v_bias
+    width = head.stop - head.start
+    logits = [q[head] @ key[head] / width**0.5 for key in keys]
+    shares = torch.stack(logits).softmax(0)
+    return shares, (shares[:, None] * values[:, head]).sum(0)
+
+
+@torch.no_grad()
 def test_alignment_is_attention_over_the_preferences_by_brute_force():
-    """Guards: keys for values, a scale of the wrong width, weights of another head, a norm before the residual."""
+    """Guards: keys for values, a scale of the wrong width, weights of another head, a norm before
+    the residual."""
     torch.manual_seed(0)
-    layer, states = rec.Alignment(8, **told(), heads=2).eval(), torch.randn(3, 8)
+    layer, states = rec.Alignment(8, told(), heads=2).eval(), torch.randn(3, 8)
+    torch.nn.init.normal_(layer.attention.in_proj_bias)
     known = layer.known([0, 1, 3], [2, 5, 4])
     got, weights = layer(states, known)
-    m, given = layer.attention, layer.vectors[known]                                       # (3, 5, 6)
-    bias = m.in_proj_bias.chunk(3)
     for b in range(3):
-        q, k, v = m.q_proj_weight @ states[b] + bias[0], given[b] @ m.k_proj_weight.T + bias[1], given[b] @ m.v_proj_weight.T + bias[2]
-        heads, shares = [], []
-        for h in (slice(0, 4), slice(4, 8)):
-            share = torch.stack([q[h] @ key[h] / 4 ** 0.5 for key in k]).softmax(0)
-            heads.append(sum(s * value[h] for s, value in zip(share, v))), shares.append(share)
-        x = layer.norm1(states[b] + m.out_proj(torch.cat(heads)))
-        torch.testing.assert_close(got[b], layer.norm2(x + layer.down(F.gelu(layer.up(x)))), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(weights[b], sum(shares) / 2, atol=1e-5, rtol=1e-5)
+        wishes = layer.vectors[known[b]]  # (5, 6)
+        first, low = attention_of(layer.attention, states[b], wishes, slice(0, 4))
+        second, high = attention_of(layer.attention, states[b], wishes, slice(4, 8))
+        found = layer.attention.out_proj(torch.cat([low, high]))
+        x = layer.norm1(states[b] + found)
+        expected = layer.norm2(x + layer.down(F.gelu(layer.up(x))))
+        assert torch.allclose(got[b], expected, atol=1e-5)
+        assert torch.allclose(weights[b], (first + second) / 2, atol=1e-5)
 
 
-def test_a_position_knows_the_latest_cut_before_it_and_no_later_one():
+def test_a_history_knows_the_latest_cut_before_it_and_no_later_one():
     """Guards: preferences that were drawn from what is to be predicted."""
-    given = told()
-    layer = rec.Alignment(8, **given)
+    preferences = told()
+    layer = rec.Alignment(8, preferences)
     known = layer.known([1] * 5, [1, 2, 3, 4, 9])
-    assert (known[0] == 0).all() and torch.equal(known[1:], given["named"][1][[0, 0, 1, 1]])
-    states, m = torch.randn(2, 8), layer.eval().attention
-    torch.nn.init.normal_(m.out_proj.bias)                                                 # without preferences attention adds nothing, not even a bias
+    assert known[0].tolist() == [0] * 5
+    first, second = preferences.named[1]
+    for row, expected in zip(known[1:], (first, first, second, second), strict=True):
+        assert torch.equal(row, expected)
+
+
+@torch.no_grad()
+def test_without_preferences_attention_adds_nothing():
+    """Guards: a bias, or the average of nothing, that is added to a state without preferences."""
+    layer, states = rec.Alignment(8, told()).eval(), torch.randn(2, 8)
+    torch.nn.init.normal_(layer.attention.out_proj.bias)
+    known = torch.zeros(2, 5, dtype=torch.long)
     x = layer.norm1(states)
-    torch.testing.assert_close(layer(states, known[[0, 0]])[0], layer.norm2(x + layer.down(F.gelu(layer.up(x)))))
+    expected = layer.norm2(x + layer.down(F.gelu(layer.up(x))))
+    assert torch.allclose(layer(states, known)[0], expected, atol=1e-6)
 
 
-def test_lane_trains_ranks_and_comes_back_from_its_weights():
-    """Guards: preferences that reach training but not ranking, or another user's; an arm that cannot be looked at later."""
-    d = ring()
-    given = told(len(d.train)) | {"since": torch.tensor([[2, 4]] * len(d.train))}
-    model, _ = quick(d, start=torch.randn(13, 16), preferences=given)
-    assert model.align.up.weight.grad is not None
-    score = rec.scorer(model)
-    histories = d.train[:6]
-    together, apart = score(histories, range(6)), torch.cat([score([h], [u]) for u, h in enumerate(histories)])
-    assert torch.allclose(together, apart, atol=1e-5) and not torch.allclose(together, score(histories, range(6, 12)), atol=1e-3)
-    assert torch.equal(together, rec.scorer(rec.ranker(12, model.state_dict()))(histories, range(6)))
+@pytest.fixture(scope="module")
+def lane():
+    """A trained model of the arm lane, and its data."""
+    data = ring()
+    inputs = rec.Inputs(initial=torch.randn(13, 16), preferences=told(len(data.train)))
+    model, _ = quick(data, inputs)
+    return model, data
 
 
-def test_first_id_vectors_are_those_given_and_train_on():
-    """Guards: a fair baseline that starts at random, or whose titles are frozen."""
-    start = torch.randn(13, 16)
-    assert torch.equal(rec.SASRec(12, start=start, width=16).item.weight[1:], start[1:])
-    assert not torch.equal(quick(ring(), start=start)[0].item.weight[1:], start[1:])
+def test_lane_ranks_each_user_by_their_own_preferences(lane):
+    """Guards: preferences that reach training but not ranking, or another user's."""
+    model, data = lane
+    score, histories = rec.scorer(model), data.train[:6]
+    together = score(histories, range(6))
+    for u, history in enumerate(histories):
+        assert torch.allclose(together[u], score([history], [u])[0], atol=1e-5)
+    assert not torch.allclose(together, score(histories, range(6, 12)), atol=1e-3)
 
 
-# --------------------------------------------------------------------------------------------- recommendation knowledge
-def test_what_an_llm_knows_by_hand():
-    """Guards: a negative the person has chosen, a choice that always stands first, an expected rating of unnormalised shares, errors of train."""
-    d = ring(n_users=60)
-    d.seqs = [np.concatenate([s, [v, t]]) for s, v, t in zip(d.train, d.valid, d.test)]
-    d.titles, d.ratings = [f"t{i}" for i in range(13)], [np.array([1.0] * (len(s) - 2) + [5.0, 4.0]) for s in d.seqs]
-    goals, firsts = {f"{s[:-1]}": s[-1] for s in d.seqs}, []
-
-    def likelihood(pairs):
-        out = []
-        for (history, task, *about), answer in pairs:
-            goal = f"t{goals[history]}"
-            if task == "bpr":
-                firsts.append(about[0].split("; ")[0] == goal)
-            right = answer == goal or (task == "rate" and answer == "4")
-            seen = answer[1:] in re.findall(r"\d+", history) and task != "rate"
-            assert not seen, "a negative that the person has chosen"
-            out.append(-1.0 if right else -3.0)
-        return torch.tensor(out)
-    found = rec.knows(d, lambda history, *task: (f"{history}", *task), likelihood)
-    assert found["ranking_accuracy"] == found["bpr_accuracy"] == 1 and 0.3 < np.mean(firsts[::2]) < 0.7 and firsts[::2] == firsts[1::2]
-    p = np.exp(-3.0 + 2.0 * (np.arange(1, 6) == 4))
-    assert found["rmse"] == pytest.approx(abs(p @ np.arange(1, 6) / p.sum() - 4), abs=1e-5) == found["mae"] and found["rmse_of_mean"] == pytest.approx(3)
-    d.ratings = None
-    assert set(rec.knows(d, lambda history, *task: (f"{history}", *task), likelihood)) == {"ranking_accuracy", "bpr_accuracy"}
+def test_lanes_layer_is_trained(lane):
+    """Guards: a layer that stands beside the loss."""
+    model, data = lane
+    inputs = rec.Inputs(initial=torch.randn(13, 16), preferences=told(len(data.train)))
+    torch.manual_seed(0)  # as `train` does
+    fresh = rec.SASRec(12, inputs, width=16)
+    assert not torch.equal(model.align.up.weight, fresh.align.up.weight)
+    assert model.align.up.weight.grad.abs().max() > 0
+    assert model.align.attention.v_proj_weight.grad.abs().max() > 0
 
 
-def test_items_that_an_arm_did_not_consider_stand_behind_all_others_and_in_no_list():
-    """Guards: a miss that beats something, a list filled up with misses in the order of their numbers."""
-    scores, lists = np.full((1, 31), rec.MISS), []
-    scores[0, [4, 9]] = 2, 1
-    assert rec.ranks(fixed(scores), [np.array([1, 2])], [9], lists=lists).tolist() == [2] and sorted(lists[0][0])[-2:] == [4, 9] and sum(lists[0][0] > 0) == 2
-    assert rec.ranks(fixed(scores), [np.array([1, 2])], [5]).tolist() == [28], "all thirty but the two seen, ties against us"
+def test_lane_comes_back_from_its_weights(lane):
+    """Guards: an arm that cannot be looked at later."""
+    model, data = lane
+    again = rec.from_weights(12, model.state_dict())
+    users = range(len(data.train))
+    expected = rec.scorer(model)(data.train, users)
+    assert torch.equal(rec.scorer(again)(data.train, users), expected)
+    assert not again.training

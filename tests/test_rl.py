@@ -1474,11 +1474,11 @@ def test_gae_equals_its_definition(lam):
 def test_whiten_uses_real_tokens_only():
     """Guards: statistics over padding; a division by zero where all advantages are equal."""
     x = 3 * draws(1)[0] + 2
-    white, real = rl.whiten(spoiled(x), MASK), x[MASK]
+    white, real = rl.standardize(spoiled(x), MASK), x[MASK]
     wanted = (real - real.mean()) / real.std(unbiased=False)
     assert torch.allclose(white[MASK], wanted, atol=1e-5)
     assert not white[~MASK].any()
-    assert torch.isfinite(rl.whiten(torch.ones(5, 7), MASK)).all()
+    assert torch.isfinite(rl.standardize(torch.ones(5, 7), MASK)).all()
 
 
 def clipped(x, low, high):
