@@ -908,13 +908,13 @@ def dry_run(s):
         return
     data = load_data(s)
     drawn = s.ppo_updates * s.ppo_batch
-    prompts = practice_prompts(data, window_cuts(data, s.windows), s.seed).prompts
-    tokens = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in prompts])
+    practice = practice_prompts(data, window_cuts(data, s.windows), s.seed)
+    tokens = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in practice.prompts])
     tiny = 16 * s.tiny_steps * (s.llm == "tiny")
     proposed = 2 * s.windows * s.proposals
     rows = {
         "LLM": (tiny + 32 * s.align_steps, 0),
-        "PPO": (0, drawn + 2 * min(drawn, len(prompts))),
+        "PPO": (0, drawn + 2 * min(drawn, len(practice.train)) + 2 * len(practice.held_out)),
         "reasons": (0, (3 + proposed) * data.n_items),
         "preferences": (0, 2 * len(data.users)),
         "knowledge": (32 * s.knowledge_steps, 2 * len(data.users)),
@@ -957,7 +957,8 @@ def look(s):
     if encoder:
         encode = reward.load_encoder(encoder, run.settings.device)
     else:
-        _, encode = open_llm(run.settings, llm_path(run, data))
+        llm = run.settings.llm
+        _, encode = open_llm(run.settings, run.load("tiny_llm") if llm == "tiny" else llm)
     judge = reward.Judge(data, encode, run.settings.seed)
     judge.load_weights(kept["weights"])
     shown, audience = (people[item] for people in one_shot_people(data, judge.seed))
@@ -997,7 +998,9 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv=None):
     """The settings given; DataError says what is wrong with them."""
     outputs = "report.md (read this), metrics.json, reasons.jsonl, ppo.jsonl, align/, policy/"
-    parser = Parser("curec.py", description=__doc__.partition("\n\n")[0], allow_abbrev=False)
+    parser = Parser(
+        "curec.py", "curec.py [flags]", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+    )
     parser.epilog = f"Outputs in the run folder: {outputs}."
     groups = {}
     for f in fields(Settings):
@@ -1015,8 +1018,9 @@ def parse_args(argv=None):
     looked = {"explain", "item", "run", "score"} & set(given)
     if looked not in (set(), {"explain", "run"}, {"item", "run", "score"}):
         raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
-    if not all(given[name] for name in looked):
-        raise D.DataError(f"--{min(looked)}: may not be empty")
+    for name in sorted(looked):
+        if not given[name]:
+            raise D.DataError(f"--{name}: may not be empty")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
 
@@ -1081,7 +1085,7 @@ def command_line(argv=None):
             text += f" (in stage {run.stage}; what is finished is kept: --resume goes on)"
         if isinstance(e, MemoryError) or "out of memory" in text:
             text += "; less memory: --micro-batch 1, a smaller --llm, --max-new or --limit-items"
-        print(f"curec.py: error: {text}", file=sys.stderr)
+        print(f"curec.py: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
 
 

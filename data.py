@@ -556,7 +556,7 @@ def read_interactions(path, lines, parse, columns):
         except (AttributeError, TypeError, ValueError, OverflowError, csv.Error):
             bad += 1
             first = first or number
-    where = f"{path} (the first: line {first})"
+    where = f"{path} (the first: line {first})" if bad else path
     needed = f"{columns[0]}, {columns[1]} and a {columns[2]} in seconds since 1970"
     if not rows:
         raise DataError(f"{where}: no line has {needed}; is it the right file, in seconds?")
@@ -566,7 +566,9 @@ def read_interactions(path, lines, parse, columns):
 def parse_id(value):
     """A user's or an item's id as text: one line, not empty, at most 200 characters."""
     text = str(value).strip()
-    if type(value) not in (str, int) or not 0 < len(text) <= 200 or not text.isprintable():
+    # U+FFFD: bytes that are no UTF-8, so two ids may look alike
+    readable = text.isprintable() and "\ufffd" not in text
+    if type(value) not in (str, int) or not 0 < len(text) <= 200 or not readable:
         raise ValueError(f"no id: {value!r}")
     return text
 
@@ -649,13 +651,13 @@ def download(path, url):
     """Fetches a file by https: progress, a .part file, read to its checksum, an atomic rename."""
     part = path + ".part"
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
+        with urllib.request.urlopen(url, timeout=20) as source:
             if not source.url.startswith("https://"):
                 raise OSError(f"it leads to {source.url}, which is not https")
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             size = int(source.headers.get("Content-Length") or 0)
-            title = "downloading " + os.path.basename(path)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=title) as bar:
+            bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="downloading " + path)
+            with bar, open(part, "wb") as out:
                 for chunk in iter(lambda: source.read(1 << 20), b""):
                     bar.update(out.write(chunk))
         for _ in read_lines(part):
