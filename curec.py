@@ -111,7 +111,7 @@ def main(run: "Run"):
     data = load_data(s)
     cuts = window_cuts(data, s.windows)
     run.open(data, cuts)
-    llm = encode = preferences = score = None
+    llm = encode = preferences = rank_score = None
     reasons = {}
     lines = []
     if run.announce("LLM"):
@@ -130,10 +130,10 @@ def main(run: "Run"):
     if run.announce("preferences"):
         preferences = ask_preferences(run, data, llm)
     if run.announce("knowledge"):
-        score = teach_knowledge(run, data, llm)
+        rank_score = teach_knowledge(run, data, llm)
     run.announce("arms")
     inputs = arm_inputs(s, data, encode, reasons, preferences)
-    train_and_test_arms(run, data, inputs, score)
+    train_and_test_arms(run, data, inputs, rank_score)
     if reasons and data.truth:
         add_truth(run.metrics, data, judge, reasons, cuts)
     write_report(run, data, lines)
@@ -167,12 +167,26 @@ def llm_path(run, data):
     """Name or path of the LLM; the tiny one is trained from scratch on this data set's own texts
     and prompts, and cached by what it depends on."""
     s = run.settings
-    steps = run.settings.tiny_steps
     if s.llm != "tiny":
         return s.llm
     path = run.load("tiny_llm")
     if path and os.path.exists(path):
         return path
+    lessons = tiny_lessons(s, data)
+    # 8: raise it when the training changes
+    digest = hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
+    path = os.path.abspath(f"cache/tiny-{data.name}-{digest}")
+    if not os.path.exists(path):
+        texts = [D.item_text(item) for item in data.items[1:]]
+        config = rl.TinyConfig(lowercase=s.dataset != "demo", device=s.device)
+        rl.train_tiny(path, texts, lessons, D.TAGS, config, s.seed, run.checkpoint())
+    return run.save(path)
+
+
+def tiny_lessons(s, data):
+    """What the tiny LLM is trained on, one after the other: (name, (prompt, answer) pairs, steps).
+    LANE's answers are among all prompts: a model trained from scratch must learn their form."""
+    steps = s.tiny_steps
     rng = np.random.default_rng([s.seed, 41])
     spelling = []
     # no more samples than the steps can see
@@ -186,14 +200,7 @@ def llm_path(run, data):
             spelling.append((D.reason_prompt(data, i, "", ()), " ".join(data.phrases[i])))
         lessons = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
         lessons.append(("all prompts", every, 0.45))
-    lessons = [(name, part, round(share * steps)) for name, part, share in lessons if part]
-    digest = hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
-    path = os.path.abspath(f"cache/tiny-{data.name}-{digest}")
-    if not os.path.exists(path):
-        texts = [D.item_text(item) for item in data.items[1:]]
-        config = rl.TinyConfig(lowercase=s.dataset != "demo", device=s.device)
-        rl.train_tiny(path, texts, lessons, D.TAGS, config, s.seed, run.checkpoint())
-    return run.save(path)
+    return [(name, part, round(share * steps)) for name, part, share in lessons if part]
 
 
 def open_llm(s, path):
@@ -245,7 +252,8 @@ def fit_reward_model(run, data, encode) -> reward.Judge:
 
 
 class Practice(NamedTuple):
-    """PPO's prompts: a list each, and the numbers of the rows to train and to test on."""
+    """PPO's prompts: a list each, and the numbers of the rows to train and to test on. (Held out
+    from PPO; the judge may know these items.)"""
 
     items: list
     prompts: list
@@ -290,7 +298,7 @@ def reinforce(run, data, llm, judge, cuts):
         raise D.DataError(f"{data.name}: no item has people to judge its reasons; take more data")
     rl.add_policy(llm[0])
 
-    def rewards(texts, rows) -> reward.Rewards:
+    def rewards_of(texts, rows) -> reward.Rewards:
         columns = (practice.items, practice.shown, practice.audience)
         items, shown, audience = ([column[k] for k in rows] for column in columns)
         return reward.rewards(judge, items, texts, shown, audience, period)
@@ -300,11 +308,11 @@ def reinforce(run, data, llm, judge, cuts):
         if kept is None:
             prompts = [practice.prompts[k] for k in rows]
             texts = ask(llm, adapter, prompts, sampling(s), name)
-            kept = run.save(torch.from_numpy(rewards(texts, rows).total))
+            kept = run.save(torch.from_numpy(rewards_of(texts, rows).total))
         return kept
 
-    def score(texts, rows):
-        found = rewards(texts, train[rows])
+    def centred_reward(texts, rows):
+        found = rewards_of(texts, train[rows])
         logged = {"grounded": float(found.grounded.mean())}
         logged["format_ok"] = float(found.format_ok.mean())
         return torch.from_numpy(found.total) - reference[rows], logged
@@ -319,7 +327,7 @@ def reinforce(run, data, llm, judge, cuts):
         config = rl.PPOConfig(s.ppo_updates, **sizes, epochs=1, lr=s.ppo_lr, seed=s.seed)
         config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
         prompts = [practice.prompts[k] for k in train]
-        log = rl.ppo(*llm, prompts, score, config, run.checkpoint())
+        log = rl.ppo(*llm, prompts, centred_reward, config, run.checkpoint())
         rl.save_adapter(llm[0], s.out, "policy")
         run.save(log)
     rl.restore_adapter(llm[0], s.out, "policy")
@@ -385,8 +393,8 @@ def correction_windows(data, cuts, seed):
 
 
 def propose(s, llm, prompts, seed, name):
-    """An answer a prompt, at temperature 1, for the audience to choose from; every third by
-    `align`, whose guesses PPO has not narrowed down."""
+    """An answer a prompt, at temperature 1, for the audience to choose from; every third prompt's
+    by `align`, whose guesses PPO has not narrowed down."""
     hot = replace(sampling(s), temperature=1.0, seed=seed)
     answers = [""] * len(prompts)
     by_policy = [k for k in range(len(prompts)) if k % 3]
@@ -635,9 +643,9 @@ def item_texts(s, data, reasons, kind):
     return texts
 
 
-def train_and_test_arms(run, data, inputs, score):
-    """Trains every arm with every seed and fills the metrics arms, comparisons and headroom. score:
-    of the arm `knowledge`, which is no SASRec."""
+def train_and_test_arms(run, data, inputs, rank_score):
+    """Trains every arm with every seed and fills the metrics arms, comparisons and headroom.
+    rank_score: of the arm `knowledge`, which is no SASRec."""
     s = run.settings
     ranks = {}
     jobs = {}
@@ -655,12 +663,12 @@ def train_and_test_arms(run, data, inputs, score):
             for seed in [seed for name, seed in jobs if name == arm]:
                 fit = run.load(f"arm-{arm}.{seed}", "downstream")
                 if fit is None and arm == "knowledge":
-                    fit = run.save(recommender.fit_arm(arm, data, None, config, seed, score))
+                    fit = run.save(recommender.fit_arm(arm, data, None, config, seed, rank_score))
                 fits.append(fit or run.save(jobs[arm, seed].result()))
             ranks[arm] = torch.stack([fit["ranks"] for fit in fits]).numpy()
             run.metrics["arms"][arm] = entry = recommender.arm_entry(fits)
             print(f"  {arm:10s} test NDCG@10 {np.mean(entry['test']['ndcg@10']):.4f}")
-    if score:
+    if rank_score:
         run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
     run.metrics["comparisons"] = recommender.compare(ranks)
     run.metrics |= recommender.headroom(run.metrics["arms"])

@@ -304,7 +304,9 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Mixture:
-    """What alignment samples are made of."""
+    """What alignment samples are made of. A reason's target is weak, as in "<think> most shared
+    grip and calm </think> <reason> people choose it for grip and shade </reason>": the thought
+    counts what the users shown had in common, the reason may name any phrases of the item."""
 
     reason_share: float = 0.5  # the others are tasks
     people: int = PEOPLE  # most users shown to a reason

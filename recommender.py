@@ -305,7 +305,8 @@ def markov(data):
 def masked_scores(score, sequences, batch=0):
     """Yields (slice of users, scores (B, n_items + 1)) with what cannot be recommended, padding and
     the items of the user's sequence, at -inf. batch: users at once; 0 chooses."""
-    batch = batch or SCORES_AT_ONCE // (max(int(s.max()) for s in sequences) + 1) + 16
+    largest = max(int(s.max()) for s in sequences)  # about the size of the catalogue
+    batch = batch or SCORES_AT_ONCE // (largest + 1) + 16
     for start in range(0, len(sequences), batch):
         part = sequences[start : start + batch]
         scores = score(part, range(start, start + len(part)))
@@ -416,7 +417,9 @@ ARMS = {
         ("item", "curec"), ("content", "placebo", "rl", "bestof"), methods="curec", recovers=True
     ),
     "lane-placebo": Arm(titles=True, preferences="shuffled", methods="lane"),
-    "lane": Arm((), ("id", "text-init", "lane-placebo"), "lane", titles=True, preferences="own"),
+    "lane": Arm(
+        against=("id", "text-init", "lane-placebo"), methods="lane", titles=True, preferences="own"
+    ),
     "knowledge": Arm(against=("id", "markov"), methods="knowledge", one_seed=True),
     "oracle": Arm(("item", "truth"), ("content",), methods="curec"),
 }

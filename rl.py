@@ -154,9 +154,10 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
 
 
 def set_mode(model, training):
-    """Training or evaluation mode, with the 4-bit layers always in training mode: one that runs
-    once without it repacks its weight, on some CPUs, for a kernel without autograd, and stays so.
-    LoRA gradients are then silently wrong by 90 %. The layers have no other use for the flag."""
+    """Training or evaluation mode, but for the 4-bit layers, which stay in training mode. On some
+    CPUs a 4-bit layer that runs in evaluation mode repacks its weight for a kernel that has no
+    autograd, for good: from then on LoRA gradients are silently wrong by 90 %. Such a layer has no
+    other use for the flag."""
     from bitsandbytes.nn import Linear4bit
 
     model.train(training)
@@ -601,7 +602,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         set_mode(model, training=True)
         rollout = Rollout(old_logp, old_values, standardize(advantages, mask), returns)
         steps = update_policy(model, head, optimizer, rollout, minibatches, rng, config)
-        # 6. log, adapt beta
+        # 6. log, adapt beta by at most 2 %
         row = {"update": update, "beta": beta, "score": scores.mean().item()}
         row |= {"reward": raw.mean().item(), "reward_std": raw.std().item()}
         row |= {"kl": kl.sum(1).mean().item(), "eos_rate": finished.float().mean().item()}
@@ -678,6 +679,7 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
             # Counter.update adds up
             step.update(stats | {"loss": loss.item()})
         step["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        # a step that would do harm: not finite, or ratios out of all proportion
         step["skipped"] = not np.isfinite(step["loss"] + step["grad_norm"]) or step["ratio"] > 10
         # far from the rollout's policy its answers say little
         too_far = step["approx_kl"] > config.kl_stop
@@ -710,8 +712,9 @@ def update_stats(steps, rollout, mask):
 @torch.no_grad()
 def encode(model, tokenizer, texts, budget=32_768):
     """Text embeddings (len(texts), D) on the CPU, of the base model: token means of its input
-    embeddings + 0.3 of its last hidden states, each of norm 1. First and last layer (Su et al.
-    2021, arXiv 2103.15316) keep the words that the last has traded for its guess of the next."""
+    embeddings + 0.3 (chosen on the demo) of its last hidden states, each of norm 1. The last layer
+    guesses the next word, the first one still holds the word itself (Su et al. 2021, arXiv
+    2103.15316)."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     device = next(model.parameters()).device
     rows = []
