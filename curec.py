@@ -866,7 +866,8 @@ def write_report(run, data, lines):
             notes.append(f"{name}: {figures(m[name])}")
     if s.quick:
         notes.append("**Quick run: these figures mean nothing.**")
-    parts = [f"# CURec on {data.name}: {figures(m['dataset'])}", "\n".join(f"- {n}" for n in notes)]
+    sizes = {name: value for name, value in m["dataset"].items() if name != "name"}
+    parts = [f"# CURec on {data.name}: {figures(sizes)}", "\n".join(f"- {n}" for n in notes)]
     for heading, table in tables(m).items():
         parts.append(f"## {heading}\n\n{table}")
     print("", *parts[2:], notes[-1], f"report: {run.folder / 'report.md'}", sep="\n\n")
