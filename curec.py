@@ -418,8 +418,7 @@ def accept(judge, window: Window, current, proposals, margin):
     entries = []
     for k in range(len(window.items)):
         mine = range(k * K, (k + 1) * K)
-        # a malformed current answer pays for it
-        before = old.by_audience[k] - float(old.format_penalty[k])
+        before = old.audience_values(k)
         best = mine[np.argmax(new.total[mine])]
         accepted = is_accepted(new, best, new.by_audience[best] - before, old.grounded[k], margin)
         answers.append(proposals[best] if accepted else current[k])
@@ -441,7 +440,7 @@ def false_accepts(judge, new: reward.Rewards, old: reward.Rewards, margin):
     number = 0
     for k in range(n_items):
         mine = range(k * K, (k + 1) * K)
-        before = old.by_audience[k] - float(old.format_penalty[k])
+        before = old.audience_values(k)
         signs = rng.choice([-1.0, 1.0], len(before))
         gains = {j: new.by_audience[j] - before for j in mine}
         moves = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]

@@ -292,6 +292,11 @@ class Rewards:
     audience_weight: np.ndarray
     by_audience: list  # of M arrays: the lift of each user of the audience
 
+    def audience_values(self, k):
+        """What each user of the audience gives a current answer: its lift less the format
+        penalty, so that a malformed one does not outlive a sound one that is liked less."""
+        return self.by_audience[k] - float(self.format_penalty[k])
+
 
 def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     """R of decoded answers about these items, by formula and penalties: what PPO, correction, its
