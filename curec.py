@@ -25,6 +25,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -188,19 +189,19 @@ def tiny_lessons(s, data):
     LANE's answers are among all prompts: a model trained from scratch must learn their form."""
     steps = s.tiny_steps
     rng = np.random.default_rng([s.seed, 41])
-    spelling = []
     # no more samples than the steps can see
     short = D.alignment_samples(data, min(10_000, 10 * steps), rng, D.Mixture(1.0, people=1))
     every = D.alignment_samples(data, min(20_000, 20 * steps), rng, D.Mixture(1.0))
     every += D.lane_samples(data, min(3000, 3 * steps), rng)
-    lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
+    parts = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
     if s.dataset != "demo":
         # the words of a real catalogue first
+        spelling = []
         for i in range(1, data.n_items + 1):
             spelling.append((D.reason_prompt(data, i, "", ()), " ".join(data.phrases[i])))
-        lessons = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
-        lessons.append(("all prompts", every, 0.45))
-    return [(name, part, round(share * steps)) for name, part, share in lessons if part]
+        parts = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
+        parts.append(("all prompts", every, 0.45))
+    return [(name, samples, round(share * steps)) for name, samples, share in parts]
 
 
 def open_llm(s, path):
@@ -251,74 +252,70 @@ def fit_reward_model(run, data, encode) -> reward.Judge:
     return judge
 
 
-class Practice(NamedTuple):
-    """PPO's prompts: a list each, and the numbers of the rows to train and to test on. (Held out
-    from PPO; the judge may know these items.)"""
+class Question(NamedTuple):
+    """A prompt about an item, and the event numbers of those who judge its answers."""
 
-    items: list
-    prompts: list
-    shown: list
-    audience: list
-    train: np.ndarray
-    held_out: np.ndarray
+    item: int
+    prompt: str
+    shown: np.ndarray
+    audience: np.ndarray
 
 
-def practice_prompts(data, cuts, seed) -> Practice:
-    """For every item a one-shot prompt (all train choosers, no reason yet) and one as in correction
-    (choosers of one window, a random reason). A tenth of the items is held out; prompts that show
-    nobody are in neither set: there is nothing to judge their answers by."""
+def practice_questions(data, cuts, seed):
+    """PPO's questions, (to train on, held out: all about a tenth of the items; the judge may know
+    them). About every item one question as in one-shot reasons (all train choosers, no reason yet)
+    and one as in correction (choosers of one window, a random reason); those that show nobody are
+    left out: there is nothing to judge their answers by."""
     rng = np.random.default_rng([seed, 47])
     # others than those whose reasons are compared later
     shown, audience = one_shot_people(data, seed + 1)
-    rows = []
+    questions = []
     for i in range(1, data.n_items + 1):
-        w = int(rng.integers(len(cuts) - 1))
+        w = rng.integers(len(cuts) - 1)
         times = data.events["time"][data.events_by_item[i]]
         in_window = data.events_by_item[i][(times >= cuts[w]) & (times < cuts[w + 1])]
         few, others = split_people(in_window, rng)
         current = D.random_reason(data, i, rng)
-        rows.append((i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
-        rows.append((i, D.reason_prompt(data, i, current, few), few, others))
-    columns = [list(column) for column in zip(*rows, strict=True)]
+        questions.append(Question(i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
+        questions.append(Question(i, D.reason_prompt(data, i, current, few), few, others))
     held_items = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
-    judged = rng.permutation([k for k, row in enumerate(rows) if len(row[2])])
-    held = np.isin(columns[0], held_items)[judged]
-    return Practice(*columns, judged[~held], judged[held])
+    train = []
+    held_out = []
+    for k in rng.permutation([k for k, q in enumerate(questions) if len(q.shown)]):
+        part = held_out if questions[k].item in held_items else train
+        part.append(questions[k])
+    return train, held_out
 
 
 def reinforce(run, data, llm, judge, cuts):
     """PPO on the adapter `policy`. The score of an answer is its reward less the mean
     reward of two answers of `align` to the same prompt."""
     s = run.settings
-    period = (cuts[0], cuts[-1])
-    practice = practice_prompts(data, cuts, s.seed)
-    train = practice.train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
-    held = practice.held_out if len(practice.held_out) else train
-    if not len(train):
-        raise D.DataError(f"{data.name}: no item has people to judge its reasons; take more data")
+    train, held_out = practice_questions(data, cuts, s.seed)
+    train = train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
+    held_out = held_out or train
     rl.add_policy(llm[0])
 
-    def rewards_of(texts, rows) -> reward.Rewards:
-        columns = (practice.items, practice.shown, practice.audience)
-        items, shown, audience = ([column[k] for k in rows] for column in columns)
-        return reward.rewards(judge, items, texts, shown, audience, period)
+    def rewards_of(questions, texts) -> reward.Rewards:
+        items, _, shown, audience = zip(*questions, strict=True)
+        return reward.rewards(judge, items, texts, shown, audience, (cuts[0], cuts[-1]))
 
-    def sample(stage, adapter, rows, name):
+    def sampled_rewards(stage, adapter, questions, name):
         kept = run.load(stage, "ppo")
         if kept is None:
-            prompts = [practice.prompts[k] for k in rows]
-            texts = ask(llm, adapter, prompts, sampling(s), name)
-            kept = run.save(torch.from_numpy(rewards_of(texts, rows).total))
+            texts = ask(llm, adapter, [q.prompt for q in questions], sampling(s), name)
+            kept = run.save(torch.from_numpy(rewards_of(questions, texts).total))
         return kept
 
     def centred_reward(texts, rows):
-        found = rewards_of(texts, train[rows])
+        found = rewards_of([train[k] for k in rows], texts)
         logged = {"grounded": float(found.grounded.mean())}
         logged["format_ok"] = float(found.format_ok.mean())
         return torch.from_numpy(found.total) - reference[rows], logged
 
-    before = sample("before", "align", held, "held-out prompts before PPO")
-    reference = sample("reference", "align", np.repeat(train, 2), "reference: two answers a prompt")
+    before = sampled_rewards("before", "align", held_out, "held-out prompts before PPO")
+    twice = [q for q in train for _ in range(2)]
+    reference = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
     reference = reference.view(-1, 2).mean(1)
     log = run.load("ppo", "ppo")
     if log is None:
@@ -326,12 +323,12 @@ def reinforce(run, data, llm, judge, cuts):
         # one epoch: fresh answers beat reused ones at this size
         config = rl.PPOConfig(s.ppo_updates, **sizes, epochs=1, lr=s.ppo_lr, seed=s.seed)
         config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
-        prompts = [practice.prompts[k] for k in train]
+        prompts = [q.prompt for q in train]
         log = rl.ppo(*llm, prompts, centred_reward, config, run.checkpoint())
         rl.save_adapter(llm[0], s.out, "policy")
         run.save(log)
     rl.restore_adapter(llm[0], s.out, "policy")
-    after = sample("after", "policy", held, "held-out prompts after PPO")
+    after = sampled_rewards("after", "policy", held_out, "held-out prompts after PPO")
     change = {"reward_before": before.mean().item(), "reward_after": after.mean().item()}
     run.metrics["ppo"] = change | {"kl": log[-1]["kl"], "updates": len(log)}
 
@@ -397,12 +394,11 @@ def propose(s, llm, prompts, seed, name):
     by `align`, whose guesses PPO has not narrowed down."""
     hot = replace(sampling(s), temperature=1.0, seed=seed)
     answers = [""] * len(prompts)
-    by_policy = [k for k in range(len(prompts)) if k % 3]
-    for adapter, rows in (("align", range(0, len(prompts), 3)), ("policy", by_policy)):
-        asked = [prompts[k] for k in rows]
-        texts = ask(llm, adapter, asked, hot, f"{name}, by {adapter}")
-        for k, text in zip(rows, texts, strict=True):
-            answers[k] = text
+    answers[::3] = ask(llm, "align", prompts[::3], hot, f"{name}, by align")
+    rows = [k for k in range(len(prompts)) if k % 3]
+    texts = ask(llm, "policy", [prompts[k] for k in rows], hot, f"{name}, by policy")
+    for k, text in zip(rows, texts, strict=True):
+        answers[k] = text
     return answers
 
 
@@ -410,49 +406,45 @@ def accept(judge, window: Window, current, proposals, margin):
     """For each item of a window the proposal of highest reward, and whether it replaces the current
     answer. proposals: K answers an item, item by item. Returns (answers from now on, an entry of
     the timeline each, a row of metrics.json)."""
+    data = judge.data
     people = (window.shown, window.audience, window.period)
     new = reward.rewards(judge, window.items, proposals, *people)
     old = reward.rewards(judge, window.items, current, *people)
-    K = len(proposals) // len(window.items)
+    rng = np.random.default_rng([judge.seed, 37, len(window.items)])
     answers = []
     entries = []
-    for k in range(len(window.items)):
-        mine = range(k * K, (k + 1) * K)
-        before = old.audience_values(k)
-        best = mine[np.argmax(new.total[mine])]
-        accepted = is_accepted(new, best, new.by_audience[best] - before, old.grounded[k], margin)
+    lucky = 0
+    for k, (item, shown) in enumerate(zip(window.items, window.shown, strict=True)):
+        judges = len(window.audience[k])
+        best, accepted = choose(new, old, k, np.ones(judges), margin)
         answers.append(proposals[best] if accepted else current[k])
-        entry = timeline_entry(judge.data, window, k, proposals[best])
-        entry["reward_before"] = float(before.mean())
-        entry["reward_after"] = float(new.by_audience[best].mean())
-        entries.append(entry | {"accepted": accepted})
-    lucky = false_accepts(judge, new, old, margin)
+        entry = {
+            "window_end": window.period[1],
+            "people": [data.users[u] for u in data.events["user"][shown]],
+            "judges": judges,
+            "shared": D.shared_phrases(data, item, shown)[:3],
+            "proposal": D.parse_answer(proposals[best])[0],
+            "reward_before": float(old.audience_values(k).mean()),
+            "reward_after": float(new.by_audience[best].mean()),
+            "accepted": accepted,
+        }
+        entries.append(entry)
+        # what passes by luck: each user may as well have liked the current answer more by as much
+        lucky += choose(new, old, k, rng.choice([-1.0, 1.0], judges), margin)[1]
     return answers, entries, window_row(entries, len(proposals), lucky)
 
 
-def false_accepts(judge, new: reward.Rewards, old: reward.Rewards, margin):
-    """How many items the same choice and test would correct by luck: where each user of the
-    audience may as well have liked the current answer better by as much. A random sign flips their
-    gains; a flipped gain moves the mean, and so the reward, by (sign - 1) gain."""
-    n_items = len(old.total)
-    K = len(new.total) // n_items
-    rng = np.random.default_rng([judge.seed, 37, n_items])
-    number = 0
-    for k in range(n_items):
-        mine = range(k * K, (k + 1) * K)
-        before = old.audience_values(k)
-        signs = rng.choice([-1.0, 1.0], len(before))
-        gains = {j: new.by_audience[j] - before for j in mine}
-        moves = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]
-        best = mine[np.argmax(new.total[mine] + moves)]
-        number += is_accepted(new, best, signs * gains[best], old.grounded[k], margin)
-    return number
-
-
-def is_accepted(new: reward.Rewards, best, gains, old_grounded, margin):
-    """A proposal must be well-formed, no less grounded, and convince the audience."""
-    sound = new.format_ok[best] and new.grounded[best] >= old_grounded
-    return bool(sound and is_convincing(gains, margin))
+def choose(new: reward.Rewards, old: reward.Rewards, k, signs, margin):
+    """(Number of the proposal of highest reward for the k-th item, whether it is accepted: it must
+    be well-formed, no less grounded, and convince the audience.) signs: 1, or -1 to flip a user's
+    gain; that moves the mean, and so the reward, by (sign - 1) gain."""
+    K = len(new.total) // len(old.total)
+    mine = range(k * K, (k + 1) * K)
+    gains = {j: new.by_audience[j] - old.audience_values(k) for j in mine}
+    moves = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]
+    best = mine[np.argmax(new.total[mine] + moves)]
+    sound = new.format_ok[best] and new.grounded[best] >= old.grounded[k]
+    return best, bool(sound and is_convincing(signs * gains[best], margin))
 
 
 def is_convincing(gains, margin):
@@ -461,18 +453,6 @@ def is_convincing(gains, margin):
         return False
     error = gains.std(ddof=1) / len(gains) ** 0.5
     return bool(gains.mean() > margin * error + MIN_GAIN)
-
-
-def timeline_entry(data, window: Window, k, proposal):
-    """What happened to the k-th item of a window, but for the judgement."""
-    shown = window.shown[k]
-    return {
-        "window_end": window.period[1],
-        "people": [data.users[u] for u in data.events["user"][shown]],
-        "judges": len(window.audience[k]),
-        "shared": D.shared_phrases(data, window.items[k], shown)[:3],
-        "proposal": D.parse_answer(proposal)[0],
-    }
 
 
 def window_row(entries, proposed, false_accepts):
@@ -508,7 +488,8 @@ def correct(run, data, llm, judge, windows):
         first = ask(llm, "policy", alone, sampling(s), "first reasons, from the text alone")
         state = {"first": ["", *first], "windows": []}
         checkpoint.save(state)
-    answers, timelines = list(state["first"]), [[] for _ in state["first"]]
+    answers = list(state["first"])
+    timelines = [[] for _ in answers]
     for n, window in enumerate(windows):
         if n == len(state["windows"]):
             prompts = []
@@ -538,24 +519,25 @@ def best_of(run, data, llm, judge, windows, first, period):
     kept = run.load("bestof", "correct")
     if kept is not None:
         return kept
-    shown, audience = ([np.zeros(0, int)] * (data.n_items + 1) for _ in range(2))
+    shown = [np.zeros(0, int)] * (data.n_items + 1)
+    audience = list(shown)
     prompts = [[] for _ in shown]
     for window in windows:
         for i, some, others in zip(window.items, window.shown, window.audience, strict=True):
             shown[i] = np.append(shown[i], some)
             audience[i] = np.append(audience[i], others)
             prompts[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
-    asked = [prompt for mine in prompts for prompt in mine]
+    asked = list(itertools.chain(*prompts))
     proposals = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
-    # the item of each candidate: of first reasons, then of proposals
-    items = list(range(1, data.n_items + 1))
-    items += [i for i in range(1, data.n_items + 1) for _ in prompts[i]]
     candidates = [*first[1:], *proposals]
-    some, others = [shown[i] for i in items], [audience[i] for i in items]
-    total = reward.rewards(judge, items, candidates, some, others, period).total
+    numbers = np.arange(data.n_items + 1)
+    # the item of each candidate
+    items = np.append(numbers[1:], np.repeat(numbers, [len(mine) for mine in prompts]))
+    people = [shown[i] for i in items], [audience[i] for i in items]
+    total = reward.rewards(judge, items, candidates, *people, period).total
     best = [""]
-    for i in range(1, data.n_items + 1):
-        mine = np.flatnonzero(np.array(items) == i)
+    for i in numbers[1:]:
+        mine = np.flatnonzero(items == i)
         best.append(candidates[mine[np.argmax(total[mine])]])
     return run.save(best)
 
