@@ -106,33 +106,29 @@ class Settings:
 
 
 def main(run: "Run"):
-    """The whole method, a stage a line."""
+    """The whole method."""
     s = run.settings
-    todo = run.todo
+    needs = needed(s)
     data = load_data(s)
     cuts = window_cuts(data, s.windows)
     run.open(data, cuts)
     llm = encode = preferences = rank_score = None
     reasons = {}
     lines = []
-    if run.announce("LLM"):
+    if needs["LLM"]:
         llm, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
-    if "PPO" in todo:
+    if needs["reasons"]:
         train_adapter(run, data, llm, "align", s.align_steps, ALIGNMENT)
-        run.announce("reward model")
         judge = fit_reward_model(run, data, encode)
-        run.announce("PPO")
         reinforce(run, data, llm, judge, cuts)
-        run.announce("reasons")
         reasons, lines = write_reasons(run, data, llm, judge, cuts)
         run.metrics["reasons"] = reason_figures(data, llm, judge, reasons, cuts)
-    if run.announce("preferences"):
+    if needs["preferences"]:
         preferences = ask_preferences(run, data, llm)
-    if run.announce("knowledge"):
+    if needs["knowledge"]:
         rank_score = teach_knowledge(run, data, llm)
-    run.announce("arms")
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
     if reasons and data.truth:
@@ -141,24 +137,23 @@ def main(run: "Run"):
 
 
 # ----------------------------------------------------- algorithm, 1 to 4: the LLM and its judge
-def stages_needed(s):
-    """The names of the stages that the arms need, in their order."""
+def needed(s):
+    """What the arms need."""
     arms = [ARMS[arm] for arm in s.arms.split(",")]
-    reasons = any(set(arm.texts) & set(REASON_TEXTS) for arm in arms)
-    preferences = any(arm.preferences for arm in arms)
-    knowledge = "knowledge" in s.arms.split(",")
-    texts = any(arm.texts or arm.titles for arm in arms) and not s.encoder
-    needed = {"LLM": reasons or preferences or knowledge or texts}
-    needed |= dict.fromkeys(("reward model", "PPO", "reasons"), reasons)
-    needed |= {"preferences": preferences, "knowledge": knowledge, "arms": True}
-    return [name for name, yes in needed.items() if yes]
+    needs = {
+        "reasons": any(set(arm.texts) & set(REASON_TEXTS) for arm in arms),
+        "preferences": any(arm.preferences for arm in arms),
+        "knowledge": "knowledge" in s.arms.split(","),
+    }
+    texts = any(arm.texts or arm.titles for arm in arms)
+    return {"LLM": any(needs.values()) or (texts and not s.encoder), **needs}
 
 
 def load_data(s):
     """The data set, large enough for what the arms need."""
     subset = D.Subset(s.ties, s.k_core, s.limit_items, s.limit_users)
     data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
-    if "PPO" in stages_needed(s) and min(len(data.users), data.n_items) < 10:
+    if needed(s)["reasons"] and min(len(data.users), data.n_items) < 10:
         advice = "take more data, or --arms popularity,markov,id"
         raise D.DataError(f"{data.name}: reasons need at least 10 users and 10 items; {advice}")
     return data
@@ -564,8 +559,7 @@ def write_reasons(run, data, llm, judge, cuts):
     for i, item in enumerate(data.items[1:], 1):
         said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
         line = {"item": item["id"], "title": item["title"], "aligned": said["aligned"]}
-        line |= {"rl": said["rl"], "timeline": timelines[i], "reason": said["curec"]}
-        lines.append(line)
+        lines.append(line | {"rl": said["rl"], "timeline": timelines[i], "reason": said["curec"]})
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
     rl.write_atomically(f"{s.out}/reasons.jsonl", "".join(texts))
     return reasons, lines
@@ -594,7 +588,8 @@ def reason_figures(data, llm, judge, reasons, cuts):
 def arm_inputs(s, data, encode, reasons, preferences):
     """What the SASRec of each arm gets: {arm: recommender.Inputs}, as its row of ARMS says. The
     features of a text: its embeddings, whitened. preferences: LANE's (see ask_preferences)."""
-    inputs, features = {}, {}
+    inputs = {}
+    features = {}
     for arm in s.arms.split(","):
         row = ARMS[arm]
         for kind in row.texts:
@@ -602,10 +597,11 @@ def arm_inputs(s, data, encode, reasons, preferences):
                 vectors = encode(item_texts(s, data, reasons, kind))
                 features[kind] = F.pad(reward.whitening(vectors)(vectors), (0, 0, 1, 0))
         parts = [features[kind] for kind in row.texts]
-        inputs[arm] = recommender.Inputs(torch.cat(parts, 1) if parts else None, ids=row.ids)
+        initial = known = None
         if row.titles:
             initial, known = title_inputs(s, data, encode, row, preferences)
-            inputs[arm] = replace(inputs[arm], initial=initial, preferences=known)
+        own = torch.cat(parts, 1) if parts else None
+        inputs[arm] = recommender.Inputs(own, initial, known, row.ids)
     return inputs
 
 
@@ -631,24 +627,22 @@ def train_and_test_arms(run, data, inputs, rank_score):
     ranks = {}
     jobs = {}
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
-    seeds = range(s.seed, s.seed + s.seeds)
     with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
         for arm in inputs:
-            for seed in seeds[:1] if ARMS[arm].one_seed else seeds:
+            for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
                 jobs[arm, seed] = None
                 if arm != "knowledge" and not run.has(f"arm-{arm}.{seed}"):
                     job = (arm, data, inputs[arm], config, seed)
                     jobs[arm, seed] = pool.submit(recommender.fit_arm, *job)
-        for arm in inputs:
-            fits = []
-            for seed in [seed for name, seed in jobs if name == arm]:
-                fit = run.load(f"arm-{arm}.{seed}", "downstream")
-                if fit is None and arm == "knowledge":
-                    fit = run.save(recommender.fit_arm(arm, data, None, config, seed, rank_score))
-                fits.append(fit or run.save(jobs[arm, seed].result()))
-            ranks[arm] = torch.stack([fit["ranks"] for fit in fits]).numpy()
-            run.metrics["arms"][arm] = entry = recommender.arm_entry(fits)
-            print(f"  {arm:10s} test NDCG@10 {np.mean(entry['test']['ndcg@10']):.4f}")
+        fits = {arm: [] for arm in inputs}
+        for (arm, seed), job in jobs.items():
+            fit = run.load(f"arm-{arm}.{seed}", "downstream")
+            if fit is None and arm == "knowledge":
+                fit = run.save(recommender.fit_arm(arm, data, None, config, seed, rank_score))
+            fits[arm].append(fit or run.save(job.result()))
+    for arm in inputs:
+        ranks[arm] = torch.stack([fit["ranks"] for fit in fits[arm]]).numpy()
+        run.metrics["arms"][arm] = recommender.arm_entry(fits[arm])
     if rank_score:
         run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
     run.metrics["comparisons"] = recommender.compare(ranks)
@@ -681,51 +675,50 @@ class Run:
         self.stage = "load"
         self.start = time.perf_counter()
         self.times = {}
-        self.todo = stages_needed(settings)
         self.metrics = {"dataset": {}, "arms": {}}
 
     def open(self, data, cuts):
         """Locks the folder, clears an older run out of it or checks that the one to resume was
         made with the same settings, and writes config.json."""
         s = self.settings
-        config = self.folder / "config.json"
-        begun = {}
         self.times["load"] = time.perf_counter() - self.start
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (it goes with the process)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except OSError:
             raise D.DataError(f"--out {s.out}: another run is at work there; wait") from None
-        if config.exists() and '"settings"' in config.read_text():
-            begun = json.loads(config.read_text())["settings"]
-        elif s.resume or config.exists() or (self.folder / "state").exists():
-            advice = "leave --resume out" if s.resume else "choose another folder"
+        config = self.folder / "config.json"
+        begun = json.loads(config.read_text()).get("settings") if config.exists() else None
+        if not begun and (s.resume or config.exists() or (self.folder / "state").exists()):
+            advice = "leave --resume out, or choose another folder"
             raise D.DataError(f"--out {s.out}: holds no run of ours; {advice}")
-        # what a killed run was writing
-        for part in self.folder.glob("**/*.[0-9]*.part") if begun else ():
-            part.unlink()
-        for name, value in begun.items() if s.resume else ():
-            # another micro-batch is the same method
-            if name != "micro_batch" and getattr(s, name, None) != value:
-                flag = "--" + name.replace("_", "-")
-                raise D.DataError(f"--resume: {s.out} was made with {flag} {value}")
-        if begun and not s.resume:
+        if begun and s.resume:
+            self.check_settings(begun)
+        elif begun:
             for folder in ("state", "align", "policy", "knowledge"):
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
             for file in ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md"):
                 (self.folder / file).unlink(missing_ok=True)
-        rl.write_atomically(f"{s.out}/config.json", json.dumps(description(s, cuts), indent=1))
-        sizes = {"users": len(data.users), "items": data.n_items}
-        sizes["interactions"] = sum(map(len, data.seqs))
-        self.metrics["dataset"] = {"name": data.name, **sizes, "ties": s.ties}
-        print(f"{data.name}: {figures(sizes)}", *data.notes, sep="\n  note: ")
+        # what a killed run was writing
+        for part in [*self.folder.glob("*.[0-9]*.part"), *self.folder.glob("state/*.part")]:
+            part.unlink()
+        rl.write_atomically(config, json.dumps(description(s, cuts), indent=1))
+        self.metrics["dataset"] = {
+            "name": data.name,
+            "users": len(data.users),
+            "items": data.n_items,
+            "interactions": sum(map(len, data.seqs)),
+            "ties": s.ties,
+        }
+        print(figures(self.metrics["dataset"]), *data.notes, sep="\n  note: ")
 
-    def announce(self, stage):
-        """Prints the headline of a stage, if it is to be done."""
-        if stage in self.todo:
-            print(f"[{self.todo.index(stage) + 1}/{len(self.todo)}] {stage}")
-        return stage in self.todo
+    def check_settings(self, begun):
+        """Refuses to resume a run with other settings; another micro-batch is the same method."""
+        for name, value in begun.items():
+            if name != "micro_batch" and getattr(self.settings, name, None) != value:
+                flag = "--" + name.replace("_", "-")
+                raise D.DataError(f"--resume: {self.folder} was made with {flag} {value}")
 
     def has(self, stage):
         """Is the stage finished?"""
@@ -736,9 +729,10 @@ class Run:
         self.stage = stage
         self.time_as = time_as or stage
         self.start = time.perf_counter()
-        if not self.has(stage):
-            return None
-        return self.finish(torch.load(self.folder / f"state/{stage}.pt", weights_only=True))
+        if self.has(stage):
+            return self.finish(torch.load(self.folder / f"state/{stage}.pt", weights_only=True))
+        print(f"[{stage}]")
+        return None
 
     def save(self, value):
         """Keeps what the stage that was started gave, and gives it back."""
@@ -759,28 +753,25 @@ class Run:
 
 
 def description(s, cuts):
-    """config.json: what another machine needs to know to repeat the run."""
-    folder = Path(__file__).resolve().parent
+    """config.json: what it takes to repeat the run."""
     commit = ""
     if shutil.which("git"):
-        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
+        git += ["--abbrev=40", "--exclude=*"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
-    gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
     return {
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
         "windows": cuts,
         "git_commit": commit or "unknown",
-        "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": gpu},
+        "hardware": f"{platform.platform()}, {os.cpu_count()} CPUs, device {s.device}",
     }
 
 
 # --------------------------------------------------------------------------------- the report
 def markdown(rows):
-    """A Markdown table of dicts, whose columns are those of the first one; floats with four
-    digits."""
+    """A Markdown table of dicts with the columns of the first one; floats with four digits."""
     names = list(rows[0]) if rows else ["nothing"]
     lines = [names, ["---"] * len(names)]
     for row in rows:
@@ -791,44 +782,31 @@ def markdown(rows):
 
 def figures(values):
     """Named numbers and texts as one line."""
-    texts = []
-    for name, x in values.items():
-        form = ",.4g" if isinstance(x, float) else "" if isinstance(x, str) else ","
-        texts.append(f"{name} {x:{form}}")
-    return ", ".join(texts)
+    texts = [f"{x:,.4g}" if isinstance(x, float) else str(x) for x in values.values()]
+    return ", ".join(f"{name} {text}" for name, text in zip(values, texts, strict=True))
 
 
 def tables(m):
-    """metrics.json in short, as Markdown, {heading: table}."""
-    names = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
+    """metrics.json in short: {heading: rows of a table}."""
     arms = []
-    audit = []
-    out = {}
-    for arm, entry in m["arms"].items():
-        test = {name.upper(): np.mean(entry["test"][name]) for name in names}
-        test |= {"valid NDCG@10": np.mean(entry["valid"]["ndcg@10"])}
-        arms.append({"arm": arm, "seeds": len(entry["seeds"])} | test)
-        arms[-1]["ms/user"] = entry["rank_ms_per_user"]
-        slices = {f"NDCG@10, {name}": np.mean(v["ndcg@10"]) for name, v in entry["slices"].items()}
-        audit.append({"arm": arm} | slices | entry["audit"])
-    out["Ranking: test, whole catalogue, seen items masked, mean of the seeds"] = markdown(arms)
     differences = []
+    for arm, entry in m["arms"].items():
+        row = {"arm": arm, "seeds": len(entry["seeds"])}
+        parts = {"": entry["test"]} | entry["slices"]
+        row |= {f"ndcg@10 {name}".strip(): np.mean(part["ndcg@10"]) for name, part in parts.items()}
+        arms.append(row | {"hr@10": np.mean(entry["test"]["hr@10"])} | entry["audit"])
     for c in m["comparisons"]:
-        row = {
-            "a - b": f"{c['a']} - {c['b']}",
-            "metric": c["metric"],
-            "delta": f"{c['delta']:+.4f}",
-        }
-        differences.append(row | {"95 % interval": "{:+.4f} .. {:+.4f}".format(*c["ci95"])})
-    out["Differences, paired over users, or items"] = markdown(differences)
+        low, high = c["ci95"]
+        row = {"a - b": f"{c['a']} - {c['b']}", "metric": c["metric"], "delta": c["delta"]}
+        differences.append(row | {"95 % interval": f"{low:+.4f} .. {high:+.4f}"})
+    out = {"Arms: test, whole catalogue, slices of users, popularity audit of the top 10": arms}
+    out["Differences, paired over users, or items"] = differences
     if "headroom" in m:
-        shares = [f"{arm} {share:.0%}" for arm, share in m["headroom"]["recovered"].items()]
-        room = m["headroom"]["ndcg@10"]
-        out["Headroom"] = f"oracle - content: {room:+.4f}. Recovered: {', '.join(shares) or '-'}."
-    out["Slices and popularity audit"] = markdown(audit)
+        room = {"oracle - content": m["headroom"]["ndcg@10"]}
+        out["Headroom, and the share of it recovered"] = [room | m["headroom"]["recovered"]]
     if "reasons" in m:
-        out["Reasons"] = markdown([{"reasons": k} | values for k, values in m["reasons"].items()])
-        out["Correction"] = markdown(m["correction"])
+        out["Reasons"] = [{"reasons": kind} | row for kind, row in m["reasons"].items()]
+        out["Correction"] = m["correction"]
     return out
 
 
@@ -841,120 +819,109 @@ def write_report(run, data, lines):
     if s.device != "cpu":
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
-    notes = [f"LLM: {s.llm}", *data.notes]
-    for name in ("ppo", "reward", "lane", "time_s", "peak_memory_mb"):
+    notes = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
+    for name in ("dataset", "ppo", "reward", "lane", "time_s", "peak_memory_mb"):
         if name in m:
             notes.append(f"{name}: {figures(m[name])}")
+    parts = [f"## {heading}\n\n{markdown(rows)}" for heading, rows in tables(m).items()]
     if s.quick:
-        notes.append("**Quick run: these figures mean nothing.**")
-    sizes = {name: value for name, value in m["dataset"].items() if name != "name"}
-    parts = [f"# CURec on {data.name}: {figures(sizes)}", "\n".join(f"- {n}" for n in notes)]
-    for heading, table in tables(m).items():
-        parts.append(f"## {heading}\n\n{table}")
-    print("", *parts[2:], notes[-1], f"report: {run.folder / 'report.md'}", sep="\n\n")
+        parts.append("**Quick run: these figures mean nothing.**")
+    print("", *parts, f"report: {run.folder / 'report.md'}", sep="\n\n")
     judged = [line for line in lines if line["timeline"]]
     judged.sort(key=lambda line: standing(line["timeline"][-1]), reverse=True)
-    moved = sorted(judged, key=lambda line: -sum(e["accepted"] for e in line["timeline"]))
-    for heading, some in (
-        ("Two reasons that changed, and how they came about", moved[:2]),
-        ("Best reasons, by the audience of their last window", judged[:5]),
-        ("Worst reasons", judged[5:][-5:]),
-    ):
-        if some:
-            parts += ["## " + heading, *map(timeline_text, some)]
-    rl.write_atomically(f"{s.out}/report.md", "\n\n".join(parts) + "\n")
+    if judged:
+        parts += ["## Best reasons, by their last audience", *map(timeline_text, judged[:5])]
+        parts += ["## Worst reasons", *map(timeline_text, judged[-5:])]
+    rl.write_atomically(f"{s.out}/report.md", "\n\n".join(notes + parts) + "\n")
 
 
 def timeline_text(line):
     """How a reason came about, of a line of reasons.jsonl: who came, what they share, what was
-    proposed, why it was taken."""
+    proposed, and what the audience said."""
     out = [f"**{line['title']}** ({line['item']}): {line['reason']}"]
     for entry in line["timeline"]:
         day = time.strftime("%Y-%m-%d", time.gmtime(entry["window_end"]))
-        people, shared = ", ".join(entry["people"]), ", ".join(entry["shared"]) or "nothing of it"
         verdict = "accepted" if entry["accepted"] else "rejected"
-        change = "{reward_before:+.2f} -> {reward_after:+.2f}".format(**entry)
-        out.append(f"- until {day} came {people}, who had chosen {shared}:")
-        out[-1] += f" *{entry['proposal'] or 'malformed'}* {verdict};"
-        out[-1] += f" for {entry['judges']} others the reward {change}"
+        rewards = "{reward_before:+.2f} -> {reward_after:+.2f}".format(**entry)
+        out.append(f"- until {day}: {', '.join(entry['people'])}")
+        out.append(f"  - they also chose: {', '.join(entry['shared'])}")
+        out.append(f"  - {verdict}: {entry['proposal']} (reward of {entry['judges']}: {rewards})")
     return "\n".join(out)
 
 
 # -------------------------------------------------------------- before a run, and after it
 def dry_run(s):
     """--dry-run: prints downloads, memory, and what each stage learns and asks; writes nothing."""
-    todo = stages_needed(s)
     absent = {}
     if s.dataset != "demo" and not os.path.isdir(s.dataset):
         _, absent = D.amazon_files(s.dataset, s.data_dir)
     for path, url in absent.items():
         print(f"download {url} to {path}")
-    print("memory: 1 to 2 GB of RAM for recommender and tiny LLM")
-    if "LLM" in todo and s.llm != "tiny":
+    if s.llm != "tiny":
         size = rl.forecast(s.llm, sampling(s).budget)
         print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
     if absent:
         print("prompts are counted when these files are there")
         return
     data = load_data(s)
+    train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
+    words = np.mean([len(q.prompt.split()) for q in train + held_out])
     drawn = s.ppo_updates * s.ppo_batch
-    practice = practice_prompts(data, window_cuts(data, s.windows), s.seed)
-    tokens = np.mean([len(re.findall(r"\w+|[^\w\s]", prompt)) for prompt in practice.prompts])
-    tiny = 16 * s.tiny_steps * (s.llm == "tiny")
-    proposed = 2 * s.windows * s.proposals
-    rows = {
-        "LLM": (tiny + 32 * s.align_steps, 0),
-        "PPO": (0, drawn + 2 * min(drawn, len(practice.train)) + 2 * len(practice.held_out)),
-        "reasons": (0, (3 + proposed) * data.n_items),
+    asked = drawn + 2 * min(drawn, len(train)) + 2 * len(held_out)
+    asked += (3 + 2 * s.windows * s.proposals) * data.n_items
+    # prompts learnt, prompts answered
+    work = {
+        "reasons": (32 * s.align_steps, asked),
         "preferences": (0, 2 * len(data.users)),
         "knowledge": (32 * s.knowledge_steps, 2 * len(data.users)),
     }
-    for stage in [stage for stage in todo if stage in rows]:
-        learnt, asked = rows[stage]
-        read, written = round((learnt + asked) * tokens), asked * s.max_new
-        print(f"{stage}: {learnt:,} texts learnt, at most {asked:,} answers")
-        print(f"  about {read:,} tokens read, at most {written:,} written")
+    for stage in [stage for stage in work if needed(s)[stage]]:
+        learnt, asked = work[stage]
+        print(f"{stage}: {learnt:,} prompts of {words:.0f} words learnt, at most {asked:,} answers")
+        print(f"  of at most {s.max_new} tokens")
 
 
 def look(s):
-    """Looks at the finished run in the folder s.run. --explain: a user's top items, each with its
-    reason and that reason's history. --score: the reward of a reason written by hand, part by part,
-    beside that of the item's own."""
+    """Looks at the finished run in the folder s.run: --explain or --score."""
     config = json.loads(Path(s.run, "config.json").read_text())
     run = Run(replace(Settings(**config["settings"]), out=s.run))
     data = load_data(run.settings)
-    stage = f"arm-curec.{run.settings.seed}" if s.explain else "reward"
-    ids = data.users if s.explain else [item["id"] for item in data.items[1:]]
+    lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
+    ids = data.users if s.explain else [line["item"] for line in lines]
     name = s.explain or s.item
-    kept = run.load(stage)
     if name not in ids:
         raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
-    if kept is None:
-        raise D.DataError(f"--run {s.run}: {stage} is missing; it takes a finished run of curec")
-    lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
     if s.explain:
-        history = data.seqs[ids.index(name)][:-1]
-        model = recommender.from_weights(data.n_items, kept["model"])
-        scores = recommender.scorer(model)([history])[0]
-        scores[[0, *history]] = -torch.inf
-        best = scores.topk(min(5, data.n_items - len(set(history))))
-        print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-        for value, item in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            print(f"\n{value:+.2f}  {timeline_text(lines[item - 1])}")
-        return
-    item = ids.index(name) + 1
-    encoder = run.settings.encoder
-    if encoder:
-        encode = reward.load_encoder(encoder, run.settings.device)
+        explain(run, data, lines, ids.index(name))
     else:
-        llm = run.settings.llm
-        _, encode = open_llm(run.settings, run.load("tiny_llm") if llm == "tiny" else llm)
-    judge = reward.Judge(data, encode, run.settings.seed)
-    judge.load_weights(kept["weights"])
-    shown, audience = (people[item] for people in one_shot_people(data, judge.seed))
-    reasons = [s.score, lines[item - 1]["reason"]]
+        period = (config["windows"][0], config["windows"][-1])
+        score(run, data, ids.index(name) + 1, [s.score, lines[ids.index(name)]["reason"]], period)
+
+
+def explain(run, data, lines, user):
+    """--explain: a user's top items, each with its reason and that reason's history."""
+    kept = run.load(f"arm-curec.{run.settings.seed}")
+    if kept is None:
+        raise D.DataError(f"--run {run.folder}: {run.stage} is missing; run the arm curec first")
+    history = data.seqs[user][:-1]
+    print(f"{data.users[user]} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
+    model = recommender.from_weights(data.n_items, kept["model"])
+    for item in recommender.top_items(recommender.scorer(model), [history], 5)[0]:
+        # 0: nothing is left
+        if item:
+            print("\n" + timeline_text(lines[item - 1]))
+
+
+def score(run, data, item, reasons, period):
+    """--score: the reward of a reason written by hand, part by part, beside that of the item's."""
+    s = run.settings
+    _, encode = open_llm(s, llm_path(run, data))
+    if s.encoder:
+        encode = reward.load_encoder(s.encoder, s.device)
+    judge = reward.Judge(data, encode, s.seed)
+    judge.load_weights(run.load("reward")["weights"])
+    shown, audience = (people[item] for people in one_shot_people(data, s.seed))
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
-    period = (config["windows"][0], config["windows"][-1])
     found = reward.rewards(judge, [item], answers, [shown], [audience], period)
     rows = []
     for k, reason in enumerate(reasons):
@@ -971,65 +938,57 @@ QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32,
 QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
 # flags that are no setting of a run
 NOT_KEPT = ("resume", "dry_run", "debug", "run", "explain", "score", "item")
-# what 0 stands for, for the tiny LLM and for any other; the least that is allowed, 0 else
-TINY = {"max_new": 24, "micro_batch": 16, "ppo_lr": 1.5e-3}
-PRETRAINED = {"max_new": 128, "micro_batch": 4, "ppo_lr": 1e-5}
+# the least that is allowed, 0 else
 LEAST = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "seeds": 1, "windows": 1, "epochs": 1}
 LEAST |= {"ppo_updates": 1, "align_steps": 1, "knowledge_steps": 1, "proposals": 1}
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
-
-    def error(self, message):
-        raise D.DataError(f"{message} (see --help)")
-
-
 def parse_args(argv=None):
     """The settings given; DataError says what is wrong with them."""
-    outputs = "report.md (read this), metrics.json, reasons.jsonl, ppo.jsonl, align/, policy/"
-    parser = Parser(
-        "curec.py", "curec.py [flags]", description=__doc__.partition("\n\n")[0], allow_abbrev=False
-    )
-    parser.epilog = f"Outputs in the run folder: {outputs}."
+
+    def fail(message):
+        raise D.DataError(f"{message} (see --help)")
+
+    parser = argparse.ArgumentParser("curec.py", allow_abbrev=False)
+    parser.error = fail
+    parser.description = __doc__.partition("\n\n")[0]
+    parser.epilog = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
     groups = {}
     for f in fields(Settings):
         group = f.metadata["group"]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        kind = {"action": "store_true"}
-        if f.type is not bool:
-            kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is not bool and not f.metadata["choices"]:
-            kind["metavar"] = f.name.split("_")[-1].upper()
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type is bool:
+            kind = {"action": "store_true"}
         text = f.metadata["help"].replace("%", "%%")
         flag = "--" + f.name.replace("_", "-")
         groups[group].add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    looked = {"explain", "item", "run", "score"} & set(given)
-    if looked not in (set(), {"explain", "run"}, {"item", "run", "score"}):
-        raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
-    for name in sorted(looked):
-        if not given[name]:
-            raise D.DataError(f"--{name}: may not be empty")
+    looked = {name for name in ("explain", "item", "run", "score") if name in given}
+    whole = looked in (set(), {"explain", "run"}, {"item", "run", "score"})
+    if not whole or not all(given[name] for name in looked):
+        fail("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
 
 def resolve(s):
     """Fills what depends on data and machine, and refuses what contradicts itself."""
     demo = s.dataset == "demo"
-    gpus = torch.cuda.device_count()
-    device = s.device or ("cuda" if gpus else "cpu")
+    gpus = range(torch.cuda.device_count())
+    devices = [*(["cuda"] if gpus else []), *(f"cuda:{n}" for n in gpus), "cpu"]
+    device = s.device or devices[0]
     known = [arm for arm in ARMS if arm != "oracle" or demo]
     arms = [arm for arm in known if s.method in ARMS[arm].methods.split()]
     if s.arms:
         arms = known if s.arms == "all" else s.arms.split(",")
     unknown = sorted(set(arms) - set(known))
-    number = re.fullmatch(r"cuda(?::(\d+))?", device)
-    real_only = s.limit_items or s.limit_users or s.ties != "file"
     for wrong, message in (
-        (device != "cpu" and not number, f"--device {device}: it is cpu, cuda or cuda:N"),
-        (number and int(number[1] or 0) >= gpus, f"--device {device}: PyTorch sees no such GPU"),
-        (demo and real_only, "--limit-items, --limit-users and --ties are for real data"),
+        (device not in devices, f"--device {device}: choose from {', '.join(devices)}"),
+        (
+            demo and (s.limit_items or s.limit_users or s.ties != "file"),
+            "--limit-items, --limit-users and --ties are for real data",
+        ),
         (unknown, f"--arms: unknown here: {unknown}; choose from {', '.join(known)}"),
         (s.arms and s.method != "curec", "--method and --arms both choose arms: give one of them"),
     ):
@@ -1041,8 +1000,14 @@ def resolve(s):
         if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < 2**31:
             raise D.DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
-    usual = {"tiny_steps": 1000 if demo else 4000, **(TINY if llm == "tiny" else PRETRAINED)}
-    usual["out"] = f"runs/{Path(s.dataset).resolve().name.lower()}"
+    tiny = llm == "tiny"
+    usual = {
+        "tiny_steps": 1000 if demo else 4000,
+        "max_new": 24 if tiny else 128,
+        "micro_batch": 16 if tiny else 4,
+        "ppo_lr": 1.5e-3 if tiny else 1e-5,
+        "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
+    }
     filled = {name: getattr(s, name) or value for name, value in usual.items()}
     return replace(s, device=device, llm=llm, arms=",".join(dict.fromkeys(arms)), **filled)
 
@@ -1090,16 +1055,17 @@ def title_inputs(s, data, encode, row, preferences):
     initial = TITLE_NORM * F.pad(start, (0, width - start.shape[1], 1, 0))
     if not row.preferences:
         return initial, None
-    # where a cut's answer was dropped, the earlier cut's stays
     names = preferences["names"]
-    names = [mine or names[k - k % 2] for k, mine in enumerate(names)]
-    known = sorted({name.lower() for mine in names for name in mine})
-    number = {name: k for k, name in enumerate(known, 1)}
-    named = [[number[name.lower()] for name in mine] or [0] * D.PREFERENCES for mine in names]
-    named = torch.tensor(named).view(len(data.users), 2, -1)
+    told = [""]
+    for k, mine in enumerate(names):
+        # where a cut's answer was dropped, the earlier cut's stays
+        told += mine or names[k - k % 2] or [""] * D.PREFERENCES
+    # "" is number 0, the padding
+    known, numbers = np.unique([name.lower() for name in told], return_inverse=True)
+    named = torch.from_numpy(numbers[1:]).view(len(data.users), 2, -1)
     if row.preferences == "shuffled":
         named = named[np.random.default_rng([s.seed, 83]).permutation(len(named))]
-    vectors = F.pad(whiten(encode(known or ["none"])), (0, 0, 1, 0))
+    vectors = F.pad(whiten(encode(known[1:].tolist() or ["none"])), (0, 0, 1, 0))
     return initial, recommender.Preferences(vectors, named, preferences["since"])
 
 
@@ -1108,23 +1074,21 @@ def ask_preferences(run, data, llm):
     (two lists a user, [] where five answers in a row were malformed), "since" (users, 2), lengths
     of the histories it saw}."""
     s = run.settings
+    model = llm[0]
     kept = run.load("prefer")
-    model, tokenizer = llm
-    cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
     if kept is None:
+        cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
         prompts = [D.history_question(data, seq[:n], "prefer") for seq, n in cuts]
         checkpoint = run.checkpoint()
         asked, names = checkpoint.state or (0, [[]] * len(prompts))
         for attempt in range(asked + 1, 6):
             todo = [k for k, named in enumerate(names) if not named]
             how = replace(sampling(s), max_new=max(64, s.max_new), seed=s.seed + attempt)
-            if todo:
-                with model.disable_adapter():
-                    again = [prompts[k] for k in todo]
-                    texts, _ = rl.generate(model, tokenizer, again, how, "preferences")
-                for k, text in zip(todo, texts, strict=True):
-                    names[k] = D.parse_preferences(text)
-                checkpoint.save((attempt, names))
+            with model.disable_adapter():
+                texts, _ = rl.generate(*llm, [prompts[k] for k in todo], how, "preferences")
+            for k, text in zip(todo, texts, strict=True):
+                names[k] = D.parse_preferences(text)
+            checkpoint.save((attempt, names))
         since = torch.tensor([n for _, n in cuts]).view(-1, 2)
         kept = run.save({"names": names, "since": since})
     dropped = kept["names"].count([])
