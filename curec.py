@@ -14,10 +14,9 @@ they help an ordinary recommender to rank and to say why.
      9. downstream: train SASRec with the last reasons as item features, beside control arms
     10. evaluate: rank the whole catalogue for each test user; compare arms with paired intervals
 
-An event is a train choice that has a history; the people of an item (shown, audience) are given as
-event numbers: who, and when. data.py's `Dataset` is worth a look first.
-Each stage leaves its result in the run folder, long ones after every update or window: from there
---resume goes on. The demo's hidden truth is read by `add_truth` and by the arm `oracle` alone.
+An event is a train choice that has a history (see data.Dataset); the people of an item, shown and
+audience, are event numbers. Each stage leaves its result in the run folder, from where --resume
+goes on. The demo's hidden truth is read by `add_truth` and by the arm `oracle` alone.
 """
 
 import argparse
@@ -25,11 +24,8 @@ import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
-import platform
-import re
 import resource
 import shlex
 import shutil
@@ -68,9 +64,7 @@ def option(default, group, text, choices=None):
 class Settings:
     dataset: str = option("demo", "data", "demo | beauty | other Amazon category | folder")
     data_dir: str = option("data", "data", "folder that holds or receives downloaded files")
-    ties: str = option(
-        "file", "data", "within a timestamp: the files' order (as published) or drawn", D.TIES
-    )
+    ties: str = option("file", "data", "within a timestamp: the files' order or drawn", D.TIES)
     k_core: int = option(-1, "data", "fewest interactions a user, item; -1: 5 for a folder or 0")
     limit_items: int = option(0, "data", "keep the N items chosen most, then a 5-core; 0: all")
     limit_users: int = option(0, "data", "then keep N users drawn by seed; 0: all")
@@ -139,14 +133,15 @@ def main(run: "Run"):
 # ----------------------------------------------------- algorithm, 1 to 4: the LLM and its judge
 def needed(s):
     """What the arms need."""
-    arms = [ARMS[arm] for arm in s.arms.split(",")]
+    names = s.arms.split(",")
+    texts = {text for name in names for text in ARMS[name].texts}
     needs = {
-        "reasons": any(set(arm.texts) & set(REASON_TEXTS) for arm in arms),
-        "preferences": any(arm.preferences for arm in arms),
-        "knowledge": "knowledge" in s.arms.split(","),
+        "reasons": bool(texts & set(REASON_TEXTS)),
+        "preferences": any(ARMS[name].preferences for name in names),
+        "knowledge": "knowledge" in names,
     }
-    texts = any(arm.texts or arm.titles for arm in arms)
-    return {"LLM": any(needs.values()) or (texts and not s.encoder), **needs}
+    embeddings = texts or any(ARMS[name].titles for name in names)
+    return needs | {"LLM": any(needs.values()) or bool(embeddings and not s.encoder)}
 
 
 def load_data(s):
@@ -154,8 +149,7 @@ def load_data(s):
     subset = D.Subset(s.ties, s.k_core, s.limit_items, s.limit_users)
     data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
     if needed(s)["reasons"] and min(len(data.users), data.n_items) < 10:
-        advice = "take more data, or --arms popularity,markov,id"
-        raise D.DataError(f"{data.name}: reasons need at least 10 users and 10 items; {advice}")
+        raise D.DataError(f"{data.name}: reasons need at least 10 users and 10 items; see --arms")
     return data
 
 
@@ -221,18 +215,16 @@ def ask(llm, adapter, prompts, how: rl.Sampling, name):
 def train_adapter(run, data, llm, name, steps, mix):
     """Supervised training of an adapter on alignment samples, kept in the run folder."""
     s = run.settings
-    model, tokenizer = llm
     # the adapter `knowledge` is to know titles by heart
     lr = 2e-4 if s.llm != "tiny" else 1e-3 if name == "align" else 3e-3
     if run.load(name) is None:
-        rl.use(model, name, trainable=True)
-        rng = np.random.default_rng([s.seed, 59])
-        samples = D.alignment_samples(data, 32 * steps, rng, mix)
+        rl.use(llm[0], name, trainable=True)
+        samples = D.alignment_samples(data, 32 * steps, np.random.default_rng([s.seed, 59]), mix)
         config = rl.SupervisedConfig(steps, 32, s.micro_batch, lr, s.seed)
-        loss = rl.supervise(model, tokenizer, samples, config, name, run.checkpoint())
-        rl.save_adapter(model, s.out, name)
+        loss = rl.supervise(*llm, samples, config, name, run.checkpoint())
+        rl.save_adapter(llm[0], s.out, name)
         run.save(loss)
-    rl.restore_adapter(model, s.out, name)
+    rl.restore_adapter(llm[0], s.out, name)
 
 
 def fit_reward_model(run, data, encode) -> reward.Judge:
@@ -240,8 +232,7 @@ def fit_reward_model(run, data, encode) -> reward.Judge:
     judge = reward.Judge(data, encode, run.settings.seed)
     fit = run.load("reward")
     if fit is None:
-        report = judge.fit()
-        fit = run.save({"report": report, "weights": judge.model.state_dict()})
+        fit = run.save({"report": judge.fit(), "weights": judge.model.state_dict()})
     judge.load_weights(fit["weights"])
     run.metrics["reward"] = fit["report"]
     return judge
@@ -257,10 +248,9 @@ class Question(NamedTuple):
 
 
 def practice_questions(data, cuts, seed):
-    """PPO's questions, (to train on, held out: all about a tenth of the items; the judge may know
-    them). About every item one question as in one-shot reasons (all train choosers, no reason yet)
-    and one as in correction (choosers of one window, a random reason); those that show nobody are
-    left out: there is nothing to judge their answers by."""
+    """PPO's questions, two an item, as in one-shot reasons (all train choosers, no reason yet) and
+    as in correction (choosers of one window, a random reason): (to train on, of a tenth of the
+    items, held out). Those that show nobody are left out: nothing judges their answers."""
     rng = np.random.default_rng([seed, 47])
     # others than those whose reasons are compared later
     shown, audience = one_shot_people(data, seed + 1)
@@ -370,18 +360,15 @@ def correction_windows(data, cuts, seed):
     for number in range(1, len(cuts)):
         start, end = cuts[number - 1], cuts[number]
         rng = np.random.default_rng([seed, 53, number - 1])
-        items, shown, audience = [], [], []
+        steps = []
         for i, events in enumerate(data.events_by_item):
             times = data.events["time"][events]
             waiting[i] = np.append(waiting[i], events[(times >= start) & (times < end)])
             if len(waiting[i]) >= 4:
-                some, others = split_people(waiting[i], rng)
-                items.append(i)
-                shown.append(some)
-                audience.append(others)
+                steps.append((i, *split_people(waiting[i], rng)))
                 waiting[i] = waiting[i][:0]
-        if items:
-            yield Window(number, (start, end), items, shown, audience)
+        if steps:
+            yield Window(number, (start, end), *map(list, zip(*steps, strict=True)))
 
 
 def propose(s, llm, prompts, seed, name):
@@ -475,14 +462,12 @@ def correct(run, data, llm, judge, windows):
     judgement. Returns the answers at first and at last (index 0 empty), the timelines, and the
     rows of metrics.json."""
     s = run.settings
-    done = run.load("curec", "correct")
-    checkpoint = run.checkpoint()
-    state = done or checkpoint.state
+    state = run.load("curec", "correct") or run.checkpoint().state
     if state is None:
         alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
         first = ask(llm, "policy", alone, sampling(s), "first reasons, from the text alone")
         state = {"first": ["", *first], "windows": []}
-        checkpoint.save(state)
+        run.checkpoint().save(state)
     answers = list(state["first"])
     timelines = [[] for _ in answers]
     for n, window in enumerate(windows):
@@ -496,15 +481,14 @@ def correct(run, data, llm, judge, windows):
             current = [answers[i] for i in window.items]
             chosen, entries, row = accept(judge, window, current, proposals, s.margin)
             state["windows"].append((chosen, entries, {"window": window.number} | row))
-            checkpoint.save(state)
+            run.checkpoint().save(state)
         chosen, entries, _ = state["windows"][n]
         for i, answer, entry in zip(window.items, chosen, entries, strict=True):
             answers[i] = answer
             timelines[i].append(entry)
-    if not done:
+    if not run.has("curec"):
         run.save(state)
-    rows = [row for _, _, row in state["windows"]]
-    return state["first"], answers, timelines, rows
+    return state["first"], answers, timelines, [row for _, _, row in state["windows"]]
 
 
 def best_of(run, data, llm, judge, windows, first, period):
@@ -522,7 +506,7 @@ def best_of(run, data, llm, judge, windows, first, period):
             shown[i] = np.append(shown[i], some)
             audience[i] = np.append(audience[i], others)
             prompts[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
-    asked = list(itertools.chain(*prompts))
+    asked = [prompt for mine in prompts for prompt in mine]
     proposals = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
     candidates = [*first[1:], *proposals]
     numbers = np.arange(data.n_items + 1)
@@ -691,10 +675,13 @@ class Run:
         config = self.folder / "config.json"
         begun = json.loads(config.read_text()).get("settings") if config.exists() else None
         if not begun and (s.resume or config.exists() or (self.folder / "state").exists()):
-            advice = "leave --resume out, or choose another folder"
-            raise D.DataError(f"--out {s.out}: holds no run of ours; {advice}")
+            raise D.DataError(f"--out {s.out}: holds no run of ours; choose another folder")
         if begun and s.resume:
-            self.check_settings(begun)
+            # another micro-batch is the same method
+            kept = {name: value for name, value in begun.items() if name != "micro_batch"}
+            other = {name: kept[name] for name in kept if kept[name] != getattr(s, name, None)}
+            if other:
+                raise D.DataError(f"--resume: {s.out} was made with {figures(other)}")
         elif begun:
             for folder in ("state", "align", "policy", "knowledge"):
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
@@ -704,21 +691,10 @@ class Run:
         for part in [*self.folder.glob("*.[0-9]*.part"), *self.folder.glob("state/*.part")]:
             part.unlink()
         rl.write_atomically(config, json.dumps(description(s, cuts), indent=1))
-        self.metrics["dataset"] = {
-            "name": data.name,
-            "users": len(data.users),
-            "items": data.n_items,
-            "interactions": sum(map(len, data.seqs)),
-            "ties": s.ties,
-        }
+        sizes = {"users": len(data.users), "items": data.n_items}
+        sizes["interactions"] = sum(map(len, data.seqs))
+        self.metrics["dataset"] = {"name": data.name, **sizes, "ties": s.ties}
         print(figures(self.metrics["dataset"]), *data.notes, sep="\n  note: ")
-
-    def check_settings(self, begun):
-        """Refuses to resume a run with other settings; another micro-batch is the same method."""
-        for name, value in begun.items():
-            if name != "micro_batch" and getattr(self.settings, name, None) != value:
-                flag = "--" + name.replace("_", "-")
-                raise D.DataError(f"--resume: {self.folder} was made with {flag} {value}")
 
     def has(self, stage):
         """Is the stage finished?"""
@@ -756,16 +732,15 @@ def description(s, cuts):
     """config.json: what it takes to repeat the run."""
     commit = ""
     if shutil.which("git"):
-        git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
-        git += ["--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+        here = Path(__file__).resolve().parent
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
     return {
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
         "windows": cuts,
         "git_commit": commit or "unknown",
         "versions": {name: importlib.metadata.version(name) for name in packages},
-        "hardware": f"{platform.platform()}, {os.cpu_count()} CPUs, device {s.device}",
     }
 
 
@@ -819,20 +794,21 @@ def write_report(run, data, lines):
     if s.device != "cpu":
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
-    notes = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
+    parts = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
     for name in ("dataset", "ppo", "reward", "lane", "time_s", "peak_memory_mb"):
         if name in m:
-            notes.append(f"{name}: {figures(m[name])}")
-    parts = [f"## {heading}\n\n{markdown(rows)}" for heading, rows in tables(m).items()]
+            parts.append(f"{name}: {figures(m[name])}")
     if s.quick:
         parts.append("**Quick run: these figures mean nothing.**")
+    for heading, rows in tables(m).items():
+        parts.append(f"## {heading}\n\n{markdown(rows)}")
     print("", *parts, f"report: {run.folder / 'report.md'}", sep="\n\n")
     judged = [line for line in lines if line["timeline"]]
     judged.sort(key=lambda line: standing(line["timeline"][-1]), reverse=True)
     if judged:
         parts += ["## Best reasons, by their last audience", *map(timeline_text, judged[:5])]
         parts += ["## Worst reasons", *map(timeline_text, judged[-5:])]
-    rl.write_atomically(f"{s.out}/report.md", "\n\n".join(notes + parts) + "\n")
+    rl.write_atomically(f"{s.out}/report.md", "\n\n".join(parts) + "\n")
 
 
 def timeline_text(line):
@@ -869,20 +845,22 @@ def dry_run(s):
     drawn = s.ppo_updates * s.ppo_batch
     asked = drawn + 2 * min(drawn, len(train)) + 2 * len(held_out)
     asked += (3 + 2 * s.windows * s.proposals) * data.n_items
-    # prompts learnt, prompts answered
+    # prompts learnt, most answers
     work = {
         "reasons": (32 * s.align_steps, asked),
         "preferences": (0, 2 * len(data.users)),
         "knowledge": (32 * s.knowledge_steps, 2 * len(data.users)),
     }
-    for stage in [stage for stage in work if needed(s)[stage]]:
-        learnt, asked = work[stage]
-        print(f"{stage}: {learnt:,} prompts of {words:.0f} words learnt, at most {asked:,} answers")
-        print(f"  of at most {s.max_new} tokens")
+    for stage, (learnt, answers) in work.items():
+        if needed(s)[stage]:
+            print(f"{stage}: {learnt:,} prompts learnt, at most {answers:,} answers")
+    print(f"a prompt has about {words:.0f} words, an answer at most {s.max_new} tokens")
 
 
 def look(s):
-    """Looks at the finished run in the folder s.run: --explain or --score."""
+    """Looks at the finished run in the folder s.run. --explain: a user's top items, each with its
+    reason and that reason's history. --score: the reward of a reason written by hand, part by part,
+    beside that of the item's own."""
     config = json.loads(Path(s.run, "config.json").read_text())
     run = Run(replace(Settings(**config["settings"]), out=s.run))
     data = load_data(run.settings)
@@ -891,46 +869,35 @@ def look(s):
     name = s.explain or s.item
     if name not in ids:
         raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
-    if s.explain:
-        explain(run, data, lines, ids.index(name))
-    else:
-        period = (config["windows"][0], config["windows"][-1])
-        score(run, data, ids.index(name) + 1, [s.score, lines[ids.index(name)]["reason"]], period)
-
-
-def explain(run, data, lines, user):
-    """--explain: a user's top items, each with its reason and that reason's history."""
-    kept = run.load(f"arm-curec.{run.settings.seed}")
+    number = ids.index(name)
+    stage = f"arm-curec.{run.settings.seed}" if s.explain else "reward"
+    kept = run.load(stage)
     if kept is None:
-        raise D.DataError(f"--run {run.folder}: {run.stage} is missing; run the arm curec first")
-    history = data.seqs[user][:-1]
-    print(f"{data.users[user]} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-    model = recommender.from_weights(data.n_items, kept["model"])
-    for item in recommender.top_items(recommender.scorer(model), [history], 5)[0]:
-        # 0: nothing is left
-        if item:
-            print("\n" + timeline_text(lines[item - 1]))
-
-
-def score(run, data, item, reasons, period):
-    """--score: the reward of a reason written by hand, part by part, beside that of the item's."""
-    s = run.settings
-    _, encode = open_llm(s, llm_path(run, data))
-    if s.encoder:
-        encode = reward.load_encoder(s.encoder, s.device)
-    judge = reward.Judge(data, encode, s.seed)
-    judge.load_weights(run.load("reward")["weights"])
-    shown, audience = (people[item] for people in one_shot_people(data, s.seed))
+        raise D.DataError(f"--run {s.run}: {stage} is missing; it takes a finished run of curec")
+    if s.explain:
+        history = data.seqs[number][:-1]
+        print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
+        model = recommender.from_weights(data.n_items, kept["model"])
+        for item in recommender.top_items(recommender.scorer(model), [history], 5)[0]:
+            # 0: nothing is left
+            if item:
+                print("\n" + timeline_text(lines[item - 1]))
+        return
+    _, encode = open_llm(run.settings, llm_path(run, data))
+    if run.settings.encoder:
+        encode = reward.load_encoder(run.settings.encoder, run.settings.device)
+    judge = reward.Judge(data, encode, run.settings.seed)
+    judge.load_weights(kept["weights"])
+    people = [[group[number + 1]] for group in one_shot_people(data, judge.seed)]
+    reasons = [s.score, lines[number]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
-    found = reward.rewards(judge, [item], answers, [shown], [audience], period)
+    period = (config["windows"][0], config["windows"][-1])
+    found = reward.rewards(judge, [number + 1], answers, *people, period)
     rows = []
     for k, reason in enumerate(reasons):
-        row = {"reason": reason, "reward": float(found.total[k])}
-        for part in ("shown", "audience", "grounded", "format_ok"):
-            row[part] = getattr(found, part)[k].item()
-        rows.append(row)
-    print(D.item_text(data.items[item]), markdown(rows), sep="\n\n")
-    print(f"\n{len(shown)} users as shown, {len(audience)} as audience")
+        parts = ("total", "shown", "audience", "grounded", "format_ok")
+        rows.append({"reason": reason} | {part: getattr(found, part)[k].item() for part in parts})
+    print(D.item_text(data.items[number + 1]), markdown(rows), sep="\n\n")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -939,8 +906,9 @@ QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
 # flags that are no setting of a run
 NOT_KEPT = ("resume", "dry_run", "debug", "run", "explain", "score", "item")
 # the least that is allowed, 0 else
-LEAST = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "seeds": 1, "windows": 1, "epochs": 1}
-LEAST |= {"ppo_updates": 1, "align_steps": 1, "knowledge_steps": 1, "proposals": 1}
+LEAST = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01}
+LEAST |= dict.fromkeys("seeds windows epochs proposals ppo_updates".split(), 1)
+LEAST |= dict.fromkeys(("align_steps", "knowledge_steps"), 1)
 
 
 def parse_args(argv=None):
@@ -949,7 +917,7 @@ def parse_args(argv=None):
     def fail(message):
         raise D.DataError(f"{message} (see --help)")
 
-    parser = argparse.ArgumentParser("curec.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser("curec.py", "curec.py [flags]", allow_abbrev=False)
     parser.error = fail
     parser.description = __doc__.partition("\n\n")[0]
     parser.epilog = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
@@ -975,25 +943,21 @@ def parse_args(argv=None):
 def resolve(s):
     """Fills what depends on data and machine, and refuses what contradicts itself."""
     demo = s.dataset == "demo"
-    gpus = range(torch.cuda.device_count())
-    devices = [*(["cuda"] if gpus else []), *(f"cuda:{n}" for n in gpus), "cpu"]
+    devices = ["cuda", *(f"cuda:{n}" for n in range(torch.cuda.device_count())), "cpu"]
+    if not torch.cuda.is_available():
+        devices = ["cpu"]
     device = s.device or devices[0]
     known = [arm for arm in ARMS if arm != "oracle" or demo]
     arms = [arm for arm in known if s.method in ARMS[arm].methods.split()]
     if s.arms:
         arms = known if s.arms == "all" else s.arms.split(",")
     unknown = sorted(set(arms) - set(known))
-    for wrong, message in (
-        (device not in devices, f"--device {device}: choose from {', '.join(devices)}"),
-        (
-            demo and (s.limit_items or s.limit_users or s.ties != "file"),
-            "--limit-items, --limit-users and --ties are for real data",
-        ),
-        (unknown, f"--arms: unknown here: {unknown}; choose from {', '.join(known)}"),
-        (s.arms and s.method != "curec", "--method and --arms both choose arms: give one of them"),
-    ):
-        if wrong:
-            raise D.DataError(message)
+    if unknown:
+        raise D.DataError(f"--arms: unknown here: {unknown}; choose from {', '.join(known)}")
+    if device not in devices:
+        raise D.DataError(f"--device {device}: choose from {', '.join(devices)}")
+    if demo and (s.limit_items or s.limit_users or s.ties != "file"):
+        raise D.DataError("--limit-items, --limit-users and --ties are for real data")
     for f in fields(Settings):
         value = getattr(s, f.name)
         # "not" before the comparison: nan is refused too
