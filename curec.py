@@ -51,6 +51,7 @@ DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where th
 # weak targets: which phrases matter is left to the reward
 ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
+TRAIN_TIME = (-np.inf, np.inf)  # the period of whatever is judged beside all train events
 TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
 
 
@@ -118,7 +119,7 @@ def main(run: "Run"):
         judge = fit_reward_model(run, data, encode)
         reinforce(run, data, llm, judge, cuts)
         reasons, lines = write_reasons(run, data, llm, judge, cuts)
-        run.metrics["reasons"] = reason_figures(data, llm, judge, reasons, cuts)
+        run.metrics["reasons"] = reason_figures(data, llm, judge, reasons)
     if needs["preferences"]:
         preferences = ask_preferences(run, data, llm)
     if needs["knowledge"]:
@@ -126,7 +127,7 @@ def main(run: "Run"):
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
     if reasons and data.truth:
-        add_truth(run.metrics, data, judge, reasons, cuts)
+        add_truth(run.metrics, data, judge, reasons)
     write_report(run, data, lines)
 
 
@@ -264,12 +265,9 @@ def practice_questions(data, cuts, seed):
         questions.append(Question(i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
         questions.append(Question(i, D.reason_prompt(data, i, current, few), few, others))
     held_items = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
-    train = []
-    held_out = []
-    for k in rng.permutation([k for k, q in enumerate(questions) if len(q.shown)]):
-        part = held_out if questions[k].item in held_items else train
-        part.append(questions[k])
-    return train, held_out
+    order = rng.permutation([k for k, q in enumerate(questions) if len(q.shown)])
+    train = [questions[k] for k in order if questions[k].item not in held_items]
+    return train, [questions[k] for k in order if questions[k].item in held_items]
 
 
 def reinforce(run, data, llm, judge, cuts):
@@ -283,7 +281,7 @@ def reinforce(run, data, llm, judge, cuts):
 
     def rewards_of(questions, texts) -> reward.Rewards:
         items, _, shown, audience = zip(*questions, strict=True)
-        return reward.rewards(judge, items, texts, shown, audience, (cuts[0], cuts[-1]))
+        return reward.rewards(judge, items, texts, shown, audience, TRAIN_TIME)
 
     def sampled_rewards(stage, adapter, questions, name):
         kept = run.load(stage, "ppo")
@@ -385,10 +383,8 @@ def propose(s, llm, prompts, seed, name):
 
 
 def accept(judge, window: Window, current, proposals, margin):
-    """For each item of a window the proposal of highest reward, and whether it replaces the current
-    answer. proposals: K answers an item, item by item. Returns (answers from now on, an entry of
+    """Judges K proposals for each item of a window, item by item: (answers from now on, an entry of
     the timeline each, a row of metrics.json)."""
-    data = judge.data
     people = (window.shown, window.audience, window.period)
     new = reward.rewards(judge, window.items, proposals, *people)
     old = reward.rewards(judge, window.items, current, *people)
@@ -402,9 +398,9 @@ def accept(judge, window: Window, current, proposals, margin):
         answers.append(proposals[best] if accepted else current[k])
         entry = {
             "window_end": window.period[1],
-            "people": [data.users[u] for u in data.events["user"][shown]],
+            "people": [judge.data.users[u] for u in judge.data.events["user"][shown]],
             "judges": judges,
-            "shared": D.shared_phrases(data, item, shown)[:3],
+            "shared": D.shared_phrases(judge.data, item, shown)[:3],
             "proposal": D.parse_answer(proposals[best])[0],
             "reward_before": float(old.audience_values(k).mean()),
             "reward_after": float(new.by_audience[best].mean()),
@@ -417,12 +413,12 @@ def accept(judge, window: Window, current, proposals, margin):
 
 
 def choose(new: reward.Rewards, old: reward.Rewards, k, signs, margin):
-    """(Number of the proposal of highest reward for the k-th item, whether it is accepted: it must
-    be well-formed, no less grounded, and convince the audience.) signs: 1, or -1 to flip a user's
-    gain; that moves the mean, and so the reward, by (sign - 1) gain."""
+    """(Number of the proposal of highest reward for the k-th item, is it accepted?). It must be
+    well-formed, no less grounded, and convince the audience. signs: -1 flips a user's gain."""
     K = len(new.total) // len(old.total)
     mine = range(k * K, (k + 1) * K)
     gains = {j: new.by_audience[j] - old.audience_values(k) for j in mine}
+    # a flipped gain moves the mean, and so the reward, by (sign - 1) gain
     moves = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]
     best = mine[np.argmax(new.total[mine] + moves)]
     sound = new.format_ok[best] and new.grounded[best] >= old.grounded[k]
@@ -459,8 +455,7 @@ def standing(entry):
 
 def correct(run, data, llm, judge, windows):
     """Corrects every item's reason at the end of each window; nothing after it is in a prompt or a
-    judgement. Returns the answers at first and at last (index 0 empty), the timelines, and the
-    rows of metrics.json."""
+    judgement: (answers at first, at last, index 0 empty; timelines; rows of metrics.json)."""
     s = run.settings
     state = run.load("curec", "correct") or run.checkpoint().state
     if state is None:
@@ -491,7 +486,7 @@ def correct(run, data, llm, judge, windows):
     return state["first"], answers, timelines, [row for _, _, row in state["windows"]]
 
 
-def best_of(run, data, llm, judge, windows, first, period):
+def best_of(run, data, llm, judge, windows, first):
     """The control for correction: the first reason and as many proposals as correction made, to the
     same users shown, but with no reason so far, and judged by all their audiences at once."""
     s = run.settings
@@ -513,7 +508,7 @@ def best_of(run, data, llm, judge, windows, first, period):
     # the item of each candidate
     items = np.append(numbers[1:], np.repeat(numbers, [len(mine) for mine in prompts]))
     people = [shown[i] for i in items], [audience[i] for i in items]
-    total = reward.rewards(judge, items, candidates, *people, period).total
+    total = reward.rewards(judge, items, candidates, *people, TRAIN_TIME).total
     best = [""]
     for i in numbers[1:]:
         mine = np.flatnonzero(items == i)
@@ -535,11 +530,9 @@ def write_reasons(run, data, llm, judge, cuts):
             texts = ask(llm, adapter, prompts, sampling(s), f"reasons: {kind}")
             reasons[kind] = run.save(["", *texts])
     windows = list(correction_windows(data, cuts, s.seed))
-    first, reasons["curec"], timelines, run.metrics["correction"] = correct(
-        run, data, llm, judge, windows
-    )
-    period = (cuts[0], cuts[-1])
-    reasons["bestof"] = best_of(run, data, llm, judge, windows, first, period)
+    first, reasons["curec"], timelines, rows = correct(run, data, llm, judge, windows)
+    reasons["bestof"] = best_of(run, data, llm, judge, windows, first)
+    run.metrics["correction"] = rows
     for i, item in enumerate(data.items[1:], 1):
         said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
         line = {"item": item["id"], "title": item["title"], "aligned": said["aligned"]}
@@ -549,7 +542,7 @@ def write_reasons(run, data, llm, judge, cuts):
     return reasons, lines
 
 
-def reason_figures(data, llm, judge, reasons, cuts):
+def reason_figures(data, llm, judge, reasons):
     """Share grounded and well-formed, mean reward and length of each kind of reasons; rewards by
     the one-shot people, of items that have them."""
     shown, audience = one_shot_people(data, judge.seed)
@@ -558,7 +551,7 @@ def reason_figures(data, llm, judge, reasons, cuts):
     figures = {}
     for kind, answers in reasons.items():
         texts = [answers[i] for i in items]
-        found = reward.rewards(judge, items, texts, people, others, (cuts[0], cuts[-1]))
+        found = reward.rewards(judge, items, texts, people, others, TRAIN_TIME)
         figures[kind] = {
             "grounded": float(found.grounded.mean()),
             "format_ok": float(found.format_ok.mean()),
@@ -633,7 +626,7 @@ def train_and_test_arms(run, data, inputs, rank_score):
     run.metrics |= recommender.headroom(run.metrics["arms"])
 
 
-def add_truth(metrics, data, judge, reasons, cuts):
+def add_truth(metrics, data, judge, reasons):
     """Demo only: how true the reasons are, and how well the judge knows it. Read after everything
     else; feeds nothing."""
     truth = {name: values[1:] for name, values in data.truth.items()}
@@ -645,7 +638,7 @@ def add_truth(metrics, data, judge, reasons, cuts):
     delta, ci = recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
     metrics["comparisons"].append(row | {"delta": delta, "ci95": ci})
-    metrics["reward"] |= reward.driver_choice(judge, data.truth, (cuts[0], cuts[-1]))
+    metrics["reward"] |= reward.driver_choice(judge, data.truth, TRAIN_TIME)
 
 
 # ------------------------------------------------------------------------------- the run folder
@@ -766,10 +759,10 @@ def tables(m):
     arms = []
     differences = []
     for arm, entry in m["arms"].items():
-        row = {"arm": arm, "seeds": len(entry["seeds"])}
-        parts = {"": entry["test"]} | entry["slices"]
-        row |= {f"ndcg@10 {name}".strip(): np.mean(part["ndcg@10"]) for name, part in parts.items()}
-        arms.append(row | {"hr@10": np.mean(entry["test"]["hr@10"])} | entry["audit"])
+        row = {"arm": arm, "seeds": len(entry["seeds"]), "hr@10": np.mean(entry["test"]["hr@10"])}
+        for name, values in {"test": entry["test"], **entry["slices"]}.items():
+            row[f"ndcg@10, {name}"] = np.mean(values["ndcg@10"])
+        arms.append(row | entry["audit"])
     for c in m["comparisons"]:
         low, high = c["ci95"]
         row = {"a - b": f"{c['a']} - {c['b']}", "metric": c["metric"], "delta": c["delta"]}
@@ -819,8 +812,8 @@ def timeline_text(line):
         day = time.strftime("%Y-%m-%d", time.gmtime(entry["window_end"]))
         verdict = "accepted" if entry["accepted"] else "rejected"
         rewards = "{reward_before:+.2f} -> {reward_after:+.2f}".format(**entry)
-        out.append(f"- until {day}: {', '.join(entry['people'])}")
-        out.append(f"  - they also chose: {', '.join(entry['shared'])}")
+        people = f"{', '.join(entry['people'])}; they share: {', '.join(entry['shared']) or '-'}"
+        out.append(f"- until {day} came {people}")
         out.append(f"  - {verdict}: {entry['proposal']} (reward of {entry['judges']}: {rewards})")
     return "\n".join(out)
 
@@ -832,12 +825,11 @@ def dry_run(s):
     if s.dataset != "demo" and not os.path.isdir(s.dataset):
         _, absent = D.amazon_files(s.dataset, s.data_dir)
     for path, url in absent.items():
-        print(f"download {url} to {path}")
+        print(f"download {url} to {path}; prompts are counted when it is there")
     if s.llm != "tiny":
         size = rl.forecast(s.llm, sampling(s).budget)
         print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
     if absent:
-        print("prompts are counted when these files are there")
         return
     data = load_data(s)
     train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
@@ -861,8 +853,8 @@ def look(s):
     """Looks at the finished run in the folder s.run. --explain: a user's top items, each with its
     reason and that reason's history. --score: the reward of a reason written by hand, part by part,
     beside that of the item's own."""
-    config = json.loads(Path(s.run, "config.json").read_text())
-    run = Run(replace(Settings(**config["settings"]), out=s.run))
+    settings = json.loads(Path(s.run, "config.json").read_text())["settings"]
+    run = Run(replace(Settings(**settings), out=s.run))
     data = load_data(run.settings)
     lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
     ids = data.users if s.explain else [line["item"] for line in lines]
@@ -891,8 +883,7 @@ def look(s):
     people = [[group[number + 1]] for group in one_shot_people(data, judge.seed)]
     reasons = [s.score, lines[number]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
-    period = (config["windows"][0], config["windows"][-1])
-    found = reward.rewards(judge, [number + 1], answers, *people, period)
+    found = reward.rewards(judge, [number + 1], answers, *people, TRAIN_TIME)
     rows = []
     for k, reason in enumerate(reasons):
         parts = ("total", "shown", "audience", "grounded", "format_ok")
@@ -906,9 +897,8 @@ QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
 # flags that are no setting of a run
 NOT_KEPT = ("resume", "dry_run", "debug", "run", "explain", "score", "item")
 # the least that is allowed, 0 else
-LEAST = {"k_core": -1, "ppo_batch": 8, "temperature": 0.01}
-LEAST |= dict.fromkeys("seeds windows epochs proposals ppo_updates".split(), 1)
-LEAST |= dict.fromkeys(("align_steps", "knowledge_steps"), 1)
+LEAST = dict.fromkeys("seeds windows epochs proposals ppo_updates".split(), 1)
+LEAST |= {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "align_steps": 1, "knowledge_steps": 1}
 
 
 def parse_args(argv=None):
@@ -1038,7 +1028,6 @@ def ask_preferences(run, data, llm):
     (two lists a user, [] where five answers in a row were malformed), "since" (users, 2), lengths
     of the histories it saw}."""
     s = run.settings
-    model = llm[0]
     kept = run.load("prefer")
     if kept is None:
         cuts = [(seq, max(1, n)) for seq in data.train for n in (len(seq) // 2, len(seq) - 1)]
@@ -1048,7 +1037,7 @@ def ask_preferences(run, data, llm):
         for attempt in range(asked + 1, 6):
             todo = [k for k, named in enumerate(names) if not named]
             how = replace(sampling(s), max_new=max(64, s.max_new), seed=s.seed + attempt)
-            with model.disable_adapter():
+            with llm[0].disable_adapter():
                 texts, _ = rl.generate(*llm, [prompts[k] for k in todo], how, "preferences")
             for k, text in zip(todo, texts, strict=True):
                 names[k] = D.parse_preferences(text)
