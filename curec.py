@@ -668,7 +668,7 @@ class Run:
         config = self.folder / "config.json"
         begun = json.loads(config.read_text()).get("settings") if config.exists() else None
         if not begun and (s.resume or config.exists() or (self.folder / "state").exists()):
-            raise D.DataError(f"--out {s.out}: holds no run of ours; choose another folder")
+            raise D.DataError(f"{s.out}: holds no run of ours; see --out and --resume")
         if begun and s.resume:
             # another micro-batch is the same method
             kept = {name: value for name, value in begun.items() if name != "micro_batch"}

@@ -462,43 +462,46 @@ def test_data_that_nobody_can_be_trained_on_are_refused(shop):
 # ------------------------------------------------------------------------------------- practice
 @pytest.fixture(scope="module")
 def practice(small_shop):
-    return curec.practice_prompts(small_shop, curec.window_cuts(small_shop, 8), 0)
+    return curec.practice_questions(small_shop, curec.window_cuts(small_shop, 8), 0)
 
 
 def test_practice_holds_out_items(practice, small_shop):
     """Guards: a reward after PPO that is measured on what was practised."""
-    held = {practice.items[k] for k in practice.held_out}
-    trained = {practice.items[k] for k in practice.train}
+    trained, held = ({question.item for question in part} for part in practice)
     assert len(held) == small_shop.n_items // 10
     assert not held & trained
 
 
 def test_practice_leaves_out_prompts_that_show_nobody_and_no_others(practice, small_shop):
     """Guards: answers that are judged by nobody; prompts that are lost or used twice."""
-    used = sorted([*practice.train, *practice.held_out])
-    shows = [k for k, shown in enumerate(practice.shown) if len(shown)]
-    assert len(practice.prompts) == 2 * small_shop.n_items
-    assert used == shows
-    assert len(shows) < len(practice.prompts)
-    for k in used:
-        assert not set(practice.shown[k]) & set(practice.audience[k])
+    train, held_out = practice
+    prompts = [question.prompt for question in train + held_out]
+    assert len(set(prompts)) == len(prompts)
+    # one-shot ones of all items, and those of the items that somebody chose in the window drawn
+    one_shot = [prompt for prompt in prompts if "Reason so far: none" in prompt]
+    assert len(one_shot) == small_shop.n_items
+    assert small_shop.n_items < len(prompts) < 2 * small_shop.n_items
+    for question in train + held_out:
+        assert len(question.shown)
+        assert not set(question.shown) & set(question.audience)
 
 
 def test_practice_asks_in_both_ways_about_its_items(practice, small_shop):
     """Guards: a policy that never saw a reason to correct, or never wrote a first one."""
-    for rows in (practice.train, practice.held_out):
-        prompts = [practice.prompts[k] for k in rows]
+    for part in practice:
+        prompts = [question.prompt for question in part]
         assert any("Reason so far: none" in prompt for prompt in prompts)
         assert any("Reason so far: people choose it for" in prompt for prompt in prompts)
-    for k, prompt in enumerate(practice.prompts):
-        assert D.item_text(small_shop.items[practice.items[k]]) in prompt
+        for question in part:
+            assert D.item_text(small_shop.items[question.item]) in question.prompt
 
 
 def test_prompts_for_correction_are_of_one_window(practice, small_shop):
     """Guards: practice on more people than a window of the correction has."""
     cuts = np.array(curec.window_cuts(small_shop, 8))
-    for k in range(1, len(practice.prompts), 2):
-        people = np.array([*practice.shown[k], *practice.audience[k]], int)
-        times = small_shop.events["time"][people]
-        windows = np.searchsorted(cuts, times, side="right")
-        assert len(set(windows)) <= 1
+    train, held_out = practice
+    for question in train + held_out:
+        if "Reason so far: none" not in question.prompt:
+            people = np.array([*question.shown, *question.audience], int)
+            times = small_shop.events["time"][people]
+            assert len(set(np.searchsorted(cuts, times, side="right"))) == 1

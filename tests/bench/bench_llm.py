@@ -54,7 +54,8 @@ MAX_NEW = 24  # of the part generation
 def generation(args) -> dict:
     torch.set_num_threads(args.threads)
     shop = D.demo(0)
-    prompts = curec.practice_prompts(shop, curec.window_cuts(shop, 2), 0).prompts
+    train, held_out = curec.practice_questions(shop, curec.window_cuts(shop, 2), 0)
+    prompts = [question.prompt for question in train + held_out]
     prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
     llm = open_llm(args, shop)
     six_times = [prompt for prompt in prompts[: args.prompts // 5] for _ in range(6)]
