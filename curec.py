@@ -94,10 +94,10 @@ class Settings:
     resume: bool = option(False, "run", "go on after the last finished unit of work")
     dry_run: bool = option(False, "run", "only print what would be downloaded, asked and learnt")
     debug: bool = option(False, "run", "show the traceback of an error")
-    run: str = option("", "look at a finished run", "the run folder to look at")
-    explain: str = option("", "look at a finished run", "USER: top items with their reasons")
-    score: str = option("", "look at a finished run", "TEXT: the reward of a reason of yours ...")
-    item: str = option("", "look at a finished run", "ID: ... about this item")
+    run: str = option("", "look back", "the run folder to look at")
+    explain: str = option("", "look back", "USER: top items with their reasons")
+    score: str = option("", "look back", "TEXT: the reward of a reason of yours ...")
+    item: str = option("", "look back", "ID: ... about this item")
 
 
 def main(run: "Run"):
@@ -183,15 +183,16 @@ def tiny_lessons(s, data):
     short = D.alignment_samples(data, min(10_000, 10 * steps), rng, D.Mixture(1.0, people=1))
     every = D.alignment_samples(data, min(20_000, 20 * steps), rng, D.Mixture(1.0))
     every += D.lane_samples(data, min(3000, 3 * steps), rng)
-    parts = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
-    if s.dataset != "demo":
+    if s.dataset == "demo":
+        lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
+    else:
         # the words of a real catalogue first
         spelling = []
         for i in range(1, data.n_items + 1):
             spelling.append((D.reason_prompt(data, i, "", ()), " ".join(data.phrases[i])))
-        parts = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
-        parts.append(("all prompts", every, 0.45))
-    return [(name, samples, round(share * steps)) for name, samples, share in parts]
+        lessons = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
+        lessons.append(("all prompts", every, 0.45))
+    return [(name, samples, round(share * steps)) for name, samples, share in lessons]
 
 
 def open_llm(s, path):
@@ -548,17 +549,17 @@ def reason_figures(data, llm, judge, reasons):
     shown, audience = one_shot_people(data, judge.seed)
     items = [i for i in range(1, data.n_items + 1) if len(shown[i])]
     people, others = [shown[i] for i in items], [audience[i] for i in items]
-    figures = {}
+    out = {}
     for kind, answers in reasons.items():
         texts = [answers[i] for i in items]
         found = reward.rewards(judge, items, texts, people, others, TRAIN_TIME)
-        figures[kind] = {
+        out[kind] = {
             "grounded": float(found.grounded.mean()),
             "format_ok": float(found.format_ok.mean()),
             "mean_reward": float(found.total.mean()),
             "mean_tokens": float(np.mean([len(llm[1](a)["input_ids"]) for a in answers[1:]])),
         }
-    return figures
+    return out
 
 
 # --------------------------------------------------------- algorithm, 9 and 10: the arms
@@ -607,10 +608,9 @@ def train_and_test_arms(run, data, inputs, rank_score):
     with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
         for arm in inputs:
             for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
-                jobs[arm, seed] = None
-                if arm != "knowledge" and not run.has(f"arm-{arm}.{seed}"):
-                    job = (arm, data, inputs[arm], config, seed)
-                    jobs[arm, seed] = pool.submit(recommender.fit_arm, *job)
+                job = (recommender.fit_arm, arm, data, inputs[arm], config, seed)
+                here = arm == "knowledge" or run.has(f"arm-{arm}.{seed}")
+                jobs[arm, seed] = None if here else pool.submit(*job)
         fits = {arm: [] for arm in inputs}
         for (arm, seed), job in jobs.items():
             fit = run.load(f"arm-{arm}.{seed}", "downstream")
@@ -849,46 +849,46 @@ def dry_run(s):
     print(f"a prompt has about {words:.0f} words, an answer at most {s.max_new} tokens")
 
 
-def look(s):
-    """Looks at the finished run in the folder s.run. --explain: a user's top items, each with its
+def look(flags):
+    """Looks at the finished run in the folder --run. --explain: a user's top items, each with its
     reason and that reason's history. --score: the reward of a reason written by hand, part by part,
     beside that of the item's own."""
-    settings = json.loads(Path(s.run, "config.json").read_text())["settings"]
-    run = Run(replace(Settings(**settings), out=s.run))
-    data = load_data(run.settings)
-    lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
-    ids = data.users if s.explain else [line["item"] for line in lines]
-    name = s.explain or s.item
+    settings = json.loads(Path(flags.run, "config.json").read_text())["settings"]
+    s = replace(Settings(**settings), out=flags.run)
+    run = Run(s)
+    data = load_data(s)
+    lines = [json.loads(line) for _, line in D.read_lines(f"{s.out}/reasons.jsonl")]
+    ids = data.users if flags.explain else ["", *(line["item"] for line in lines)]
+    name = flags.explain or flags.item
+    stage = f"arm-curec.{s.seed}" if flags.explain else "reward"
+    kept = run.load(stage)
     if name not in ids:
         raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
-    number = ids.index(name)
-    stage = f"arm-curec.{run.settings.seed}" if s.explain else "reward"
-    kept = run.load(stage)
     if kept is None:
-        raise D.DataError(f"--run {s.run}: {stage} is missing; it takes a finished run of curec")
-    if s.explain:
+        raise D.DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
+    number = ids.index(name)
+    if flags.explain:
         history = data.seqs[number][:-1]
         print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-        model = recommender.from_weights(data.n_items, kept["model"])
-        for item in recommender.top_items(recommender.scorer(model), [history], 5)[0]:
-            # 0: nothing is left
-            if item:
-                print("\n" + timeline_text(lines[item - 1]))
+        score = recommender.scorer(recommender.from_weights(data.n_items, kept["model"]))
+        best = recommender.top_items(score, [history], 5)[0]
+        # 0: nothing is left
+        print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")
         return
-    _, encode = open_llm(run.settings, llm_path(run, data))
-    if run.settings.encoder:
-        encode = reward.load_encoder(run.settings.encoder, run.settings.device)
-    judge = reward.Judge(data, encode, run.settings.seed)
+    _, encode = open_llm(s, llm_path(run, data))
+    if s.encoder:
+        encode = reward.load_encoder(s.encoder, s.device)
+    judge = reward.Judge(data, encode, s.seed)
     judge.load_weights(kept["weights"])
-    people = [[group[number + 1]] for group in one_shot_people(data, judge.seed)]
-    reasons = [s.score, lines[number]["reason"]]
+    people = [[group[number]] for group in one_shot_people(data, s.seed)]
+    reasons = [flags.score, lines[number - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
-    found = reward.rewards(judge, [number + 1], answers, *people, TRAIN_TIME)
+    found = reward.rewards(judge, [number], answers, *people, TRAIN_TIME)
     rows = []
     for k, reason in enumerate(reasons):
         parts = ("total", "shown", "audience", "grounded", "format_ok")
         rows.append({"reason": reason} | {part: getattr(found, part)[k].item() for part in parts})
-    print(D.item_text(data.items[number + 1]), markdown(rows), sep="\n\n")
+    print(D.item_text(data.items[number]), markdown(rows), sep="\n\n")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -923,9 +923,9 @@ def parse_args(argv=None):
         flag = "--" + f.name.replace("_", "-")
         groups[group].add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    looked = {name for name in ("explain", "item", "run", "score") if name in given}
-    whole = looked in (set(), {"explain", "run"}, {"item", "run", "score"})
-    if not whole or not all(given[name] for name in looked):
+    looked = {name: given[name] for name in ("explain", "item", "run", "score") if name in given}
+    together = ([], ["explain", "run"], ["item", "run", "score"])
+    if list(looked) not in together or not all(looked.values()):
         fail("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
