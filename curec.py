@@ -902,11 +902,12 @@ def timeline_text(line):
 def dry_run(s):
     """--dry-run: prints downloads, memory, and what each stage learns and asks; writes nothing."""
     todo = stages_needed(s)
-    absent = {}
+    absent = []
     if s.dataset != "demo" and not os.path.isdir(s.dataset):
-        _, absent = D.amazon_files(s.dataset, s.data_dir)
-    for path, url in absent.items():
-        print(f"download {url} to {path}")
+        files = D.amazon_files(s.dataset, s.data_dir)
+        absent = [path for path in files if not os.path.exists(path)]
+    for path in absent:
+        print(f"download {files[path]} to {path}")
     print("memory: 1 to 2 GB of RAM for recommender and tiny LLM")
     if "LLM" in todo and s.llm != "tiny":
         size = rl.forecast(s.llm, sampling(s).budget)
@@ -949,7 +950,7 @@ def look(s):
         raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
     if kept is None:
         raise D.DataError(f"--run {s.run}: {stage} is missing; it takes a finished run of curec")
-    lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
+    lines = [json.loads(line) for line in D.read_lines(f"{s.run}/reasons.jsonl")]
     if s.explain:
         history = data.seqs[ids.index(name)][:-1]
         model = recommender.from_weights(data.n_items, kept["model"])
