@@ -23,10 +23,9 @@ import shutil
 import tempfile
 import urllib.request
 import zlib
-from collections import Counter
+from collections import Counter, namedtuple
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -82,9 +81,7 @@ class Dataset:
         for u, seq in enumerate(self.train):
             rows += [(u, p, seq[p], self.times[u][p]) for p in range(1, len(seq))]
         if not rows:
-            raise DataError(
-                f"{self.name}: no user has 4 interactions; lower --k-core or the limits"
-            )
+            raise DataError(f"{self.name}: no user has 4 interactions; lower --k-core or limits")
         rows.sort(key=lambda row: row[3])
         columns = np.array(rows, dtype=np.int64).T
         return dict(zip(("user", "pos", "item", "time"), columns, strict=True))
@@ -204,7 +201,7 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
             matches = drives[half][:, needs[half]].sum(1)
             utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             utility[chosen] = -np.inf
-            chosen.append(int(utility.argmax()))
+            chosen.append(utility.argmax())
         seqs.append(np.array(chosen) + 1)
         times.append(when + 1_400_000_000)
     items = [{}]
@@ -390,13 +387,8 @@ class Subset:
     limit_users: int = 0  # drawn by seed; 0: all
 
 
-class Row(NamedTuple):
-    """An interaction of a source."""
-
-    user: str
-    item: str
-    time: int  # seconds since 1970
-    rating: float  # nan: none
+# time: seconds since 1970; rating: nan where there is none
+Row = namedtuple("Row", "user item time rating")
 
 
 def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset:
@@ -406,8 +398,10 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
         return demo(seed, 200, 120) if small else demo(seed)
     skipped = Counter()
     is_folder = os.path.isdir(name)
-    source = read_folder(name, skipped) if is_folder else read_amazon(name, data_dir, skipped)
-    rows, records = source
+    if is_folder:
+        rows, records = read_folder(name, skipped)
+    else:
+        rows, records = read_amazon(name, data_dir, skipped)
     if subset.ties == "shuffle":
         rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
     rows.sort(key=lambda row: row.time)  # stable: equal times keep their order
@@ -521,29 +515,25 @@ def read_folder(folder, skipped):
     path = os.path.join(folder, "interactions.csv")
     csv.field_size_limit(MAX_LINE)
     # a line at a time: a quote that is never closed spoils one line only
-    cells = (next(csv.reader([line], skipinitialspace=True)) for line in read_lines(path))
-    names = [name.strip() for name in next(cells, [])]
-    columns = ("user", "item", "timestamp", "rating")
-    if not set(columns[:3]) <= set(names):
-        raise DataError(f"{path}: the first line must name user,item,timestamp[,rating]")
-    records = (dict(zip(names, line, strict=False)) for line in cells)
-    rows = read_interactions(path, records, columns, skipped)
+    lines = (next(csv.reader([line], skipinitialspace=True)) for line in read_lines(path))
+    names = next(lines, [])
+    records = (dict(zip(names, cells, strict=False)) for cells in lines)
+    rows = read_interactions(path, records, ("user", "item", "timestamp", "rating"), skipped)
     described = os.path.join(folder, "items.jsonl")
     return rows, read_items(described, "id", {row.item for row in rows}, skipped)
 
 
 def read_interactions(path, records, columns, skipped):
-    """Rows of the records that have all. columns: names of user, item, time and rating."""
+    """Rows of the records that have all columns: names of user, item, time and rating."""
     rows = []
-    needed = f"{columns[0]}, {columns[1]} and a {columns[2]} in seconds since 1970"
+    needed = "{}, {}, {} (in seconds since 1970) and {} (a number or nothing)".format(*columns)
     for fields in records:
         try:
             user, item, time, rating = map(fields.get, columns)
-            seconds = float(time)
-            # nan, and milliseconds
-            if not abs(seconds) < 1e12:
-                raise ValueError(f"no time: {time}")
-            rows.append(Row(parse_id(user), parse_id(item), int(seconds), float(rating or "nan")))
+            seconds = int(float(time))
+            if abs(seconds) > 1e12:
+                raise ValueError("milliseconds")
+            rows.append(Row(parse_id(user), parse_id(item), seconds, float(rating or "nan")))
         except (AttributeError, TypeError, ValueError, OverflowError):
             skipped[f"lines of {path} without {needed}: skipped"] += 1
     if not rows:
@@ -609,18 +599,16 @@ def parse_line(line):
 def read_lines(path):
     """Yields the lines of a text or gzip file that are not blank, with progress."""
     opened = gzip.open if path.endswith(".gz") else open
-    title = "reading " + os.path.basename(path)
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             lines = iter(lambda: file.readline(MAX_LINE + 1), "")
-            for line in tqdm(lines, title, unit=" lines", leave=False, disable=None, delay=1):
+            for line in tqdm(lines, path, unit=" lines", leave=False, disable=None, delay=1):
                 if len(line) > MAX_LINE:
                     raise OSError(f"a line is longer than {MAX_LINE:,} characters")
                 if not line.isspace():
                     yield line
     except (OSError, EOFError, zlib.error) as e:
-        advice = "mend the file, or delete it and copy or download it again"
-        raise DataError(f"{path}: cannot be read ({e}); {advice}") from e
+        raise DataError(f"{path}: cannot be read ({e}); mend it or download it again") from e
 
 
 def download(path, url):
@@ -638,10 +626,8 @@ def download(path, url):
                 pass
             os.replace(part, path)
     except (OSError, ValueError) as e:
-        raise DataError(
-            f"{path} is not there and could not be downloaded ({e}). Put it there by hand, from "
-            f"{url}, or name its folder with --data-dir. `--dataset demo` needs no files."
-        ) from e
+        advice = f"put it there by hand, from {url}, or name its folder with --data-dir"
+        raise DataError(f"{path} could not be downloaded ({e}); {advice}") from e
 
 
 # =================================================================== the two relatives: samples
