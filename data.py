@@ -108,12 +108,10 @@ class Dataset:
         titles = [""]
         seen = Counter()
         for item in self.items[1:]:
-            title = short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
-            while seen[title.lower()]:
-                seen[short.lower()] += 1
-                title = f"{short} ({seen[short.lower()]})"
+            title = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
             seen[title.lower()] += 1
-            titles.append(title)
+            number = seen[title.lower()]
+            titles.append(f"{title} ({number})" if number > 1 else title)
         return titles
 
     @cached_property
@@ -166,10 +164,10 @@ def item_text(item):
 
 
 # -------------------------------------------------------------------------------- the demo world
-ASPECTS = (
+ASPECTS = np.array(
     "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance "
-    "humour calm"
-).split()
+    "humour calm".split()
+)
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
 
 
@@ -206,12 +204,11 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
         times.append(when + 1_400_000_000)
     items = [{}]
     for i, aspects in enumerate(said, 1):
-        title = " ".join(ASPECTS[a] for a in aspects)
-        brand = BRANDS[rng.integers(len(BRANDS))]
-        items.append(item_record(f"D{i:04d}", {"title": title, "brand": brand}))
+        fields = {"title": " ".join(ASPECTS[aspects]), "brand": BRANDS[rng.integers(len(BRANDS))]}
+        items.append(item_record(f"D{i:04d}", fields))
     truth = {"since": [span // 2 + 1_400_000_000] * (n_items + 1)}
     for name, drivers in (("early", early), ("late", late)):
-        truth[name] = [(), *map(tuple, np.array(ASPECTS)[drivers].tolist())]
+        truth[name] = [(), *map(tuple, ASPECTS[drivers].tolist())]
     users = [f"user{u}" for u in range(n_users)]
     return Dataset("demo", items, users, seqs, times, truth=truth)
 
@@ -253,9 +250,9 @@ def parse_answer(text):
     found = REASON_PATTERN.fullmatch(reason)
     if not found or " and " in found[2]:
         return reason, [], False
-    phrases = [phrase.strip() for phrase in found.groups()]
-    stems = [list(map(stem, words(phrase))) for phrase in phrases]
-    return reason, phrases, all(stems) and stems[0] != stems[1]
+    phrases = list(found.groups())
+    first, second = ([*map(stem, words(phrase))] for phrase in phrases)
+    return reason, phrases, bool(first and second and first != second)
 
 
 def grounded(data, item, reason):
@@ -452,8 +449,9 @@ def from_rows(name, rows, records, skipped) -> Dataset:
     users = {user: mine for user, mine in groups.items() if len(mine) >= 3}
     skipped["users with fewer than 3 interactions: left out"] = len(groups) - len(users)
     kept = [row for mine in users.values() for row in mine]
-    number = {item: i for i, item in enumerate(sorted({row.item for row in kept}), 1)}
-    items = [{}, *(item_record(item, records.get(item, {})) for item in number)]
+    chosen = sorted({row.item for row in kept})
+    number = {item: i for i, item in enumerate(chosen, 1)}
+    items = [{}, *(item_record(item, records.get(item, {})) for item in chosen)]
     skipped["items without a title"] = sum(not item["title"] for item in items[1:])
     notes = [f"{count} {what}" for what, count in skipped.items() if count]
     if not users:
@@ -486,8 +484,7 @@ MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800
 
 
 def amazon_files(name, data_dir):
-    """{path: address} of an Amazon category's reviews and items: those of 2018 if their
-    reviews are there, else of 2014."""
+    """{path: address} of a category's reviews and items: of 2018 if its reviews are there."""
     category = ALIASES.get(name.lower(), name)
     if not re.fullmatch(r"[A-Za-z0-9_]+", category):
         raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
@@ -676,22 +673,22 @@ def lane_samples(data, n, rng):
     while rich and len(samples) < n:
         seq = rich[rng.integers(len(rich))]
         item = rng.integers(1, data.n_items + 1)
-        task = ("prefer", "prefer", "explain")[rng.integers(3)]
+        explain = rng.integers(3) == 2
         past = seq[: rng.integers(1, len(seq) + 1)]
         # in alphabetical order: a model that has learnt to go on in it repeats nothing
         names = sorted(said_most(data, past))
         if len(names) < PREFERENCES:
             continue
-        if task == "prefer":
-            about, answer = (), json.dumps({"preferences": names})
+        if explain:
+            samples.append(explanation(data, past, item, names, rng))
         else:
-            about, answer = explanation(data, past, item, names, rng)
-        samples.append((history_question(data, past, task, *about), answer))
+            question = history_question(data, past, "prefer")
+            samples.append((question, json.dumps({"preferences": names})))
     return samples
 
 
 def explanation(data, past, item, names, rng):
-    """What LANE's question for an explanation is about (weights drawn at random), and an answer."""
+    """LANE's question for an explanation (weights drawn at random), and an answer."""
     weights = rng.dirichlet(np.full(PREFERENCES, 3.0)).round(2)
     fitting = [name for name in names if name in data.phrases[item]]
     weighted, steps = [], []
@@ -702,4 +699,5 @@ def explanation(data, past, item, names, rng):
         weighted.append(f"{name} {weight:.2f}")
         steps.append(f"{name} in {title} , fit {fits:d} , {level}")
     answer = " ; ".join([*steps, "it has " + " and ".join(fitting or ["something new"])])
-    return (", ".join(weighted), item_text(data.items[item])), answer
+    about = (", ".join(weighted), item_text(data.items[item]))
+    return history_question(data, past, "explain", *about), answer
