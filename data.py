@@ -521,7 +521,7 @@ def read_folder(folder, skipped):
 
 
 def read_interactions(path, records, columns, skipped):
-    """Rows of the records that have all columns: names of user, item, time and rating."""
+    """Rows of the readable records. columns: the names of user, item, time and rating."""
     rows = []
     needed = "{}, {}, {} (in seconds since 1970) and {} (a number or nothing)".format(*columns)
     for fields in records:
@@ -529,7 +529,7 @@ def read_interactions(path, records, columns, skipped):
             user, item, time, rating = map(fields.get, columns)
             seconds = int(float(time))
             if abs(seconds) > 1e12:
-                raise ValueError("milliseconds")
+                raise ValueError("not in seconds")
             rows.append(Row(parse_id(user), parse_id(item), seconds, float(rating or "nan")))
         except (AttributeError, TypeError, ValueError, OverflowError):
             skipped[f"lines of {path} without {needed}: skipped"] += 1
