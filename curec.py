@@ -821,11 +821,12 @@ def timeline_text(line):
 # -------------------------------------------------------------- before a run, and after it
 def dry_run(s):
     """--dry-run: prints downloads, memory, and what each stage learns and asks; writes nothing."""
-    absent = {}
+    absent = []
     if s.dataset != "demo" and not os.path.isdir(s.dataset):
-        _, absent = D.amazon_files(s.dataset, s.data_dir)
-    for path, url in absent.items():
-        print(f"download {url} to {path}; prompts are counted when it is there")
+        files = D.amazon_files(s.dataset, s.data_dir)
+        absent = [path for path in files if not os.path.exists(path)]
+    for path in absent:
+        print(f"download {files[path]} to {path}; prompts are counted when it is there")
     if s.llm != "tiny":
         size = rl.forecast(s.llm, sampling(s).budget)
         print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
@@ -865,10 +866,21 @@ def look(flags):
     if name not in ids:
         raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
     if kept is None:
+<<<<<<< HEAD
         raise D.DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
     number = ids.index(name)
     if flags.explain:
         history = data.seqs[number][:-1]
+=======
+        raise D.DataError(f"--run {s.run}: {stage} is missing; it takes a finished run of curec")
+    lines = [json.loads(line) for line in D.read_lines(f"{s.run}/reasons.jsonl")]
+    if s.explain:
+        history = data.seqs[ids.index(name)][:-1]
+        model = recommender.from_weights(data.n_items, kept["model"])
+        scores = recommender.scorer(model)([history])[0]
+        scores[[0, *history]] = -torch.inf
+        best = scores.topk(min(5, data.n_items - len(set(history))))
+>>>>>>> sq-data
         print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
         score = recommender.scorer(recommender.from_weights(data.n_items, kept["model"]))
         best = recommender.top_items(score, [history], 5)[0]

@@ -16,14 +16,15 @@ import ast
 import csv
 import gzip
 import html
-import http.client
 import json
 import os
 import re
+import shutil
+import tempfile
 import urllib.request
 import zlib
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, namedtuple
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -65,11 +66,9 @@ class Dataset:
     times: list  # a user: seconds since 1970, (L,) int64
     ratings: list | None = None  # a user: (L,) float; None where the source has none
     truth: dict | None = None  # demo only: drivers an item, "early" and "late"; "since": when
-    notes: list = field(default_factory=list)  # what was skipped and why
+    notes: list | tuple = ()  # what was skipped and why
 
     def __post_init__(self):
-        for times in self.times:
-            assert (np.diff(times) >= 0).all(), "sequences must be chronological"
         self.n_items = len(self.items) - 1
         self.train = [s[:-2] for s in self.seqs]
         self.valid = np.array([s[-2] for s in self.seqs])
@@ -82,11 +81,10 @@ class Dataset:
         for u, seq in enumerate(self.train):
             rows += [(u, p, seq[p], self.times[u][p]) for p in range(1, len(seq))]
         if not rows:
-            least = "4 interactions (2 to train on, 1 to validate, 1 to test)"
-            raise DataError(f"{self.name}: no user has {least}; lower --k-core or the limits")
-        table = np.array(rows, dtype=np.int64)
-        table = table[np.argsort(table[:, 3], kind="stable")]
-        return dict(zip(("user", "pos", "item", "time"), table.T, strict=True))
+            raise DataError(f"{self.name}: no user has 4 interactions; lower --k-core or limits")
+        rows.sort(key=lambda row: row[3])
+        columns = np.array(rows, dtype=np.int64).T
+        return dict(zip(("user", "pos", "item", "time"), columns, strict=True))
 
     @cached_property
     def events_by_item(self):
@@ -110,13 +108,10 @@ class Dataset:
         titles = [""]
         seen = Counter()
         for item in self.items[1:]:
-            short = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
-            title = short
-            while seen[title.lower()]:
-                seen[short.lower()] += 1
-                title = f"{short} ({seen[short.lower()]})"
+            title = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
             seen[title.lower()] += 1
-            titles.append(title)
+            number = seen[title.lower()]
+            titles.append(f"{title} ({number})" if number > 1 else title)
         return titles
 
     @cached_property
@@ -164,15 +159,15 @@ def item_text(item):
     """All that an item says of itself, one line of at most TEXT_WORDS words."""
     brand = "by " + item["brand"] if item["brand"] else ""
     parts = [item["title"], brand, ", ".join(item["categories"][-2:]), item["description"]]
-    text = " . ".join(part for part in parts if part)
+    text = " . ".join(filter(None, parts))
     return " ".join(text.split()[:TEXT_WORDS]) or "no description"
 
 
 # -------------------------------------------------------------------------------- the demo world
-ASPECTS = (
+ASPECTS = np.array(
     "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance "
-    "humour calm"
-).split()
+    "humour calm".split()
+)
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
 
 
@@ -204,17 +199,16 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
             matches = drives[half][:, needs[half]].sum(1)
             utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             utility[chosen] = -np.inf
-            chosen.append(int(utility.argmax()))
+            chosen.append(utility.argmax())
         seqs.append(np.array(chosen) + 1)
         times.append(when + 1_400_000_000)
     items = [{}]
     for i, aspects in enumerate(said, 1):
-        title = " ".join(ASPECTS[a] for a in aspects)
-        brand = BRANDS[rng.integers(len(BRANDS))]
-        items.append(item_record(f"D{i:04d}", {"title": title, "brand": brand}))
+        fields = {"title": " ".join(ASPECTS[aspects]), "brand": BRANDS[rng.integers(len(BRANDS))]}
+        items.append(item_record(f"D{i:04d}", fields))
     truth = {"since": [span // 2 + 1_400_000_000] * (n_items + 1)}
     for name, drivers in (("early", early), ("late", late)):
-        truth[name] = [(), *((ASPECTS[a], ASPECTS[b]) for a, b in drivers)]
+        truth[name] = [(), *map(tuple, ASPECTS[drivers].tolist())]
     users = [f"user{u}" for u in range(n_users)]
     return Dataset("demo", items, users, seqs, times, truth=truth)
 
@@ -228,19 +222,21 @@ REASON_START = "people choose it for "
 REASON = REASON_START + "{} and {}"
 ANSWER = "<think> {} </think> <reason> {} </reason>"
 TAGS = ("<think>", "</think>", "<reason>", "</reason>")
-ANSWER_PATTERN = re.compile(
-    r"\s*<think>([^<>]{0,2000})</think>\s*<reason>([^<>]{0,2000})</reason>\s*"
-)
+ANSWER_PATTERN = re.compile(r"\s*<think>([^<>]*)</think>\s*<reason>([^<>]*)</reason>\s*")
 REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 
 
-def reason_prompt(data, item, reason, events):
-    """The one prompt for reasons: the histories before up to PEOPLE train events (the users shown),
-    the reason so far ("" = none), the item's text."""
-    shown = []
+def people_shown(data, events):
+    """A line for each of up to PEOPLE train events: what its user had chosen before."""
+    lines = []
     for e in events[:PEOPLE]:
-        shown.append("- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:]))
-    people = "\n".join(shown) or "- nobody yet"
+        lines.append("- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:]))
+    return "\n".join(lines)
+
+
+def reason_prompt(data, item, reason, events):
+    """The one prompt for reasons: the people shown, the reason so far ("" = none), the item."""
+    people = people_shown(data, events) or "- nobody yet"
     return PROMPT.format(people, reason or "none", item_text(data.items[item]))
 
 
@@ -254,8 +250,8 @@ def parse_answer(text):
     found = REASON_PATTERN.fullmatch(reason)
     if not found or " and " in found[2]:
         return reason, [], False
-    phrases = [phrase.strip() for phrase in found.groups()]
-    first, second = [[stem(w) for w in words(phrase)] for phrase in phrases]
+    phrases = list(found.groups())
+    first, second = ([*map(stem, words(phrase))] for phrase in phrases)
     return reason, phrases, bool(first and second and first != second)
 
 
@@ -282,11 +278,8 @@ def random_reason(data, item, rng, size=2):
 
 
 def shared_phrases(data, item, events):
-    """The item's phrases that the histories shown of these events say too, most shared first."""
-    said = Counter()
-    for e in events[:PEOPLE]:
-        for i in data.history(e)[-PROMPT_HISTORY:]:
-            said.update(words(data.titles[i]))
+    """The item's phrases that the prompt of these events shows too, most shared first."""
+    said = Counter(words(people_shown(data, events)))
     return sorted((w for w in data.phrases[item] if said[w]), key=lambda w: -said[w])
 
 
@@ -352,25 +345,23 @@ def reason_sample(data, item, events, rng, current="", follow=1.0):
 def task_sample(data, event, rng, mix):
     """(prompt, answer) of a task drawn at random, about one train event."""
     tasks = [t for t in mix.tasks if t != "rate" or data.ratings]
-    user, end = int(data.events["user"][event]), int(data.events["pos"][event])
+    user, end = data.events["user"][event], data.events["pos"][event]
     seq = data.train[user]
     task = "next" if rng.random() < mix.next_share else tasks[rng.integers(len(tasks))]
     past = [data.titles[i] for i in seq[max(0, end - mix.longest) : end]]
     goal = data.titles[seq[end]]
     drawn = dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist())
-    others = [i for i in drawn if i not in seq][:2]
+    others = [i for i in drawn if i not in seq]
     if task in ("mim", "mlm"):
         # blank an item of the history, or a word of its titles
-        gap = "; " if task == "mim" else " "
         parts = past if task == "mim" else "; ".join(past).split()
-        hidden = int(rng.integers(len(parts)))
+        hidden = rng.integers(len(parts))
         answer = parts[hidden].strip(";") or ";"
-        shown = [*parts[:hidden], "____", *parts[hidden + 1 :]]
-        if task == "mim":
-            shown.append(goal)
-        return f"Chosen in order: {gap.join(shown)}\n{TASKS[task]}", answer
+        parts[hidden] = "____"
+        chosen = "; ".join([*parts, goal]) if task == "mim" else " ".join(parts)
+        return f"Chosen in order: {chosen}\n{TASKS[task]}", answer
     if task in ("bpr", "rank") and others:
-        candidates = [seq[end], *(others[:1] if task == "bpr" else others)]
+        candidates = [seq[end], *others[: 1 if task == "bpr" else 2]]
         about = "; ".join(data.titles[i] for i in rng.permutation(candidates))
         answer = goal
     elif task == "rate":
@@ -393,95 +384,98 @@ class Subset:
     limit_users: int = 0  # drawn by seed; 0: all
 
 
+# time: seconds since 1970; rating: nan where there is none
+Row = namedtuple("Row", "user item time rating")
+
+
 def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset:
     """`demo`, an Amazon category (its files found in data_dir, or downloaded there) or the path of
     a folder. Raises DataError, which says what to do."""
     if name == "demo":
         return demo(seed, 200, 120) if small else demo(seed)
+    skipped = Counter()
     is_folder = os.path.isdir(name)
-    rows, records, notes = read_folder(name) if is_folder else read_amazon(name, data_dir)
-    k_core = subset.k_core if subset.k_core >= 0 else 5 * is_folder
+    if is_folder:
+        rows, records = read_folder(name, skipped)
+    else:
+        rows, records = read_amazon(name, data_dir, skipped)
     if subset.ties == "shuffle":
         rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
-    rows.sort(key=lambda row: row[2])  # stable: equal times keep their order
+    rows.sort(key=lambda row: row.time)  # stable: equal times keep their order
     first = {}
     for row in rows:
-        first.setdefault(row[:2], row)
-    unique = list(first.values())
-    note(notes, len(rows) - len(unique), "repeated user-item pairs: the first is kept")
-    rows = core(unique, k_core)
-    note(notes, len(unique) - len(rows), f"interactions outside the {k_core}-core: left out")
+        first.setdefault((row.user, row.item), row)
+    skipped["repeated user-item pairs: the first is kept"] = len(rows) - len(first)
+    k_core = subset.k_core if subset.k_core >= 0 else 5 * is_folder
+    rows = core(list(first.values()), k_core)
+    skipped[f"interactions outside the {k_core}-core: left out"] = len(first) - len(rows)
     if subset.limit_items:
         # a user's last two interactions are for validation and test
         train = Counter()
         for mine in by_user(rows).values():
-            train.update(row[1] for row in mine[:-2])
-        ranked = sorted({row[1] for row in rows}, key=lambda item: (-train[item], item))
+            train.update(row.item for row in mine[:-2])
+        ranked = sorted(train, key=lambda item: (-train[item], item))
         kept = set(ranked[: subset.limit_items])
-        rows = core([row for row in rows if row[1] in kept], 5)
+        rows = core([row for row in rows if row.item in kept], 5)
     if subset.limit_users:
-        users = np.random.default_rng([seed, 13]).permutation(sorted({row[0] for row in rows}))
+        users = np.random.default_rng([seed, 13]).permutation(sorted({row.user for row in rows}))
         kept = set(users[: subset.limit_users].tolist())
-        rows = [row for row in rows if row[0] in kept]
-    return from_rows(os.path.basename(os.path.normpath(name)), rows, records, notes)
-
-
-def note(notes, number, what):
-    """Tells the reader of the report what was skipped, where anything was."""
-    if number:
-        notes.append(f"{number} {what}")
+        rows = [row for row in rows if row.user in kept]
+    return from_rows(os.path.basename(os.path.normpath(name)), rows, records, skipped)
 
 
 def by_user(rows):
     """{user id: rows in their order}, users sorted."""
     groups = {}
-    for row in sorted(rows, key=lambda row: row[0]):
-        groups.setdefault(row[0], []).append(row)
+    for row in sorted(rows, key=lambda row: row.user):
+        groups.setdefault(row.user, []).append(row)
     return groups
 
 
 def core(rows, k):
     """The k-core: every user and every item left has at least k interactions."""
     before = None
-    while k > 1 and len(rows) != before:
+    while len(rows) != before:
         before = len(rows)
-        users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
-        rows = [row for row in rows if users[row[0]] >= k and items[row[1]] >= k]
+        users = Counter(row.user for row in rows)
+        items = Counter(row.item for row in rows)
+        rows = [row for row in rows if users[row.user] >= k and items[row.item] >= k]
     return rows
 
 
-def from_rows(name, rows, records, notes) -> Dataset:
-    """rows: (user id, item id, time, rating or None), by time. records: item id -> fields."""
-    users = {user: mine for user, mine in by_user(rows).items() if len(mine) >= 3}
+def from_rows(name, rows, records, skipped) -> Dataset:
+    """rows: by time. records: item id -> fields. skipped: what was left out -> how many."""
+    groups = by_user(rows)
+    users = {user: mine for user, mine in groups.items() if len(mine) >= 3}
+    skipped["users with fewer than 3 interactions: left out"] = len(groups) - len(users)
     kept = [row for mine in users.values() for row in mine]
-    dropped = len({row[0] for row in rows}) - len(users)
-    note(notes, dropped, "users with fewer than 3 interactions: left out")
-    if not users:
-        advice = "lower --k-core or the limits, or check the files"
-        raise DataError("; ".join([f"{name}: no user has 3 interactions left; {advice}", *notes]))
-    chosen = sorted({row[1] for row in kept})
+    chosen = sorted({row.item for row in kept})
     number = {item: i for i, item in enumerate(chosen, 1)}
-    items = [{}, *(item_record(item, records.get(item, {})) for item in number)]
-    note(notes, sum(not item["title"] for item in items[1:]), "items without a title")
-    rated = sum(row[3] is not None for row in kept)
-    if 0 < rated < len(kept):
-        notes.append("not every rating is 1, 2, 3, 4 or 5: ratings are left out")
+    items = [{}, *(item_record(item, records.get(item, {})) for item in chosen)]
+    skipped["items without a title"] = sum(not item["title"] for item in items[1:])
+    notes = [f"{count} {what}" for what, count in skipped.items() if count]
+    if not users:
+        problem = f"{name}: no user has 3 interactions left; lower --k-core or the limits"
+        raise DataError("; ".join([problem, *notes]))
     seqs, times, ratings = [], [], []
     for mine in users.values():
-        seqs.append(np.array([number[row[1]] for row in mine]))
-        times.append(np.array([row[2] for row in mine]))
-        ratings.append(np.array([row[3] for row in mine]))
-    ratings = ratings if rated == len(kept) else None
+        seqs.append(np.array([number[row.item] for row in mine]))
+        times.append(np.array([row.time for row in mine]))
+        ratings.append(np.array([row.rating for row in mine]))
+    if not {row.rating for row in kept} <= {1, 2, 3, 4, 5}:
+        ratings = None
     return Dataset(name, items, list(users), seqs, times, ratings, notes=notes)
 
 
 # ---------------------------------------------------------------------- real data: files and fields
 ALIASES = {"beauty": "Beauty", "toys": "Toys_and_Games", "sports": "Sports_and_Outdoors"}
-AMAZON_2014 = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/"
-AMAZON_2018 = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/"
-AMAZON_FILES = (
-    (AMAZON_2014 + "reviews_{}_5.json.gz", AMAZON_2014 + "meta_{}.json.gz"),
-    (AMAZON_2018 + "categoryFilesSmall/{}_5.json.gz", AMAZON_2018 + "metaFiles2/meta_{}.json.gz"),
+AMAZON_2014 = (
+    "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
+    "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
+)
+AMAZON_2018 = (
+    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}_5.json.gz",
+    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/meta_{}.json.gz",
 )
 # characters of a line of a file (more is taken for a decompression bomb), of a word of a text
 MAX_LINE, MAX_WORD = 1 << 20, 60
@@ -490,113 +484,83 @@ MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800
 
 
 def amazon_files(name, data_dir):
-    """Paths of reviews and items (of 2018 if only these are there, else of 2014), and {path:
-    address} of those that are not there."""
+    """{path: address} of a category's reviews and items: of 2018 if its reviews are there."""
     category = ALIASES.get(name.lower(), name)
     if not re.fullmatch(r"[A-Za-z0-9_]+", category):
         raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
-    pairs = []
-    for urls in AMAZON_FILES:
-        urls = [url.format(category) for url in urls]
-        pairs.append({os.path.join(data_dir, os.path.basename(url)): url for url in urls})
-    present = [pair for pair in pairs if os.path.exists(next(iter(pair)))]
-    pair = (present or pairs)[0]
-    return list(pair), {path: url for path, url in pair.items() if not os.path.exists(path)}
+    is_2018 = os.path.exists(os.path.join(data_dir, f"{category}_5.json.gz"))
+    urls = [url.format(category) for url in (AMAZON_2018 if is_2018 else AMAZON_2014)]
+    return {os.path.join(data_dir, os.path.basename(url)): url for url in urls}
 
 
-def read_amazon(category, data_dir):
-    """Rows, {item id: fields} and notes of an Amazon category; downloads what is missing."""
-    (reviews, meta), absent = amazon_files(category, data_dir)
-    for path, url in absent.items():
-        download(path, url)
+def read_amazon(name, data_dir, skipped):
+    """Rows and {item id: fields} of an Amazon category; downloads what is missing."""
+    files = amazon_files(name, data_dir)
+    for path, url in files.items():
+        if not os.path.exists(path):
+            download(path, url)
+    reviews, meta = files
+    records = map(parse_line, read_lines(reviews))
     columns = ("reviewerID", "asin", "unixReviewTime", "overall")
-    rows, notes = read_interactions(reviews, read_lines(reviews), parse_line, columns)
-    return rows, read_items(meta, "asin", {row[1] for row in rows}, notes), notes
+    rows = read_interactions(reviews, records, columns, skipped)
+    return rows, read_items(meta, "asin", {row.item for row in rows}, skipped)
 
 
-def read_folder(folder):
+def read_folder(folder, skipped):
     """The same of a folder: interactions.csv (user,item,timestamp[,rating]) and items.jsonl
     (id,title[,brand,categories,description])."""
-    path, described = (os.path.join(folder, name) for name in ("interactions.csv", "items.jsonl"))
-    for file in (path, described):
-        if not os.path.exists(file):
-            needed = "interactions.csv (user,item,timestamp[,rating]) and items.jsonl (id,title)"
-            raise DataError(f"{file} is missing; a folder needs {needed}")
-    lines = read_lines(path)
-    columns = ("user", "item", "timestamp", "rating")
-    number, header = next(lines, (1, ""))
-    names = [name.strip(' "\n') for name in header.split(",")]
-    if [names.count(column) for column in columns[:3]] != [1, 1, 1]:
-        must = "must name the columns user,item,timestamp[,rating] once each, with commas, in UTF-8"
-        raise DataError(f"{path} line {number}: the first line {must}")
-
-    def parse(line):
-        (cells,) = csv.reader([line], strict=True, skipinitialspace=True)
-        return dict(zip(names, cells, strict=True))
-
-    rows, notes = read_interactions(path, lines, parse, columns)
-    return rows, read_items(described, "id", {row[1] for row in rows}, notes), notes
+    path = os.path.join(folder, "interactions.csv")
+    csv.field_size_limit(MAX_LINE)
+    # a line at a time: a quote that is never closed spoils one line only
+    lines = (next(csv.reader([line], skipinitialspace=True)) for line in read_lines(path))
+    names = next(lines, [])
+    records = (dict(zip(names, cells, strict=False)) for cells in lines)
+    rows = read_interactions(path, records, ("user", "item", "timestamp", "rating"), skipped)
+    described = os.path.join(folder, "items.jsonl")
+    return rows, read_items(described, "id", {row.item for row in rows}, skipped)
 
 
-def read_interactions(path, lines, parse, columns):
-    """Rows (user, item, time, rating or None) of the lines that have them, and a note of those
-    that do not. parse: line -> dict. columns: names of user, item, time and rating."""
+def read_interactions(path, records, columns, skipped):
+    """Rows of the readable records. columns: the names of user, item, time and rating."""
     rows = []
-    bad = 0
-    first = 0
-    for number, line in lines:
+    needed = "{}, {}, {} (in seconds since 1970) and {} (a number or nothing)".format(*columns)
+    for fields in records:
         try:
-            fields = parse(line)
-            user, item, time, rating = (fields.get(column) for column in columns)
-            seconds = float(time)
-            # the years 1 to 9999
-            if not -62_135_596_800 <= seconds < 253_402_300_800:
-                raise ValueError(f"no time: {time}")
-            stars = re.fullmatch(r"\s*([1-5])(\.0*)?\s*", str(rating))
-            stars = float(stars[1]) if stars else None
-            rows.append((parse_id(user), parse_id(item), int(seconds), stars))
-        except (AttributeError, TypeError, ValueError, OverflowError, csv.Error):
-            bad += 1
-            first = first or number
-    where = f"{path} (the first: line {first})" if bad else path
-    needed = f"{columns[0]}, {columns[1]} and a {columns[2]} in seconds since 1970"
+            user, item, time, rating = map(fields.get, columns)
+            seconds = int(float(time))
+            if abs(seconds) > 1e12:
+                raise ValueError("not in seconds")
+            rows.append(Row(parse_id(user), parse_id(item), seconds, float(rating or "nan")))
+        except (AttributeError, TypeError, ValueError, OverflowError):
+            skipped[f"lines of {path} without {needed}: skipped"] += 1
     if not rows:
-        raise DataError(f"{where}: no line has {needed}; is it the right file, in seconds?")
-    return rows, [f"{bad} lines of {where} without {needed}: skipped"] if bad else []
+        raise DataError(f"{path}: no line has {needed}; is it the right file?")
+    return rows
 
 
 def parse_id(value):
-    """A user's or an item's id as text: one line, not empty, at most 200 characters."""
+    """A user's or an item's id as text."""
     text = str(value).strip()
-    # U+FFFD: bytes that are no UTF-8, so two ids may look alike
-    readable = text.isprintable() and "\ufffd" not in text
-    if type(value) not in (str, int) or not 0 < len(text) <= 200 or not readable:
+    if type(value) not in (str, int) or not text or not text.isprintable():
         raise ValueError(f"no id: {value!r}")
     return text
 
 
-def read_items(path, key, chosen: set, notes):
+def read_items(path, key, chosen, skipped):
     """{item id: fields} of the chosen items; the first of several. key: the name of the id."""
     records = {}
-    bad = 0
-    name = os.path.basename(path)
-    asin = re.compile(r"""['"]asin['"]\s*:\s*['"](.*?)['"]""")
-    for _, line in read_lines(path):
+    for line in read_lines(path):
         # parsing is slow, and Amazon describes ten times the items that were chosen
-        named = asin.search(line) if key == "asin" else None
-        if named and named[1] not in chosen:
+        asin = re.search(r"""['"]asin['"]\s*:\s*['"](.*?)['"]""", line)
+        if key == "asin" and asin and asin[1] not in chosen:
             continue
         try:
             fields = parse_line(line)
-            item = parse_id(fields[key])
-            if item in chosen:
-                records.setdefault(item, fields)
+            records.setdefault(parse_id(fields[key]), fields)
         except (KeyError, TypeError, ValueError):
-            bad += 1
-    if not records:
+            skipped[f"lines of {path} without a readable {key}: skipped"] += 1
+    if not records.keys() & chosen:
         raise DataError(f"{path}: describes none of the items chosen; is it the right file?")
-    note(notes, bad, f"lines of {name} without a readable {key}: skipped")
-    note(notes, len(chosen) - len(records), f"items are not in {name}: they have no text")
     return records
 
 
@@ -630,49 +594,37 @@ def parse_line(line):
 
 
 def read_lines(path):
-    """Yields (number, text) of each line of a text or gzip file that is not blank, with progress.
-    DataError names the line that cannot be read: a broken file, no gzip, a line too long."""
-    number = 0
-    opened = gzip.open if path.removesuffix(".part").endswith(".gz") else open
+    """Yields the lines of a text or gzip file that are not blank, with progress."""
+    opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             lines = iter(lambda: file.readline(MAX_LINE + 1), "")
-            title = "reading " + os.path.basename(path)
-            for text in tqdm(lines, title, unit=" lines", leave=False, disable=None, delay=1):
-                if len(text) > MAX_LINE:
-                    raise OSError(f"longer than {MAX_LINE:,} characters")
-                number += 1
-                if not text.isspace():
-                    yield number, text
+            for line in tqdm(lines, path, unit=" lines", leave=False, disable=None, delay=1):
+                if len(line) > MAX_LINE:
+                    raise OSError(f"a line is longer than {MAX_LINE:,} characters")
+                if not line.isspace():
+                    yield line
     except (OSError, EOFError, zlib.error) as e:
-        advice = "mend the line, or delete the file and copy or download it again"
-        raise DataError(f"{path} line {number + 1}: cannot be read ({e}); {advice}") from e
+        raise DataError(f"{path}: cannot be read ({e}); mend it or download it again") from e
 
 
 def download(path, url):
-    """Fetches a file by https: progress, a .part file, read to its checksum, an atomic rename."""
-    part = path + ".part"
+    """Fetches a file, which is under its name only once it is whole."""
+    folder, name = os.path.split(path)
     try:
-        with urllib.request.urlopen(url, timeout=20) as source:
-            if not source.url.startswith("https://"):
-                raise OSError(f"it leads to {source.url}, which is not https")
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            size = int(source.headers.get("Content-Length") or 0)
-            bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="downloading " + path)
-            with bar, open(part, "wb") as out:
-                for chunk in iter(lambda: source.read(1 << 20), b""):
-                    bar.update(out.write(chunk))
-        for _ in read_lines(part):
-            pass
-        os.replace(part, path)
-    except (OSError, ValueError, http.client.HTTPException) as e:
-        raise DataError(
-            f"{path} is not there and could not be downloaded ({e}). Put it there by hand, from "
-            f"{url}, or name its folder with --data-dir. `--dataset demo` needs no files."
-        ) from e
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            part = os.path.join(unfinished, name)
+            print(f"downloading {url}")
+            with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
+                shutil.copyfileobj(source, out)
+            # to the end, where the checksum is
+            for _ in read_lines(part):
+                pass
+            os.replace(part, path)
+    except (OSError, ValueError) as e:
+        advice = f"put it there by hand, from {url}, or name its folder with --data-dir"
+        raise DataError(f"{path} could not be downloaded ({e}); {advice}") from e
 
 
 # =================================================================== the two relatives: samples
@@ -706,47 +658,46 @@ def parse_preferences(text):
     return names if len(different) == len(names) == PREFERENCES else []
 
 
+def said_most(data, history):
+    """The PREFERENCES most frequent phrases of the items of a history, or fewer."""
+    said = Counter(w for i in history[-RELATIVES_HISTORY:] for w in data.phrases[i])
+    return [w for w, _ in said.most_common(PREFERENCES)]
+
+
 def lane_samples(data, n, rng):
     """n (prompt, answer) pairs that teach a model trained from scratch the form of LANE's answers;
     a pretrained LLM needs none. Weak targets: preferences are the most frequent phrases of the
     history's items, and an item fits one if it says it."""
-    rich = []
-    for seq in data.train:
-        said = Counter(w for i in seq[-RELATIVES_HISTORY:] for w in data.phrases[i])
-        if len(said) >= PREFERENCES:
-            rich.append(seq)
+    rich = [seq for seq in data.train if len(said_most(data, seq)) == PREFERENCES]
     samples = []
     while rich and len(samples) < n:
         seq = rich[rng.integers(len(rich))]
-        item = int(rng.integers(1, data.n_items + 1))
-        task = ("prefer", "prefer", "explain")[rng.integers(3)]
-        past = seq[: rng.integers(1, len(seq) + 1)][-RELATIVES_HISTORY:]
-        said = Counter(w for i in past for w in data.phrases[i])
+        item = rng.integers(1, data.n_items + 1)
+        explain = rng.integers(3) == 2
+        past = seq[: rng.integers(1, len(seq) + 1)]
         # in alphabetical order: a model that has learnt to go on in it repeats nothing
-        names = sorted(w for w, _ in said.most_common(PREFERENCES))
+        names = sorted(said_most(data, past))
         if len(names) < PREFERENCES:
             continue
-        if task == "prefer":
-            about, answer = (), json.dumps({"preferences": names})
+        if explain:
+            samples.append(explanation(data, past, item, names, rng))
         else:
-            about, answer = explanation(data, past, item, names, rng)
-        samples.append((history_question(data, past, task, *about), answer))
+            question = history_question(data, past, "prefer")
+            samples.append((question, json.dumps({"preferences": names})))
     return samples
 
 
 def explanation(data, past, item, names, rng):
-    """What LANE's question for an explanation is about (weights drawn at random), and an answer."""
+    """LANE's question for an explanation (weights drawn at random), and an answer."""
     weights = rng.dirichlet(np.full(PREFERENCES, 3.0)).round(2)
-    steps, fitting = [], []
+    fitting = [name for name in names if name in data.phrases[item]]
+    weighted, steps = [], []
     for name, weight in zip(names, weights, strict=True):
         title = next(data.titles[i] for i in past[::-1] if name in data.phrases[i])
-        fits = name in data.phrases[item]
+        fits = name in fitting
         level = "low" if not fits else "medium" if weight < 0.2 else "high"
+        weighted.append(f"{name} {weight:.2f}")
         steps.append(f"{name} in {title} , fit {fits:d} , {level}")
-        if fits:
-            fitting.append(name)
-    weighted = ", ".join(
-        f"{name} {weight:.2f}" for name, weight in zip(names, weights, strict=True)
-    )
     answer = " ; ".join([*steps, "it has " + " and ".join(fitting or ["something new"])])
-    return (weighted, item_text(data.items[item])), answer
+    about = (", ".join(weighted), item_text(data.items[item]))
+    return history_question(data, past, "explain", *about), answer
