@@ -620,7 +620,7 @@ def arm_inputs(s, data, encode, reasons, preferences):
                 vectors = encode(item_texts(s, data, reasons, kind))
                 features[kind] = F.pad(reward.whitening(vectors)(vectors), (0, 0, 1, 0))
         parts = [features[kind] for kind in row.texts]
-        inputs[arm] = recommender.Inputs(torch.cat(parts, 1) if parts else None, ids=row.ids)
+        inputs[arm] = recommender.Inputs(torch.cat(parts, 1) if parts else None)
         if row.titles:
             initial, known = title_inputs(s, data, encode, row, preferences)
             inputs[arm] = replace(inputs[arm], initial=initial, preferences=known)
@@ -628,7 +628,7 @@ def arm_inputs(s, data, encode, reasons, preferences):
 
 
 def item_texts(s, data, reasons, kind):
-    """A text an item of one of recommender.TEXTS; of reasons, without what tells the item."""
+    """A text an item of one kind (see recommender.Arm); of reasons, without what tells the item."""
     if kind == "item":
         return [D.item_text(item) for item in data.items[1:]]
     if kind == "truth":
@@ -665,7 +665,7 @@ def train_and_test_arms(run, data, inputs, rank_score):
                     fit = run.save(recommender.fit_arm(arm, data, None, config, seed, rank_score))
                 fits.append(fit or run.save(jobs[arm, seed].result()))
             ranks[arm] = torch.stack([fit["ranks"] for fit in fits]).numpy()
-            run.metrics["arms"][arm] = entry = recommender.arm_entry(fits)
+            run.metrics["arms"][arm] = entry = recommender.arm_entry(data, fits)
             print(f"  {arm:10s} test NDCG@10 {np.mean(entry['test']['ndcg@10']):.4f}")
     if rank_score:
         run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
@@ -682,9 +682,9 @@ def add_truth(metrics, data, judge, reasons, cuts):
         named[kind] = [D.parse_answer(answer)[1] for answer in answers[1:]]
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
     curec, bestof = (reward.names_new_driver(named[kind], truth) for kind in ("curec", "bestof"))
-    delta, ci = recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
-    metrics["comparisons"].append(row | {"delta": delta, "ci95": ci})
+    row |= recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
+    metrics["comparisons"].append(row)
     metrics["reward"] |= reward.driver_choice(judge, data.truth, (cuts[0], cuts[-1]))
 
 
@@ -952,7 +952,9 @@ def look(s):
     lines = [json.loads(line) for _, line in D.read_lines(f"{s.run}/reasons.jsonl")]
     if s.explain:
         history = data.seqs[ids.index(name)][:-1]
-        model = recommender.from_weights(data.n_items, kept["model"])
+        inputs = recommender.Inputs(kept["model"]["features"])
+        model = recommender.SASRec(data.n_items, inputs)
+        model.load_state_dict(kept["model"])
         scores = recommender.scorer(model)([history])[0]
         scores[[0, *history]] = -torch.inf
         best = scores.topk(min(5, data.n_items - len(set(history))))
@@ -1118,7 +1120,7 @@ def title_inputs(s, data, encode, row, preferences):
     if row.preferences == "shuffled":
         named = named[np.random.default_rng([s.seed, 83]).permutation(len(named))]
     vectors = F.pad(whiten(encode(known or ["none"])), (0, 0, 1, 0))
-    return initial, recommender.Preferences(vectors, named, preferences["since"])
+    return initial, (vectors, named, preferences["since"])
 
 
 def ask_preferences(run, data, llm):

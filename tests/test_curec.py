@@ -311,7 +311,7 @@ def test_a_run_without_reasons_reports_its_arms(fresh, capsys):
 def test_a_new_row_of_arms_is_all_that_a_new_arm_takes(copied, monkeypatch, capsys):
     """Guards: an arm that a table, the comparisons or the report must be told of too. The reasons
     are the finished run's: its config.json is made to say that it was run with these arms."""
-    row = recommender.Arm(texts=("curec",), against=("content",), ids=False, recovers=True)
+    row = recommender.Arm(texts=("curec",), against=("content",))
     monkeypatch.setitem(recommender.ARMS, "mine", row)
     arms, config = "content,mine,oracle", json_of(copied / "config.json")
     config["settings"]["arms"] = arms
@@ -325,7 +325,6 @@ def test_a_new_row_of_arms_is_all_that_a_new_arm_takes(copied, monkeypatch, caps
     assert report.count("| mine |") == 2, "ranking and audit"
     assert "| mine - content |" in report
     weights = values_of(copied / "state/arm-mine.0.pt")["model"]
-    assert not weights["item.weight"].any(), "an item's vector is its reason alone"
     content = values_of(copied / "state/arm-content.0.pt")["model"]
     assert weights["features"].shape[0] == content["features"].shape[0]
     assert not torch.equal(weights["features"][:, :8], content["features"][:, :8])
