@@ -151,7 +151,6 @@ class TrainConfig:
     batch: int = 256
     lr: float = 3e-3
     width: int = WIDTH
-    blocks: int = 1
     dropout: float = 0.3
     device: str = "cpu"
 
@@ -164,7 +163,7 @@ def next_item_loss(model, ids, targets, known=None):
 
 
 def training_samples(sequences):
-    """Every history with its next item and its user: three lists."""
+    """Three columns: every history, its next item, its user."""
     samples = []
     for user, seq in enumerate(sequences):
         samples += [(seq[:t], seq[t], user) for t in range(1, len(seq))]
@@ -186,8 +185,7 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs: (the model of the best
     epoch, {"epochs", "best_epoch", "valid_ndcg@10"}). data: n_items, train, valid (see Dataset)."""
     torch.manual_seed(seed)
-    model = SASRec(data.n_items, inputs, config.width, config.blocks, config.dropout)
-    model = model.to(config.device)
+    model = SASRec(data.n_items, inputs, config.width, dropout=config.dropout).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     histories, targets, users = training_samples(data.train)
     targets = torch.tensor(targets)
@@ -271,8 +269,7 @@ def markov(data):
 
 # ------------------------------------------------------------------------------------- evaluation
 def masked_scores(score, sequences):
-    """Yields (slice of users, scores (B, n_items + 1)) with what cannot be recommended, padding and
-    the items of the user's sequence, at -inf."""
+    """Yields (slice of users, scores (B, n_items + 1)): padding and what was seen at -inf."""
     largest = max(int(s.max()) for s in sequences)  # about the size of the catalogue
     batch = SCORES_AT_ONCE // (largest + 1) + 16
     for start in range(0, len(sequences), batch):
@@ -284,8 +281,8 @@ def masked_scores(score, sequences):
 
 
 def ranks(score, sequences, targets):
-    """Rank (1 = best) of each user's target (users,) among all items that the user has not seen,
-    (users,). Ties count against us. sequences: what is known of each user."""
+    """Rank (1 = best) of each user's target among all items that are not in the user's sequence,
+    (users,). Ties count against us."""
     out = []
     for users, scores in masked_scores(score, sequences):
         goal = scores.gather(1, torch.as_tensor(targets)[users, None])
@@ -370,31 +367,29 @@ class Arm:
 # alignment, after PPO, the control for correction, corrected, the corrected shuffled among items
 REASON_TEXTS = ("aligned", "rl", "bestof", "curec", "shuffled")
 
+# texts, against, methods
 ARMS = {
-    "popularity": Arm(baseline=popularity, methods="curec knowledge", one_seed=True),
-    "markov": Arm(baseline=markov, methods="curec knowledge", one_seed=True),
-    "id": Arm(methods="curec lane knowledge"),
-    "text-init": Arm(titles=True, against=("id",), methods="lane"),
-    "content": Arm(("item",), ("id",), methods="curec"),
-    "placebo": Arm(("item", "shuffled"), ("content",), methods="curec"),
-    "aligned": Arm(("item", "aligned"), ("content",), methods="curec"),
-    "rl": Arm(("item", "rl"), ("content", "aligned"), methods="curec"),
-    "bestof": Arm(("item", "bestof"), ("content",), methods="curec"),
-    "curec": Arm(("item", "curec"), ("content", "placebo", "rl", "bestof"), methods="curec"),
-    "lane-placebo": Arm(titles=True, preferences="shuffled", methods="lane"),
-    "lane": Arm(
-        against=("id", "text-init", "lane-placebo"), methods="lane", titles=True, preferences="own"
-    ),
-    "knowledge": Arm(against=("id", "markov"), methods="knowledge", one_seed=True),
-    "oracle": Arm(("item", "truth"), ("content",), methods="curec"),
+    "popularity": Arm((), (), "curec knowledge", baseline=popularity, one_seed=True),
+    "markov": Arm((), (), "curec knowledge", baseline=markov, one_seed=True),
+    "id": Arm((), (), "curec lane knowledge"),
+    "text-init": Arm((), ("id",), "lane", titles=True),
+    "content": Arm(("item",), ("id",), "curec"),
+    "placebo": Arm(("item", "shuffled"), ("content",), "curec"),
+    "aligned": Arm(("item", "aligned"), ("content",), "curec"),
+    "rl": Arm(("item", "rl"), ("content", "aligned"), "curec"),
+    "bestof": Arm(("item", "bestof"), ("content",), "curec"),
+    "curec": Arm(("item", "curec"), ("content", "placebo", "rl", "bestof"), "curec"),
+    "lane-placebo": Arm((), (), "lane", titles=True, preferences="shuffled"),
+    "lane": Arm((), ("id", "text-init", "lane-placebo"), "lane", titles=True, preferences="own"),
+    "knowledge": Arm((), ("id", "markov"), "knowledge", one_seed=True),
+    "oracle": Arm(("item", "truth"), ("content",), "curec"),
 }
 METHODS = ("curec", "lane", "knowledge")
 
 
 def fit_arm(arm, data, inputs, config, seed, score=None):
-    """Trains one arm with one seed, then reads test, once: {"seed", "ranks": (users,) on test,
-    "valid_ranks", "audit", "train_s", "rank_ms_per_user", "model": its state dict}. score: of an
-    arm that was trained elsewhere."""
+    """Trains one arm with one seed, then reads test, once: {"ranks": on test, (users,); ...;
+    "model": its state dict}. score: of an arm that was trained elsewhere."""
     start = time.perf_counter()
     model = None
     if ARMS[arm].baseline:
@@ -457,14 +452,14 @@ def headroom(entries):
     room = value["oracle"] - value["content"]
     recovered = {}
     for arm in entries:
-        if set(ARMS[arm].texts) & set(REASON_TEXTS) and room > 0:
+        if room > 0 and set(ARMS[arm].texts) & set(REASON_TEXTS):
             recovered[arm] = (value[arm] - value["content"]) / room
     return {"headroom": {"ndcg@10": room, "recovered": recovered}}
 
 
 def workers(device, fits):
-    """An executor for arms. On a CPU and for many fits: processes of one thread each, which beat
-    one process of many threads; else the fits follow one another."""
+    """An executor of fits: on a CPU processes of one thread each, which beat one process of many
+    threads; for few fits and on a GPU one after another."""
     count = min(4, os.cpu_count(), fits // 3) if device == "cpu" else 1
     if count > 1:
         return ProcessPoolExecutor(count, get_context("spawn"), start_worker)

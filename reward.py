@@ -102,7 +102,7 @@ class RewardModel(nn.Module):
         """items (B, T), right-padded with 0; vectors (n + 1, width) -> unit states (B, width)."""
         z = F.embedding(items, self.P(vectors))
         real = (items > 0).float()[..., None]
-        mean = (z * real).sum(1) / real.sum(1).clamp(min=1)
+        mean = (z * real).sum(1) / real.sum(1)
         last = self.block(z, (items > 0).sum(1) - 1)
         return F.normalize(mean + self.out(self.norm(last)), dim=-1)
 
@@ -269,9 +269,8 @@ class Rewards:
 
 
 def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
-    """R of decoded answers about these items, by formula and penalties: what PPO, correction, its
-    control and all figures ask. answers: K an item (M in all), item by item. shown, audience: an
-    array of event numbers an item."""
+    """R of decoded answers about these items: what PPO, correction, its control and all figures
+    ask. answers: K an item, item by item; shown, audience: an array of event numbers an item."""
     item_of = np.repeat(np.arange(len(items)), len(answers) // len(items))
     reasons, _, format_ok = zip(*map(D.parse_answer, answers), strict=True)
     format_ok = np.array(format_ok)
@@ -297,8 +296,7 @@ def mean_of_each(arrays):
 # ------------------------------------------------- truth: figures of the demo, which feed nothing
 def truth_figures(named, truth):
     """Of the phrases named, the share that are drivers (chance .4); of the drivers, the share
-    named; of the items with a new driver, the share whose reason names it. named: phrases an item;
-    truth: see data.Dataset; both without index 0."""
+    named; of the new drivers, too. named: phrases an item; truth: see data.Dataset; no index 0."""
     hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth["late"], strict=True))
     return {
         "truth_precision": hits / max(1, sum(len(set(phrases)) for phrases in named)),
@@ -318,13 +316,11 @@ def names_new_driver(named, truth):
 
 
 def driver_choice(judge: Judge, truth, period):
-    """How often the audience prefers a pair of true drivers to a pair of decoys, and of how many
-    items. The audience: users held out from the judge's training, at least two, of items held out
-    too; of an item whose driver changed, those of the second half."""
+    """How often the audience prefers two true drivers to two decoys, and of how many items: held
+    out from the judge's training, with two or more users held out too; where a driver changed,
+    users of the second half."""
     data = judge.data
-    people = []
-    pairs = []
-    decoys = []
+    people, pairs, decoys = [], [], []
     rng = np.random.default_rng([judge.seed, 31])
     held_users, held_items = held_out(data, judge.seed)
     second_half = data.events["time"] > truth["since"][1]
@@ -337,8 +333,8 @@ def driver_choice(judge: Judge, truth, period):
         if len(events) >= 2:
             people.append(events[:MAX_AUDIENCE])
             pairs.append(D.REASON.format(*late))
-            false = rng.permutation([p for p in data.phrases[i] if p not in late])
-            decoys.append(D.REASON.format(*false[:2]))
+            others = rng.permutation([p for p in data.phrases[i] if p not in late])
+            decoys.append(D.REASON.format(*others[:2]))
     true = mean_of_each(judge.lifts(pairs, people, period))
-    other = mean_of_each(judge.lifts(decoys, people, period))
-    return {"driver_choice": float(np.mean(true > other)), "driver_items": len(people)}
+    false = mean_of_each(judge.lifts(decoys, people, period))
+    return {"driver_choice": float(np.mean(true > false)), "driver_items": len(people)}
