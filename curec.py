@@ -650,6 +650,8 @@ def train_and_test_arms(run, data, inputs, rank_score):
     jobs = {}
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
     seeds = range(s.seed, s.seed + s.seeds)
+    # before the workers: what it makes `data` remember may not come while data is sent to them
+    slices = recommender.user_slices(data)
     with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
         for arm in inputs:
             for seed in seeds[:1] if ARMS[arm].one_seed else seeds:
@@ -665,7 +667,7 @@ def train_and_test_arms(run, data, inputs, rank_score):
                     fit = run.save(recommender.fit_arm(arm, data, None, config, seed, rank_score))
                 fits.append(fit or run.save(jobs[arm, seed].result()))
             ranks[arm] = torch.stack([fit["ranks"] for fit in fits]).numpy()
-            run.metrics["arms"][arm] = entry = recommender.arm_entry(data, fits)
+            run.metrics["arms"][arm] = entry = recommender.arm_entry(fits, slices)
             print(f"  {arm:10s} test NDCG@10 {np.mean(entry['test']['ndcg@10']):.4f}")
     if rank_score:
         run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]

@@ -411,13 +411,14 @@ def fit_arm(arm, data, inputs, config, seed, score=None):
     }
 
 
-def arm_entry(data, fits):
-    """An arm's entry in metrics.json, of its fits: a value a seed, but for cost and audit."""
+def arm_entry(fits, slices):
+    """An arm's entry in metrics.json, of its fits: a value a seed, but for cost and audit. slices:
+    see user_slices."""
     test = np.stack([fit["ranks"] for fit in fits])
-    slices = {}
-    for name, users in user_slices(data).items():
+    by_slice = {}
+    for name, users in slices.items():
         if users.any():
-            slices[name] = mean_metrics(test.compress(users, 1))
+            by_slice[name] = mean_metrics(test.compress(users, 1))
     audit = {}
     for name in fits[0]["audit"]:
         audit[name] = float(np.mean([fit["audit"][name] for fit in fits]))
@@ -427,7 +428,7 @@ def arm_entry(data, fits):
         "rank_ms_per_user": float(np.median([fit["rank_ms_per_user"] for fit in fits])),
         "valid": mean_metrics(np.stack([fit["valid_ranks"] for fit in fits])),
         "test": mean_metrics(test),
-        "slices": slices,
+        "slices": by_slice,
         "audit": audit,
     }
 

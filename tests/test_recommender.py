@@ -946,7 +946,7 @@ def test_a_baseline_of_ones_own_is_asked(monkeypatch):
 
     monkeypatch.setitem(rec.ARMS, "backwards", rec.Arm(baseline=backwards))
     fit = rec.fit_arm("backwards", data, rec.Inputs(), config(), 0)
-    assert rec.arm_entry(data, [fit])["test"]["hr@5"] == [0]
+    assert rec.arm_entry([fit], rec.user_slices(data))["test"]["hr@5"] == [0]
     assert fit["model"] == {}
 
 
@@ -975,7 +975,7 @@ def test_an_arms_entry_reports_each_slice(monkeypatch):
 
     monkeypatch.setattr(rec, "user_slices", user_slices)
     fit = rec.fit_arm("id", data, rec.Inputs(), config(epochs=2), 7)
-    entry = rec.arm_entry(data, [fit])
+    entry = rec.arm_entry([fit], rec.user_slices(data))
     assert list(entry["slices"]) == ["first"]
     for name, values in rec.metrics(fit["ranks"].numpy()).items():
         assert entry["test"][name] == [pytest.approx(values.mean())]
@@ -989,7 +989,7 @@ def test_an_arms_entry_has_a_value_a_seed():
     data, fits = ring(), []
     for seed in (7, 8):
         fits.append(rec.fit_arm("id", data, rec.Inputs(), config(epochs=2), seed))
-    entry = rec.arm_entry(data, fits)
+    entry = rec.arm_entry(fits, rec.user_slices(data))
     assert entry["seeds"] == [7, 8]
     for k, fit in enumerate(fits):
         test, valid = (rec.mean_metrics(fit[name].numpy()) for name in ("ranks", "valid_ranks"))
@@ -1006,7 +1006,7 @@ def test_a_baseline_needs_no_training():
     """Guards: a SASRec under the name of a baseline."""
     data = ring()
     fit = rec.fit_arm("markov", data, rec.Inputs(), config(), 0)
-    entry = rec.arm_entry(data, [fit])
+    entry = rec.arm_entry([fit], rec.user_slices(data))
     assert fit["model"] == {}
     assert entry["seeds"] == [0]
     assert entry["test"]["ndcg@10"][0] > 0.99

@@ -81,7 +81,8 @@ def quality(args) -> None:
     entries, ranks, rows = {}, {}, []
     for arm, ties, seed in RUNS:
         fit = fitted(args, arm, ties, seed)
-        entries[f"{arm}-{ties}-{seed}"] = rec.arm_entry(beauty(args, ties), [fit])
+        slices = rec.user_slices(beauty(args, ties))
+        entries[f"{arm}-{ties}-{seed}"] = rec.arm_entry([fit], slices)
         ranks.setdefault((arm, ties), []).append(fit["ranks"].numpy())
         test = rec.mean_metrics(fit["ranks"].numpy())
         figures = f"HR@10 {test['hr@10']:.4f}  NDCG@10 {test['ndcg@10']:.4f}"
