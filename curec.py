@@ -26,6 +26,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import resource
 import shlex
 import shutil
@@ -579,12 +580,12 @@ def arm_inputs(s, data, encode, reasons, preferences):
         if row.titles:
             initial, known = title_inputs(s, data, encode, row, preferences)
         own = torch.cat(parts, 1) if parts else None
-        inputs[arm] = recommender.Inputs(own, initial, known, row.ids)
+        inputs[arm] = recommender.Inputs(own, initial, known)
     return inputs
 
 
 def item_texts(s, data, reasons, kind):
-    """A text an item of one of recommender.TEXTS; of reasons, without what tells the item."""
+    """A text an item of one kind (see recommender.Arm); of reasons, without what tells the item."""
     if kind == "item":
         return [D.item_text(item) for item in data.items[1:]]
     if kind == "truth":
@@ -605,6 +606,8 @@ def train_and_test_arms(run, data, inputs, rank_score):
     ranks = {}
     jobs = {}
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
+    # before the workers: what it makes `data` remember may not come while data is sent to them
+    slices = recommender.user_slices(data)
     with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
         for arm in inputs:
             for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
@@ -619,7 +622,7 @@ def train_and_test_arms(run, data, inputs, rank_score):
             fits[arm].append(fit or run.save(job.result()))
     for arm in inputs:
         ranks[arm] = torch.stack([fit["ranks"] for fit in fits[arm]]).numpy()
-        run.metrics["arms"][arm] = recommender.arm_entry(fits[arm])
+        run.metrics["arms"][arm] = recommender.arm_entry(fits[arm], slices)
     if rank_score:
         run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
     run.metrics["comparisons"] = recommender.compare(ranks)
@@ -635,9 +638,9 @@ def add_truth(metrics, data, judge, reasons):
         named[kind] = [D.parse_answer(answer)[1] for answer in answers[1:]]
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
     curec, bestof = (reward.names_new_driver(named[kind], truth) for kind in ("curec", "bestof"))
-    delta, ci = recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
-    metrics["comparisons"].append(row | {"delta": delta, "ci95": ci})
+    row |= recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
+    metrics["comparisons"].append(row)
     metrics["reward"] |= reward.driver_choice(judge, data.truth, TRAIN_TIME)
 
 
@@ -728,12 +731,14 @@ def description(s, cuts):
         git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
         here = Path(__file__).resolve().parent
         commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+    gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
     return {
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
         "windows": cuts,
         "git_commit": commit or "unknown",
         "versions": {name: importlib.metadata.version(name) for name in packages},
+        "hardware": {"cpus": os.cpu_count(), "machine": platform.platform(), "gpu": gpu},
     }
 
 
@@ -858,7 +863,7 @@ def look(flags):
     s = replace(Settings(**settings), out=flags.run)
     run = Run(s)
     data = load_data(s)
-    lines = [json.loads(line) for _, line in D.read_lines(f"{s.out}/reasons.jsonl")]
+    lines = [json.loads(line) for line in D.read_lines(f"{s.out}/reasons.jsonl")]
     ids = data.users if flags.explain else ["", *(line["item"] for line in lines)]
     name = flags.explain or flags.item
     stage = f"arm-curec.{s.seed}" if flags.explain else "reward"
@@ -866,24 +871,14 @@ def look(flags):
     if name not in ids:
         raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
     if kept is None:
-<<<<<<< HEAD
         raise D.DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
     number = ids.index(name)
     if flags.explain:
         history = data.seqs[number][:-1]
-=======
-        raise D.DataError(f"--run {s.run}: {stage} is missing; it takes a finished run of curec")
-    lines = [json.loads(line) for line in D.read_lines(f"{s.run}/reasons.jsonl")]
-    if s.explain:
-        history = data.seqs[ids.index(name)][:-1]
-        model = recommender.from_weights(data.n_items, kept["model"])
-        scores = recommender.scorer(model)([history])[0]
-        scores[[0, *history]] = -torch.inf
-        best = scores.topk(min(5, data.n_items - len(set(history))))
->>>>>>> sq-data
         print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-        score = recommender.scorer(recommender.from_weights(data.n_items, kept["model"]))
-        best = recommender.top_items(score, [history], 5)[0]
+        model = recommender.SASRec(data.n_items, recommender.Inputs(kept["model"]["features"]))
+        model.load_state_dict(kept["model"])
+        best = recommender.top_items(recommender.scorer(model), [history])[0, :5]
         # 0: nothing is left
         print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")
         return
@@ -913,9 +908,16 @@ LEAST = dict.fromkeys("seeds windows epochs proposals ppo_updates".split(), 1)
 LEAST |= {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "align_steps": 1, "knowledge_steps": 1}
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message):
+        raise D.DataError(f"{message} (see --help)")
+
+
 def parse_args(argv=None):
     """The settings given."""
-    parser = argparse.ArgumentParser("curec.py", "curec.py [flags]", allow_abbrev=False)
+    parser = Parser("curec.py", "curec.py [flags]", allow_abbrev=False)
     parser.description = __doc__.partition("\n\n")[0]
     parser.epilog = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
     groups = {}
@@ -948,6 +950,8 @@ def resolve(s):
     arms = [arm for arm in known if s.method in ARMS[arm].methods.split()]
     if s.arms:
         arms = known if s.arms == "all" else s.arms.split(",")
+    if s.arms and s.method != "curec":
+        raise D.DataError("--method and --arms both choose arms: give one of them")
     unknown = sorted(set(arms) - set(known))
     if unknown:
         raise D.DataError(f"--arms: unknown here: {unknown}; choose from {', '.join(known)}")
@@ -1027,7 +1031,7 @@ def title_inputs(s, data, encode, row, preferences):
     if row.preferences == "shuffled":
         named = named[np.random.default_rng([s.seed, 83]).permutation(len(named))]
     vectors = F.pad(whiten(encode(known[1:].tolist() or ["none"])), (0, 0, 1, 0))
-    return initial, recommender.Preferences(vectors, named, preferences["since"])
+    return initial, (vectors, named, preferences["since"])
 
 
 def ask_preferences(run, data, llm):

@@ -615,9 +615,12 @@ def download(path, url):
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             part = os.path.join(unfinished, name)
-            print(f"downloading {url}")
             with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
-                shutil.copyfileobj(source, out)
+                if not source.url.startswith("https://"):
+                    raise OSError(f"it leads to {source.url}, which is not https")
+                size = int(source.headers.get("Content-Length") or 0) or None
+                with tqdm.wrapattr(source, "read", size, desc=f"downloading {url}") as stream:
+                    shutil.copyfileobj(stream, out)
             # to the end, where the checksum is
             for _ in read_lines(part):
                 pass

@@ -26,8 +26,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context, parent_process
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,22 +79,13 @@ class Block(nn.Module):
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
-class Preferences(NamedTuple):
-    """What LANE's layer knows of the users (see Alignment)."""
-
-    vectors: torch.Tensor  # (K, F): embeddings of all preferences, row 0 zeros
-    named: torch.Tensor  # (U, C, M): each user's preferences by cut, row numbers of vectors
-    since: torch.Tensor  # (U, C): length of the history that each cut had seen, ascending
-
-
 @dataclass(frozen=True)
 class Inputs:
     """What an arm's SASRec gets beside the interactions."""
 
     features: torch.Tensor | None = None  # (n_items + 1, F), of mean norm 1, row 0 zeros
     initial: torch.Tensor | None = None  # (n_items + 1, width): ID embeddings before training
-    preferences: Preferences | None = None
-    ids: bool = True  # False: an item's vector is its features alone
+    preferences: tuple | None = None  # what LANE's layer knows of the users (see Alignment)
 
 
 class SASRec(nn.Module):
@@ -114,23 +105,23 @@ class SASRec(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         if inputs.initial is not None:
             self.item.weight.data.copy_(inputs.initial)
-        nn.init.zeros_(self.item.weight if not inputs.ids else self.item.weight[0])
-        self.item.weight.requires_grad_(inputs.ids)
+        nn.init.zeros_(self.item.weight[0])
         # made last: every arm draws the same random numbers for the shared parts
         if inputs.features is not None:
-            self.register_buffer("features", inputs.features.float())
+            self.register_buffer("features", inputs.features)
             self.project = nn.Linear(inputs.features.shape[1], width, bias=False)
             nn.init.normal_(self.project.weight, std=FEATURE_NORM * width**-0.5)
         if inputs.preferences is not None:
-            self.align = Alignment(width, inputs.preferences)
+            self.align = Alignment(width, *inputs.preferences)
 
     def table(self):
         """The unit vectors of all items, (n_items + 1, D): what input and output share."""
         content = 0.0 if self.project is None else self.drop(self.project(self.features))
         return F.normalize(self.item.weight + content, dim=-1)
 
-    def states(self, ids, table):
-        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> last states (B, D)."""
+    def forward(self, ids, table, known=None):
+        """ids (B, T), right-padded with 0; table (n_items + 1, D) -> last states (B, D) of norm
+        1 / tau, aligned with the preferences known (B, M) where the arm has them."""
         last = (ids > 0).sum(1) - 1
         ago = (last[:, None] - torch.arange(ids.shape[1], device=ids.device)).clamp(min=0)
         # not table[ids], whose gradient adds up in another order each time
@@ -138,26 +129,10 @@ class SASRec(nn.Module):
         x = self.drop(x * table.shape[1] ** 0.5 + self.pos(ago))
         for block in self.blocks:
             x = block(x, last if block is self.blocks[-1] else None)
-        return self.norm(x)
-
-    def forward(self, ids, table, known=None):
-        """The states of ids, aligned with the preferences known (B, M) where the arm has them,
-        of norm 1 / tau: (B, D)."""
-        h = self.states(ids, table)
+        h = self.norm(x)
         if self.align is not None:
-            h, _ = self.align(h, known)
+            h = self.align(h, known)
         return F.normalize(h, dim=-1) / self.log_tau.exp()
-
-
-def from_weights(n_items, weights) -> SASRec:
-    """A trained model from its state dict."""
-    preferences = None
-    if "align.named" in weights:
-        preferences = Preferences(*(weights["align." + name] for name in Preferences._fields))
-    inputs = Inputs(weights.get("features"), preferences=preferences)
-    model = SASRec(n_items, inputs, width=weights["item.weight"].shape[1])
-    model.load_state_dict(weights)
-    return model.eval()
 
 
 def pad(sequences, max_len=MAX_LEN):
@@ -176,7 +151,6 @@ class TrainConfig:
     batch: int = 256
     lr: float = 3e-3
     width: int = WIDTH
-    blocks: int = 1
     dropout: float = 0.3
     device: str = "cpu"
 
@@ -189,20 +163,18 @@ def next_item_loss(model, ids, targets, known=None):
 
 
 def training_samples(sequences):
-    """Every history with its next item: list of arrays, (samples,) next items and users."""
-    histories = []
-    for seq in sequences:
-        histories += [seq[:t] for t in range(1, len(seq))]
-    targets = np.concatenate([seq[1:] for seq in sequences])
-    return histories, targets, np.repeat(np.arange(len(sequences)), [len(s) - 1 for s in sequences])
+    """Three columns: every history, its next item, its user."""
+    samples = []
+    for user, seq in enumerate(sequences):
+        samples += [(seq[:t], seq[t], user) for t in range(1, len(seq))]
+    return zip(*samples, strict=True)
 
 
-def batches(lengths, batch, rng, pool=16):
-    """Random batches of histories of similar length, which need little padding: `pool` random
-    batches are sorted by length, cut, and shuffled."""
-    for rows in np.split(
-        rng.permutation(len(lengths)), range(batch * pool, len(lengths), batch * pool)
-    ):
+def batches(lengths, batch, rng):
+    """Random batches of histories of similar length, which need little padding: 16 random batches
+    are sorted by length, cut, and shuffled."""
+    order = rng.permutation(len(lengths))
+    for rows in np.split(order, range(16 * batch, len(order), 16 * batch)):
         rows = rows[np.argsort(lengths[rows], kind="stable")]
         cut = np.split(rows, range(batch, len(rows), batch))
         for k in rng.permutation(len(cut)):
@@ -213,36 +185,33 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     """Trains until validation NDCG@10 has not risen for `patience` epochs: (the model of the best
     epoch, {"epochs", "best_epoch", "valid_ndcg@10"}). data: n_items, train, valid (see Dataset)."""
     torch.manual_seed(seed)
-    model = SASRec(data.n_items, inputs, config.width, config.blocks, config.dropout)
-    model = model.to(config.device)
+    model = SASRec(data.n_items, inputs, config.width, dropout=config.dropout).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     histories, targets, users = training_samples(data.train)
-    known = model.align.known(users, [len(h) for h in histories]) if model.align else None
-    lengths = np.array([min(len(h), MAX_LEN) for h in histories])
+    targets = torch.tensor(targets)
+    known = model.align.known(users, histories) if model.align else None
     padded = pad(histories)
-    targets = torch.from_numpy(targets)
+    lengths = (padded > 0).sum(1).numpy()
     # few samples: eight steps an epoch all the same
     batch = min(config.batch, -(-len(targets) // 8))
     steps = len(targets) / batch
 
     def moving_average(old, new, n):
-        """Exponential, over about an epoch's steps; shorter at the start, or the random weights
-        would stay in it."""
+        # over about an epoch's steps; shorter at the start, or the random weights would stay in it
         return old.lerp(new, max(1 / steps, 9 / (10 + float(n))))
 
     average = AveragedModel(model, avg_fn=moving_average)
-    best, best_epoch, best_weights = -1.0, 0, None
+    best, best_epoch, best_model = -1.0, 0, None
     # bars of worker processes would run over one another
-    quiet = True if parent_process() else None
-    bar = tqdm(range(1, config.epochs + 1), name, unit="epoch", leave=None, disable=quiet)
+    bar = tqdm(range(1, config.epochs + 1), name, disable=True if parent_process() else None)
     for epoch in bar:
         rng = np.random.default_rng([seed, 89, epoch])
         torch.manual_seed(int(rng.integers(2**31)))
         model.train()
         for rows in batches(lengths, batch, rng):
             ids = padded[rows, : lengths[rows].max()].to(config.device)
-            goal = targets[rows].to(config.device)
-            loss = next_item_loss(model, ids, goal, None if known is None else known[rows])
+            wishes = None if known is None else known[rows]
+            loss = next_item_loss(model, ids, targets[rows].to(config.device), wishes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -250,27 +219,25 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
             average.update_parameters(model)
         if epoch % EVERY and epoch < config.epochs:
             continue
-        score = scorer(average.module, config.device)
-        value = float(metrics(ranks(score, data.train, data.valid))["ndcg@10"].mean())
+        rank = ranks(scorer(average.module), data.train, data.valid)
+        value = float(metrics(rank)["ndcg@10"].mean())
         if value > best:
-            best, best_epoch = value, epoch
-            best_weights = copy.deepcopy(average.module.state_dict())
+            best, best_epoch, best_model = value, epoch, copy.deepcopy(average.module)
         bar.set_postfix_str(f"loss {loss.item():.3f}, valid NDCG@10 {value:.4f}, best {best:.4f}")
         if epoch >= max(best_epoch + config.patience, MIN_STEPS / steps):
             break
-    model.load_state_dict(best_weights)
-    return model.eval(), {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": best}
+    return best_model, {"epochs": epoch, "best_epoch": best_epoch, "valid_ndcg@10": best}
 
 
 # ------------------------------------------- scores: sequences and user numbers -> (B, n_items + 1)
-def scorer(model: SASRec, device="cpu"):
+def scorer(model: SASRec):
     """The scores of a model, its table of item vectors computed once."""
     table = model.eval().table().detach()
 
     @torch.no_grad()
     def score(sequences, users=None):
-        known = model.align.known(users, [len(s) for s in sequences]) if model.align else None
-        return (model(pad(sequences).to(device), table, known) @ table.T).float().cpu()
+        known = model.align.known(users, sequences) if model.align else None
+        return (model(pad(sequences).to(table.device), table, known) @ table.T).cpu()
 
     return score
 
@@ -287,63 +254,65 @@ def popularity(data):
 
 def markov(data):
     """First-order transition counts from the last item; popularity breaks ties, fills the rest."""
-    fill = torch.from_numpy(data.counts / (data.counts.max() + 1.0))  # < 1: less than a transition
-    pairs = np.concatenate([np.stack([s[:-1], s[1:]]) for s in data.train], 1)
-    ones = torch.ones(pairs.shape[1]).to(fill)
-    size = (data.n_items + 1, data.n_items + 1)
-    follow = torch.sparse_coo_tensor(torch.from_numpy(pairs), ones, size, check_invariants=True)
-    follow = follow.coalesce()
+    followers = [[] for _ in data.counts]
+    for seq in data.train:
+        for item, after in pairwise(seq):
+            followers[item].append(after)
+    fill = data.counts / (data.counts.max() + 1.0)  # < 1: less than a transition
 
     def score(sequences, users=None):
-        last = torch.tensor([int(s[-1]) for s in sequences])
-        return follow.index_select(0, last).to_dense() + fill
+        rows = [np.bincount(followers[s[-1]], minlength=len(fill)) for s in sequences]
+        return torch.from_numpy(np.stack(rows) + fill)
 
     return score
 
 
 # ------------------------------------------------------------------------------------- evaluation
-def masked_scores(score, sequences, batch=0):
-    """Yields (slice of users, scores (B, n_items + 1)) with what cannot be recommended, padding and
-    the items of the user's sequence, at -inf. batch: users at once; 0 chooses."""
+def masked_scores(score, sequences):
+    """Yields (slice of users, scores (B, n_items + 1)): padding and what was seen at -inf."""
     largest = max(int(s.max()) for s in sequences)  # about the size of the catalogue
-    batch = batch or SCORES_AT_ONCE // (largest + 1) + 16
+    batch = SCORES_AT_ONCE // (largest + 1) + 16
     for start in range(0, len(sequences), batch):
-        part = sequences[start : start + batch]
-        scores = score(part, range(start, start + len(part)))
-        scores.scatter_(1, pad(part, max_len=10**9), -torch.inf)
+        users = slice(start, start + batch)
+        scores = score(sequences[users], range(len(sequences))[users])
+        scores.scatter_(1, pad(sequences[users], max_len=10**9), -torch.inf)
         scores[:, 0] = -torch.inf
-        yield slice(start, start + len(part)), scores
+        yield users, scores
 
 
-def ranks(score, sequences, targets, batch=0):
-    """Rank (1 = best) of each user's target (users,) among all items that the user has not seen,
-    (users,). Ties count against us. sequences: what is known of each user."""
-    out = np.empty(len(sequences), dtype=np.int64)
-    for users, scores in masked_scores(score, sequences, batch):
-        goal = scores.gather(1, torch.as_tensor(np.asarray(targets)[users])[:, None])
+def ranks(score, sequences, targets):
+    """Rank (1 = best) of each user's target among all items that are not in the user's sequence,
+    (users,). Ties count against us."""
+    out = []
+    for users, scores in masked_scores(score, sequences):
+        goal = scores.gather(1, torch.as_tensor(targets)[users, None])
         if not torch.isfinite(goal).all() or torch.isnan(scores).any():
             raise ValueError("a score is not finite: the target was seen, or training diverged")
-        out[users] = (scores >= goal).sum(1).numpy()
-    return out
+        out.append((scores >= goal).sum(1))
+    return torch.cat(out).numpy()
 
 
-def top_items(score, sequences, k=10):
-    """Each user's k best items, (users, k); 0 where none is left to show."""
+def top_items(score, sequences):
+    """Each user's 10 best items, (users, 10); 0 where none is left to show."""
     lists = []
     for _, scores in masked_scores(score, sequences):
-        best = scores.topk(min(k, scores.shape[1] - 1))
-        lists.append(best.indices.masked_fill(best.values <= MISS, 0).numpy())
-    return np.concatenate(lists)
+        best = scores.topk(min(10, scores.shape[1] - 1))
+        lists.append(best.indices.masked_fill(best.values <= MISS, 0))
+    return torch.cat(lists).numpy()
 
 
 def metrics(rank):
-    """Per-user HR@k, NDCG@k (one target: DCG = 1 / log2(rank + 1)) and MRR, each (users,)."""
-    out = {}
+    """HR@k, NDCG@k (one target: DCG = 1 / log2(rank + 1)) and MRR of each user, of rank's shape."""
+    out = {"mrr": 1.0 / rank}
     for k in CUTOFFS:
         out[f"hr@{k}"] = (rank <= k).astype(np.float64)
-    for k in CUTOFFS:
         out[f"ndcg@{k}"] = (rank <= k) / np.log2(rank + 1.0)
-    return out | {"mrr": 1.0 / rank}
+    return out
+
+
+def mean_metrics(rank):
+    """metrics, averaged over users: rank (users,) gives a number each, (seeds, users) a list."""
+    return {name: values.mean(-1).tolist() for name, values in metrics(rank).items()}
 
 
 def paired_bootstrap(a, b, draws=2000, seed=0):
@@ -352,32 +321,31 @@ def paired_bootstrap(a, b, draws=2000, seed=0):
     rng = np.random.default_rng(seed)
     n = len(difference)
     means = [difference[rng.integers(n, size=n)].mean() for _ in range(draws)]
-    return float(difference.mean()), np.percentile(means, [2.5, 97.5]).tolist()
+    ci95 = np.percentile(means, [2.5, 97.5]).tolist()
+    return {"delta": float(difference.mean()), "ci95": ci95}
 
 
 def user_slices(data):
     """Test users whose target has at most 5 train interactions, and those whose target nobody
     chose in train after the test event: {name: (users,) bool}."""
-    last = np.full(data.n_items + 1, np.iinfo(np.int64).min)
-    times = [t[: len(s)] for s, t in zip(data.train, data.times, strict=True)]
-    np.maximum.at(last, np.concatenate(data.train), np.concatenate(times))
-    test_times = np.array([t[-1] for t in data.times])
-    rare = data.counts[data.test] <= 5
-    return {"train<=5": rare, "no_later_train": last[data.test] <= test_times}
+    latest = np.full(data.n_items + 1, -np.inf)
+    for seq, times in zip(data.train, data.times, strict=True):
+        np.maximum.at(latest, seq, times[: len(seq)])
+    tested = np.array([times[-1] for times in data.times])
+    return {"train<=5": data.counts[data.test] <= 5, "no_later_train": latest[data.test] <= tested}
 
 
 def popularity_audit(top, counts):
     """Do lists top (users, 10) push popular items? Coverage, Gini of exposure, popularity rank."""
-    counts = counts[1:]
-    n_items = len(counts)
-    top = top[top > 0]
-    place = np.argsort(np.argsort(-counts, kind="stable")) + 1
-    shown = np.sort(np.bincount(top, minlength=n_items + 1)[1:])
-    gini = (2 * np.arange(1, n_items + 1) - n_items - 1) @ shown / (n_items * shown.sum())
+    n = len(counts) - 1
+    listed = top[top > 0] - 1
+    place = np.argsort(np.argsort(-counts[1:], kind="stable")) + 1
+    shown = np.sort(np.bincount(listed, minlength=n))
+    gini = (2 * np.arange(1, n + 1) - n - 1) @ shown / (n * shown.sum())
     return {
         "coverage@10": float((shown > 0).mean()),
         "gini@10": float(gini),
-        "mean_popularity_rank@10": float(place[top - 1].mean()),
+        "mean_popularity_rank@10": float(place[listed].mean()),
     }
 
 
@@ -386,130 +354,113 @@ def popularity_audit(top, counts):
 class Arm:
     """One row of ARMS: what an arm's recommender gets, and what it is compared with."""
 
-    texts: tuple = ()  # what its item features are embeddings of, side by side (see TEXTS)
+    texts: tuple = ()  # what its item features are embeddings of, side by side
     against: tuple = ()  # arms that it is compared with, where both run
     methods: str = ""  # the --method that run it by default
     baseline: Callable | None = None  # counts in place of SASRec
-    ids: bool = True  # False: an item's vector is its features alone
     titles: bool = False  # ID embeddings start as the embeddings of titles
     preferences: str = ""  # LANE's layer over "own" preferences, or another user's: "shuffled"
     one_seed: bool = False  # draws nothing, or is taught once
-    recovers: bool = False  # listed with the share of the headroom oracle - content it recovers
 
 
-# item: its own text; truth: the demo's drivers; the others are reasons, which take the whole method
-# to make: of the LLM after alignment, after PPO, the control for correction, corrected, and the
-# corrected ones shuffled among the items
+# besides "item", an item's own text, and "truth", the demo's drivers: reasons, of the LLM after
+# alignment, after PPO, the control for correction, corrected, the corrected shuffled among items
 REASON_TEXTS = ("aligned", "rl", "bestof", "curec", "shuffled")
-TEXTS = ("item", "truth", *REASON_TEXTS)
 
+# texts, against, methods
 ARMS = {
-    "popularity": Arm(baseline=popularity, methods="curec knowledge", one_seed=True),
-    "markov": Arm(baseline=markov, methods="curec knowledge", one_seed=True),
-    "id": Arm(methods="curec lane knowledge"),
-    "text-init": Arm(titles=True, against=("id",), methods="lane"),
-    "content": Arm(("item",), ("id",), methods="curec"),
-    "placebo": Arm(("item", "shuffled"), ("content",), methods="curec", recovers=True),
-    "aligned": Arm(("item", "aligned"), ("content",), methods="curec", recovers=True),
-    "rl": Arm(("item", "rl"), ("content", "aligned"), methods="curec", recovers=True),
-    "bestof": Arm(("item", "bestof"), ("content",), methods="curec", recovers=True),
-    "curec": Arm(
-        ("item", "curec"), ("content", "placebo", "rl", "bestof"), methods="curec", recovers=True
-    ),
-    "lane-placebo": Arm(titles=True, preferences="shuffled", methods="lane"),
-    "lane": Arm(
-        against=("id", "text-init", "lane-placebo"), methods="lane", titles=True, preferences="own"
-    ),
-    "knowledge": Arm(against=("id", "markov"), methods="knowledge", one_seed=True),
-    "oracle": Arm(("item", "truth"), ("content",), methods="curec"),
+    "popularity": Arm((), (), "curec knowledge", baseline=popularity, one_seed=True),
+    "markov": Arm((), (), "curec knowledge", baseline=markov, one_seed=True),
+    "id": Arm((), (), "curec lane knowledge"),
+    "text-init": Arm((), ("id",), "lane", titles=True),
+    "content": Arm(("item",), ("id",), "curec"),
+    "placebo": Arm(("item", "shuffled"), ("content",), "curec"),
+    "aligned": Arm(("item", "aligned"), ("content",), "curec"),
+    "rl": Arm(("item", "rl"), ("content", "aligned"), "curec"),
+    "bestof": Arm(("item", "bestof"), ("content",), "curec"),
+    "curec": Arm(("item", "curec"), ("content", "placebo", "rl", "bestof"), "curec"),
+    "lane-placebo": Arm((), (), "lane", titles=True, preferences="shuffled"),
+    "lane": Arm((), ("id", "text-init", "lane-placebo"), "lane", titles=True, preferences="own"),
+    "knowledge": Arm((), ("id", "markov"), "knowledge", one_seed=True),
+    "oracle": Arm(("item", "truth"), ("content",), "curec"),
 }
 METHODS = ("curec", "lane", "knowledge")
 
 
 def fit_arm(arm, data, inputs, config, seed, score=None):
-    """Trains one arm with one seed, then reads test, once: {"ranks": (users,) on test, "row": of
-    metrics.json, "model": its state dict}. score: of an arm that was trained elsewhere."""
+    """Trains one arm with one seed, then reads test, once: {"ranks": on test, (users,); ...;
+    "model": its state dict}. score: of an arm that was trained elsewhere."""
     start = time.perf_counter()
     model = None
     if ARMS[arm].baseline:
         score = ARMS[arm].baseline(data)
     elif score is None:
         model, _ = train(data, inputs, config, seed, f"{arm}, seed {seed}")
-        score = scorer(model, config.device)
+        score = scorer(model)
     trained = time.perf_counter()
     known = [np.append(s, v) for s, v in zip(data.train, data.valid, strict=True)]
     rank = ranks(score, known, data.test)
-    ms_per_user = 1000 * (time.perf_counter() - trained) / len(known)
-    slices = {}
-    for name, users in user_slices(data).items():
-        if users.any():
-            slices[name] = mean_metrics(rank[users])
-    row = {
+    return {
+        "rank_ms_per_user": 1000 * (time.perf_counter() - trained) / len(known),
         "train_s": trained - start,
-        "rank_ms_per_user": ms_per_user,
-        "seeds": seed,
-        "valid": mean_metrics(ranks(score, data.train, data.valid)),
-        "test": mean_metrics(rank),
-        "slices": slices,
+        "seed": seed,
+        "ranks": torch.from_numpy(rank),
+        "valid_ranks": torch.from_numpy(ranks(score, data.train, data.valid)),
         "audit": popularity_audit(top_items(score, known), data.counts),
+        "model": model.cpu().state_dict() if model else {},
     }
-    weights = model.cpu().state_dict() if model else {}
-    return {"ranks": torch.from_numpy(rank), "row": row, "model": weights}
 
 
-def mean_metrics(rank):
-    """metrics, averaged over users."""
-    return {name: float(values.mean()) for name, values in metrics(rank).items()}
+def arm_entry(fits, slices):
+    """An arm's entry in metrics.json, of its fits: a value a seed, but for cost and audit. slices:
+    see user_slices."""
+    test = np.stack([fit["ranks"] for fit in fits])
+    by_slice = {}
+    for name, users in slices.items():
+        if users.any():
+            by_slice[name] = mean_metrics(test.compress(users, 1))
+    audit = {}
+    for name in fits[0]["audit"]:
+        audit[name] = float(np.mean([fit["audit"][name] for fit in fits]))
+    return {
+        "seeds": [fit["seed"] for fit in fits],
+        "train_s": sum(fit["train_s"] for fit in fits),
+        "rank_ms_per_user": float(np.median([fit["rank_ms_per_user"] for fit in fits])),
+        "valid": mean_metrics(np.stack([fit["valid_ranks"] for fit in fits])),
+        "test": mean_metrics(test),
+        "slices": by_slice,
+        "audit": audit,
+    }
 
 
-def by_seed(rows):
-    """Dicts of one shape -> one dict of that shape with lists of their values."""
-    if not isinstance(rows[0], dict):
-        return rows
-    out = {}
-    for key in rows[0]:
-        out[key] = by_seed([row[key] for row in rows])
-    return out
-
-
-def arm_entry(fits):
-    """An arm's entry in metrics.json: a value a seed, but for cost and audit."""
-    entry = by_seed([fit["row"] for fit in fits])
-    entry["audit"] = {name: float(np.mean(values)) for name, values in entry["audit"].items()}
-    entry["train_s"] = sum(entry["train_s"])
-    entry["rank_ms_per_user"] = float(np.median(entry["rank_ms_per_user"]))
-    return entry
-
-
-def compare(ranks_by_arm, metric="ndcg@10"):
+def compare(ranks_by_arm):
     """Paired differences of the arms that ARMS compares. ranks_by_arm: (seeds, users) each."""
+    values = {arm: metrics(rank)["ndcg@10"] for arm, rank in ranks_by_arm.items()}
     rows = []
-    for a, rank in ranks_by_arm.items():
+    for a in values:
         for b in ARMS[a].against:
-            if b in ranks_by_arm:
-                mine, other = metrics(rank)[metric], metrics(ranks_by_arm[b])[metric]
-                delta, ci = paired_bootstrap(mine, other)
-                row = {"a": a, "b": b, "metric": metric, "seeds": len(rank)}
-                rows.append(row | {"delta": delta, "ci95": ci})
+            if b in values:
+                row = {"a": a, "b": b, "metric": "ndcg@10", "seeds": len(values[a])}
+                rows.append(row | paired_bootstrap(values[a], values[b]))
     return rows
 
 
-def headroom(entries, metric="ndcg@10"):
+def headroom(entries):
     """oracle - content, and how much of it each arm that adds reasons recovers; {} without them."""
     if not {"oracle", "content"} <= set(entries):
         return {}
-    value = {arm: float(np.mean(entry["test"][metric])) for arm, entry in entries.items()}
+    value = {arm: np.mean(entry["test"]["ndcg@10"]).item() for arm, entry in entries.items()}
     room = value["oracle"] - value["content"]
     recovered = {}
     for arm in entries:
-        if ARMS[arm].recovers and room > 0:
+        if room > 0 and set(ARMS[arm].texts) & set(REASON_TEXTS):
             recovered[arm] = (value[arm] - value["content"]) / room
-    return {"headroom": {metric: room, "recovered": recovered}}
+    return {"headroom": {"ndcg@10": room, "recovered": recovered}}
 
 
 def workers(device, fits):
-    """An executor for arms. On a CPU and for many fits: processes of one thread each, which beat
-    one process of many threads; else the fits follow one another."""
+    """An executor of fits: on a CPU processes of one thread each, which beat one process of many
+    threads; for few fits and on a GPU one after another."""
     count = min(4, os.cpu_count(), fits // 3) if device == "cpu" else 1
     if count > 1:
         return ProcessPoolExecutor(count, get_context("spawn"), start_worker)
@@ -531,31 +482,32 @@ def start_worker():
 # =============================================================================== a relative: LANE
 class Alignment(nn.Module):
     """LANE's layer (arXiv 2407.02833): a state asks the M preferences that an LLM named for its
-    user which of them it follows. A history shorter than a cut's knows nothing of that cut."""
+    user which of them it follows. vectors (K, F): embeddings of all preferences, row 0 zeros;
+    named (U, C, M): rows of vectors that each user had named by each cut; since (U, C): how long
+    the history was by then, ascending. A shorter history knows nothing of that cut."""
 
-    def __init__(self, width, preferences: Preferences, heads=4, dropout=0.3):
+    def __init__(self, width, vectors, named, since, heads=4):
         super().__init__()
-        for name, tensor in preferences._asdict().items():
-            self.register_buffer(name, tensor)
-        size = preferences.vectors.shape[1]
-        self.attention = nn.MultiheadAttention(
-            width, heads, dropout, kdim=size, vdim=size, batch_first=True
-        )
+        self.register_buffer("vectors", vectors)
+        self.register_buffer("named", named)
+        self.register_buffer("since", since)
+        sizes = {"kdim": vectors.shape[1], "vdim": vectors.shape[1]}
+        self.attention = nn.MultiheadAttention(width, heads, 0.3, batch_first=True, **sizes)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(0.3)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
-    def known(self, users, lengths):
-        """The preferences that histories of these lengths (B,) of these users (B,) may know: the
-        latest cut's (B, M), 0 where there is none."""
+    def known(self, users, sequences):
+        """The preferences that these histories of these users (B,) may know: the latest cut's
+        (B, M), 0 where there is none."""
         users = torch.as_tensor(users, device=self.since.device)
-        lengths = torch.as_tensor(lengths, device=self.since.device)
-        cut = (self.since[users] <= lengths[:, None]).sum(1) - 1
+        lengths = torch.tensor([[len(seq)] for seq in sequences], device=self.since.device)
+        cut = (self.since[users] <= lengths).sum(1) - 1
         return self.named[users, cut] * (cut >= 0)[:, None]
 
     def forward(self, states, known):
-        """states (B, D), known (B, M) -> states (B, D), attention averaged over heads (B, M)."""
+        """states (B, D), known (B, M) -> states (B, D)."""
         wishes = F.embedding(known, self.vectors)
-        found, weights = self.attention(states[:, None], wishes, wishes)
+        found, _ = self.attention(states[:, None], wishes, wishes)
         x = self.norm1(states + self.drop(found[:, 0]) * (known[:, :1] > 0))
-        return self.norm2(x + self.drop(self.down(F.gelu(self.up(x))))), weights[:, 0]
+        return self.norm2(x + self.drop(self.down(F.gelu(self.up(x)))))

@@ -60,15 +60,11 @@ def load_encoder(name, device="cpu", batch=64):
     """Any Hugging Face text encoder as a function: texts -> means of last states (len, D)."""
     from transformers import AutoModel, AutoTokenizer
 
-    try:
-        # nothing of a hub's that could run: no pickled weights, no code
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
-        said = str(e).partition("\n")[0]
-        advice = "check --encoder and the network"
-        raise OSError(f"the encoder '{name}' could not be loaded ({said}); {advice}") from e
+    # nothing of a hub's that could run: no pickled weights, no code
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
     model = model.to(device).eval()
+    form = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
 
     @torch.no_grad()
     def encode(texts):
@@ -77,13 +73,7 @@ def load_encoder(name, device="cpu", batch=64):
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(texts), batch):
             rows = order[start : start + batch]
-            x = tokenizer(
-                [texts[i] for i in rows],
-                padding=True,
-                truncation=True,
-                max_length=128,
-                return_tensors="pt",
-            ).to(device)
+            x = tokenizer([texts[i] for i in rows], **form).to(device)
             mask = x["attention_mask"][..., None].float()
             states = model(**x).last_hidden_state * mask
             out[rows] = (states.sum(1) / mask.sum(1)).float().cpu()
@@ -112,7 +102,7 @@ class RewardModel(nn.Module):
         """items (B, T), right-padded with 0; vectors (n + 1, width) -> unit states (B, width)."""
         z = F.embedding(items, self.P(vectors))
         real = (items > 0).float()[..., None]
-        mean = (z * real).sum(1) / real.sum(1).clamp(min=1)
+        mean = (z * real).sum(1) / real.sum(1)
         last = self.block(z, (items > 0).sum(1) - 1)
         return F.normalize(mean + self.out(self.norm(last)), dim=-1)
 
@@ -127,7 +117,7 @@ class RewardModel(nn.Module):
 
 class Judge:
     """A reward model with the states of all train events. encode: texts -> raw embeddings (M, D),
-    frozen. Ready after `fit`, or after `load_weights` of a model that was fitted before."""
+    frozen. Ready after `fit`, or `load_weights` of a model fitted before."""
 
     def __init__(self, data, encode, seed=0):
         self.data = data
@@ -137,6 +127,7 @@ class Judge:
         raw = encode(texts)
         self.whiten = whitening(raw, EMBEDDING_SIZE)
         self.items = F.pad(self.whiten(raw), (0, 0, 1, 0))  # (n_items + 1, width)
+        torch.manual_seed(seed)
         self.model = RewardModel(self.items.shape[1])
 
     def encode(self, reasons):
@@ -149,54 +140,70 @@ class Judge:
     def fit(self, epochs=30, patience=6, per_epoch=20_000):
         """Trains on the train events of users and items that are not held out; the best epoch on
         held-out users x items stays, the untrained model being epoch 0. Returns {"auc_heldout",
-        "epochs", "best_epoch"}, without the first where nothing could be held out."""
-        torch.manual_seed(self.seed)
-        self.model = model = RewardModel(self.items.shape[1])
+        "epochs", "best_epoch"}."""
         data = self.data
+        model = self.model
         rng = np.random.default_rng([self.seed, 23])
         user, item = data.events["user"], data.events["item"]
         held_users, held_items = held_out(data, self.seed)
         train = np.flatnonzero(~held_users[user] & ~held_items[item])
         train_items = np.flatnonzero(~held_items[1:]) + 1
-        if not len(train):
+        held = np.flatnonzero(held_users[user] & held_items[item])
+        tested_items = np.flatnonzero(held_items)
+        if not len(train) or not len(held) or len(tested_items) < 2:
             raise D.DataError(f"{data.name}: too few events to train the reward model; take more")
-        checks = HeldOut(self, held_users, held_items, rng)
-        # P: the shared space may turn slowly only
-        others = [p for name, p in model.named_parameters() if name != "P.weight"]
-        groups = [
-            {"params": [model.P.weight], "lr": LEARNING_RATE * 0.1},
-            {"params": others, "lr": LEARNING_RATE},
-        ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        best, best_epoch, best_weights = checks.auc(), 0, copy.deepcopy(model.state_dict())
+        # of all of them: they are sorted by time
+        held = np.random.default_rng([self.seed, 71]).permutation(held)[:HELD_OUT]
+        draws = []
+        for _ in range(4):
+            draws.append(self.encode([D.random_reason(data, i, rng) for i in tested_items]))
+        others = [p for p in model.parameters() if p is not model.P.weight]
+        optimizer = torch.optim.AdamW(others, LEARNING_RATE, weight_decay=0.01)
+        # the shared space may turn slowly only
+        optimizer.add_param_group({"params": [model.P.weight], "lr": LEARNING_RATE * 0.1})
+        best, best_epoch = self.auc(held, tested_items, draws), 0
+        best_weights = copy.deepcopy(model.state_dict())
         bar = tqdm(range(1, epochs + 1), "reward model", unit="epoch", disable=None)
         for epoch in bar:
             rng = np.random.default_rng([self.seed, 23, epoch])
             torch.manual_seed(int(rng.integers(2**31)))
             model.train()
-            reasons = []
-            for i in train_items:
-                reasons.append(D.random_reason(data, i, rng, size=int(rng.integers(2, 4))))
+            reasons = [D.random_reason(data, i, rng, rng.integers(2, 4)) for i in train_items]
             vectors = self.encode(reasons)
             order = rng.permutation(train)[:per_epoch]
-            for start in range(0, len(order), BATCH):
-                events = order[start : start + BATCH]
-                states = model.states(self.histories(events), self.items)
-                scores = model.scores(states, model.reasons(vectors))
-                target = torch.from_numpy(np.searchsorted(train_items, item[events]))
-                loss = F.cross_entropy(scores, target)
+            for events in np.split(order, range(BATCH, len(order), BATCH)):
+                loss = F.cross_entropy(*self.choices(events, train_items, vectors))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            value = checks.auc()
+            value = self.auc(held, tested_items, draws)
             bar.set_postfix_str(f"loss {loss.item():.3f}, held-out AUC {value:.3f}")
             if value > best:
                 best, best_epoch, best_weights = value, epoch, copy.deepcopy(model.state_dict())
             if epoch >= best_epoch + patience:
                 break
         self.load_weights(best_weights)
-        report = {"epochs": epoch, "best_epoch": best_epoch}
-        return report | ({"auc_heldout": best} if checks.possible else {})
+        return {"epochs": epoch, "best_epoch": best_epoch, "auc_heldout": best}
+
+    def choices(self, events, items, vectors):
+        """What B events give each of these items, known by a reason each (whitened embeddings):
+        scores (B, items), and the column (B,) of the item that was chosen."""
+        states = self.model.states(self.histories(events), self.items)
+        column = np.searchsorted(items, self.data.events["item"][events])
+        return self.model.scores(states, self.model.reasons(vectors)), torch.from_numpy(column)
+
+    @torch.no_grad()
+    def auc(self, events, items, draws):
+        """How often the chosen item's reason scores above another's: mean over draws of a reason an
+        item; chance .5."""
+        self.model.eval()
+        values = []
+        for vectors in draws:
+            scores, column = self.choices(events, items, vectors)
+            goal = scores.gather(1, column[:, None])
+            below = (scores < goal).float() + 0.5 * (scores == goal).float()
+            values.append((below.sum(1) - 0.5).mean().item() / (len(items) - 1))
+        return float(np.mean(values))
 
     def histories(self, events):
         """What the users of these events had chosen before, (B, T), right-padded with 0."""
@@ -207,11 +214,9 @@ class Judge:
         """Takes a reward model's weights and computes the state of every train event, once."""
         self.model.load_state_dict(weights)
         self.model.eval()
-        states = []
         n = len(self.data.events["user"])
-        for start in range(0, n, batch):
-            events = range(start, min(start + batch, n))
-            states.append(self.model.states(self.histories(events), self.items))
+        parts = np.split(np.arange(n), range(batch, n, batch))
+        states = [self.model.states(self.histories(events), self.items) for events in parts]
         self.states = torch.cat(states)  # (E, width)
 
     def pool(self, period):
@@ -228,54 +233,20 @@ class Judge:
         z = self.model.reasons(self.encode(reasons))  # (M, width)
         others = self.model.scores(self.states[self.pool(period)], z)  # (N, M)
         levels = others.logsumexp(0) - np.log(len(others))
-        tau = self.model.log_tau.exp()
         out = []
         for events, reason, level in zip(people, z, levels, strict=True):
-            if len(events):
-                scores = self.states[torch.as_tensor(events)] @ reason / tau
-                out.append((scores - level).numpy())
-            else:
-                out.append(np.zeros(0))
+            scores = self.states[torch.as_tensor(events)] @ reason / self.model.log_tau.exp()
+            out.append((scores - level).numpy())
         return out
-
-
-class HeldOut:
-    """Random reasons of the held-out items, and the held-out users' events that chose them."""
-
-    def __init__(self, judge: Judge, users, items, rng):
-        data = judge.data
-        self.judge = judge
-        numbers = np.flatnonzero(items[1:]) + 1
-        events = np.flatnonzero(users[data.events["user"]] & items[data.events["item"]])
-        # of all of them: they are sorted by time
-        shuffled = np.random.default_rng([judge.seed, 71]).permutation(events)
-        self.events = shuffled[:HELD_OUT]
-        self.possible = len(self.events) > 0 and len(numbers) > 1
-        self.columns = np.searchsorted(numbers, data.events["item"][self.events])
-        self.draws = []  # of reasons: (held-out items, width) each
-        for _ in range(4 if len(numbers) else 0):
-            self.draws.append(judge.encode([D.random_reason(data, i, rng) for i in numbers]))
-
-    @torch.no_grad()
-    def auc(self):
-        """How often the chosen item's reason scores above another's: mean over draws; chance .5."""
-        if not self.possible:
-            return 0.5
-        model = self.judge.model.eval()
-        values = []
-        states = model.states(self.judge.histories(self.events), self.judge.items)
-        for vectors in self.draws:
-            scores = model.scores(states, model.reasons(vectors))
-            goal = scores.gather(1, torch.from_numpy(self.columns)[:, None])
-            below = (scores < goal).float() + 0.5 * (scores == goal).float()
-            values.append((below.sum(1) - 0.5).mean().item() / (scores.shape[1] - 1))
-        return float(np.mean(values))
 
 
 def held_out(data, seed):
     """A fifth of the users (users,) and of the items (n_items + 1,), bool: never trained on."""
     rng = np.random.default_rng([seed, 73])
-    return rng.random(len(data.users)) < 0.2, rng.random(data.n_items + 1) < 0.2
+    users = rng.random(len(data.users)) < 0.2
+    items = rng.random(data.n_items + 1) < 0.2
+    items[0] = False
+    return users, items
 
 
 # -------------------------------------------------------------------------------------- the reward
@@ -286,26 +257,23 @@ class Rewards:
     total: np.ndarray
     shown: np.ndarray  # A(shown, r)
     audience: np.ndarray  # A(audience, r)
+    audience_weight: np.ndarray
     grounded: np.ndarray  # share of the reason's words that the item says
     format_ok: np.ndarray
-    format_penalty: np.ndarray
-    audience_weight: np.ndarray
     by_audience: list  # of M arrays: the lift of each user of the audience
 
     def audience_values(self, k):
         """What each user of the audience gives a current answer: its lift less the format
         penalty, so that a malformed one does not outlive a sound one that is liked less."""
-        return self.by_audience[k] - float(self.format_penalty[k])
+        return self.by_audience[k] - (0.0 if self.format_ok[k] else FORMAT_PENALTY)
 
 
 def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
-    """R of decoded answers about these items, by formula and penalties: what PPO, correction, its
-    control and all figures ask. answers: K an item (M in all), item by item. shown, audience: an
-    array of event numbers an item."""
+    """R of decoded answers about these items: what PPO, correction, its control and all figures
+    ask. answers: K an item, item by item; shown, audience: an array of event numbers an item."""
     item_of = np.repeat(np.arange(len(items)), len(answers) // len(items))
-    parsed = [D.parse_answer(answer) for answer in answers]
-    reasons = [reason for reason, _, _ in parsed]
-    format_ok = np.array([ok for _, _, ok in parsed], bool)
+    reasons, _, format_ok = zip(*map(D.parse_answer, answers), strict=True)
+    format_ok = np.array(format_ok)
     by_shown = judge.lifts(reasons, [shown[k] for k in item_of], period)
     by_audience = judge.lifts(reasons, [audience[k] for k in item_of], period)
     weight = np.full(len(answers), AUDIENCE_WEIGHT)
@@ -314,19 +282,10 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     weight[[len(values) == 0 for values in by_audience]] = 0.0
     a_shown, a_audience = mean_of_each(by_shown), mean_of_each(by_audience)
     said = [D.grounded(judge.data, items[k], reasons[j]) for j, k in enumerate(item_of)]
-    ungrounded_penalty = UNGROUNDED_PENALTY * (1 - np.array(said))
-    format_penalty = FORMAT_PENALTY * ~format_ok
-    total = (1 - weight) * a_shown + weight * a_audience - format_penalty - ungrounded_penalty
-    return Rewards(
-        total=total,
-        shown=a_shown,
-        audience=a_audience,
-        audience_weight=weight,
-        grounded=np.array(said),
-        format_ok=format_ok,
-        format_penalty=format_penalty,
-        by_audience=by_audience,
-    )
+    grounded = np.array(said)
+    total = (1 - weight) * a_shown + weight * a_audience
+    total = total - FORMAT_PENALTY * ~format_ok - UNGROUNDED_PENALTY * (1 - grounded)
+    return Rewards(total, a_shown, a_audience, weight, grounded, format_ok, by_audience)
 
 
 def mean_of_each(arrays):
@@ -337,13 +296,11 @@ def mean_of_each(arrays):
 # ------------------------------------------------- truth: figures of the demo, which feed nothing
 def truth_figures(named, truth):
     """Of the phrases named, the share that are drivers (chance .4); of the drivers, the share
-    named; of the items with a new driver, the share whose reason names it. named: phrases an item;
-    truth: see data.Dataset; both without index 0."""
-    late = truth["late"]
-    hits = sum(len(set(n) & set(t)) for n, t in zip(named, late, strict=True))
+    named; of the new drivers, too. named: phrases an item; truth: see data.Dataset; no index 0."""
+    hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth["late"], strict=True))
     return {
         "truth_precision": hits / max(1, sum(len(set(phrases)) for phrases in named)),
-        "truth_recall": hits / sum(map(len, late)),
+        "truth_recall": hits / sum(map(len, truth["late"])),
         "new_driver": float(np.mean(names_new_driver(named, truth))),
     }
 
@@ -352,37 +309,32 @@ def names_new_driver(named, truth):
     """Of each item whose driver changed: does its reason name the new one?"""
     out = []
     for phrases, early, late in zip(named, truth["early"], truth["late"], strict=True):
-        if set(early) != set(late):
-            out.append(bool((set(late) - set(early)) & set(phrases)))
+        new = set(late) - set(early)
+        if new:
+            out.append(bool(new & set(phrases)))
     return out
 
 
 def driver_choice(judge: Judge, truth, period):
-    """How often the audience prefers a pair of true drivers to a pair of decoys, and of how many
-    items. The audience: users held out from the judge's training, at least two, of items held out
-    too; of an item whose driver changed, those of the second half. {} where there are none."""
+    """How often the audience prefers two true drivers to two decoys, and of how many items: held
+    out from the judge's training, with two or more users held out too; where a driver changed,
+    users of the second half."""
     data = judge.data
-    items = []
-    people = []
+    people, pairs, decoys = [], [], []
+    rng = np.random.default_rng([judge.seed, 31])
     held_users, held_items = held_out(data, judge.seed)
     second_half = data.events["time"] > truth["since"][1]
-    for i in np.flatnonzero(held_items[1:]) + 1:
+    for i in np.flatnonzero(held_items):
+        early, late = truth["early"][i], truth["late"][i]
         events = data.events_by_item[i]
-        if set(truth["early"][i]) != set(truth["late"][i]):
-            events = events[second_half[events]]
         events = events[held_users[data.events["user"][events]]]
+        if set(early) != set(late):
+            events = events[second_half[events]]
         if len(events) >= 2:
-            items.append(i)
             people.append(events[:MAX_AUDIENCE])
-    if not items:
-        return {}
-    rng = np.random.default_rng([judge.seed, 31])
-    pairs = []
-    decoys = []
-    for i in items:
-        pairs.append(D.REASON.format(*truth["late"][i]))
-        false = rng.permutation([p for p in data.phrases[i] if p not in truth["late"][i]])
-        decoys.append(D.REASON.format(*false[:2]))
+            pairs.append(D.REASON.format(*late))
+            others = rng.permutation([p for p in data.phrases[i] if p not in late])
+            decoys.append(D.REASON.format(*others[:2]))
     true = mean_of_each(judge.lifts(pairs, people, period))
-    other = mean_of_each(judge.lifts(decoys, people, period))
-    return {"driver_choice": float(np.mean(true > other)), "driver_items": len(items)}
+    false = mean_of_each(judge.lifts(decoys, people, period))
+    return {"driver_choice": float(np.mean(true > false)), "driver_items": len(people)}

@@ -127,7 +127,7 @@ def assert_ranks_equal_brute_force(seed, n, users):
         seen.append(order[: rng.integers(1, n)])
         targets.append(order[-1])
         scores[u, seen[u]] += 50 * (u % 2)  # seen items would be on top
-    found = rec.metrics(rec.ranks(fixed(scores), seen, targets, batch=64))
+    found = rec.metrics(rec.ranks(fixed(scores), seen, targets))
     for u in range(users):
         for k in rec.CUTOFFS:
             hr, ndcg, mrr = metrics_of_user(scores[u], set(seen[u]), targets[u], k)
@@ -160,17 +160,18 @@ def test_all_ties_are_the_last_rank():
     assert rec.ranks(fixed(np.ones((1, 31))), [np.array([1, 2])], [5]).tolist() == [28]
 
 
-def test_ranks_do_not_depend_on_the_batch_size():
+def test_ranks_do_not_depend_on_the_batch_size(monkeypatch):
     """Guards: rows that see their neighbours' padding or seen items; users numbered anew in each
     batch."""
     rng = np.random.default_rng(1)
     scores = rng.random((50, 21))
     seen = [np.arange(1, rng.integers(3, 10)) for _ in range(50)]
     targets = np.full(50, 15)
-    at_once = rec.ranks(fixed(scores), seen, targets, batch=512).tolist()
-    assert rec.ranks(fixed(scores), seen, targets, batch=1).tolist() == at_once
-    assert rec.ranks(fixed(scores), seen, targets, batch=7).tolist() == at_once
-    assert rec.ranks(fixed(scores), seen, targets).tolist() == at_once
+    at_once = rec.ranks(fixed(scores), seen, targets).tolist()
+    # 16 and 23 users at once
+    for number in (0, 80):
+        monkeypatch.setattr(rec, "SCORES_AT_ONCE", number)
+        assert rec.ranks(fixed(scores), seen, targets).tolist() == at_once
 
 
 def test_items_seen_long_ago_are_masked_too():
@@ -295,9 +296,9 @@ def test_scorer_reads_the_last_real_position_of_long_and_short_histories(small_m
 def test_the_table_is_id_embeddings_plus_projected_features():
     """Guards: features that reach the input but not the output table, dropout left on when
     ranking, a padding row that moves."""
-    features = features_of(30, 5).double()
+    features = features_of(30, 5)
     model = rec.SASRec(30, rec.Inputs(features), width=16).eval()
-    content = features.float() @ model.project.weight.T
+    content = features @ model.project.weight.T
     expected = F.normalize(model.item.weight + content, dim=-1)
     assert torch.allclose(model.table(), expected, atol=1e-6)
     assert torch.equal(model.table(), model.table())
@@ -400,55 +401,6 @@ def test_id_embeddings_start_as_those_given_and_train_on():
     assert not torch.equal(trained.item.weight[1:], inputs.initial[1:])
 
 
-# --------------------------------------------------------------------- item vectors without an ID
-def test_without_ids_an_item_vector_is_its_features_alone():
-    """Guards: two items of one text that the model tells apart all the same."""
-    features = features_of(30, 5)
-    features[8] = features[7]
-    model = rec.SASRec(30, rec.Inputs(features, ids=False), width=16).eval()
-    assert model.item.weight.abs().max() == 0
-    expected = F.normalize(features @ model.project.weight.T, dim=-1)
-    assert torch.allclose(model.table(), expected, atol=1e-6)
-    assert torch.equal(model.table()[7], model.table()[8])
-
-
-def test_without_ids_given_embeddings_are_not_used_either():
-    """Guards: titles that come in as ID embeddings where no ID was asked for."""
-    inputs = rec.Inputs(features_of(30), torch.ones(31, 16), ids=False)
-    assert rec.SASRec(30, inputs, width=16).item.weight.abs().max() == 0
-
-
-def test_without_ids_the_id_embeddings_stay_zero_in_training():
-    """Guards: ID embeddings that an optimizer, its weight decay or the average moves."""
-    data, features = ring(), features_of(12)
-    model, _ = quick(data, rec.Inputs(features, ids=False))
-    assert model.item.weight.abs().max() == 0
-    torch.manual_seed(0)
-    fresh = rec.SASRec(12, rec.Inputs(features, ids=False), width=16)
-    assert not torch.equal(model.project.weight, fresh.project.weight)
-    with_ids, _ = quick(data, rec.Inputs(features))
-    assert with_ids.item.weight[1:].abs().min() > 0
-
-
-def test_without_ids_only_the_id_embeddings_start_otherwise():
-    """Guards: a comparison of with and without IDs that starts from other random numbers."""
-    models = []
-    for ids in (True, False):
-        torch.manual_seed(3)
-        models.append(rec.SASRec(30, rec.Inputs(features_of(30), ids=ids), width=16).state_dict())
-    for name, weights in models[0].items():
-        if name != "item.weight":
-            assert torch.equal(weights, models[1][name]), name
-
-
-def test_a_model_without_ids_comes_back_from_its_weights():
-    """Guards: fresh ID embeddings in a model that is looked at later."""
-    data = ring()
-    model, _ = quick(data, rec.Inputs(features_of(12), ids=False))
-    again = rec.from_weights(12, model.state_dict())
-    assert torch.equal(rec.scorer(again)(data.train), rec.scorer(model)(data.train))
-
-
 # --------------------------------------------------------------------------------------- training
 def test_training_samples_are_every_history_with_its_next_item():
     """Guards: a history that runs into another user's or that is missed; a target beside its
@@ -456,8 +408,8 @@ def test_training_samples_are_every_history_with_its_next_item():
     sequences = [np.array([1, 2, 3]), np.array([6]), np.array([7, 8])]
     histories, targets, users = rec.training_samples(sequences)
     assert [history.tolist() for history in histories] == [[1], [1, 2], [7]]
-    assert targets.tolist() == [2, 3, 8]
-    assert users.tolist() == [0, 0, 2]
+    assert targets == (2, 3, 8)
+    assert users == (0, 0, 2)
 
 
 def test_the_loss_is_over_every_real_next_item_and_nothing_else(monkeypatch):
@@ -607,9 +559,9 @@ def test_validation_sees_the_average_of_the_weights(monkeypatch, steps):
     step."""
     seen, real = [], rec.scorer
 
-    def scorer(model, device="cpu"):
+    def scorer(model):
         seen.append(next(model.parameters()).detach().clone())
-        return real(model, device)
+        return real(model)
 
     monkeypatch.setattr(rec, "scorer", scorer)
     kept, _ = quick(ring(), epochs=1, batch=24)  # 8 steps; the average reaches back as far
@@ -724,7 +676,7 @@ def test_test_items_are_not_read_before_training_has_ended(monkeypatch):
         free = set(range(1, 13)) - {*sequence.tolist(), int(valid), int(test)}
         others.append(min(free))
     first, second = run(data.test), run(np.array(others))
-    assert first["row"]["valid"] == second["row"]["valid"]
+    assert torch.equal(first["valid_ranks"], second["valid_ranks"])
     assert not torch.equal(first["ranks"], second["ranks"])
     assert first["model"]
     assert_same_weights(first["model"], second["model"])
@@ -801,16 +753,16 @@ def differences():
 def test_the_bootstrap_of_equal_values_is_zero(differences):
     """Guards: unpaired resampling, an interval as wide as the users differ."""
     values, _ = differences
-    assert rec.paired_bootstrap(values, values) == (0, [0, 0])
+    assert rec.paired_bootstrap(values, values) == {"delta": 0, "ci95": [0, 0]}
 
 
 def test_the_bootstrap_tells_a_difference_from_none(differences):
     """Guards: a - b the wrong way round, an interval that does not hold its own mean."""
     values, noise = differences
-    delta, (low, high) = rec.paired_bootstrap(values + noise, values)
+    delta, (low, high) = rec.paired_bootstrap(values + noise, values).values()
     assert abs(delta) < 1e-9
     assert low < 0 < high
-    delta, (low, high) = rec.paired_bootstrap(values + 0.02 + noise, values)
+    delta, (low, high) = rec.paired_bootstrap(values + 0.02 + noise, values).values()
     assert delta == pytest.approx(0.02)
     assert 0 < low < delta < high
 
@@ -819,7 +771,7 @@ def test_the_bootstrap_equals_a_second_implementation(differences):
     """Guards: seeds taken for users, a percentile of the wrong side: against resampling by
     multinomial counts, and against 3.92 standard errors."""
     values, noise = differences
-    _, (low, high) = rec.paired_bootstrap(values + noise, values)
+    _, (low, high) = rec.paired_bootstrap(values + noise, values).values()
     per_user, n = noise.mean(0), noise.shape[1]
     drawn = np.random.default_rng(5).multinomial(n, np.full(n, 1 / n), size=4000)
     means = np.sort(drawn @ per_user / n)
@@ -843,7 +795,9 @@ def test_nineteen_of_twenty_intervals_hold_the_truth():
     held = 0
     for seed in range(400):
         skewed = np.random.default_rng(seed).exponential(1.0, (1, 150))
-        _, (low, high) = rec.paired_bootstrap(skewed, np.zeros((1, 150)), draws=600, seed=seed)
+        _, (low, high) = rec.paired_bootstrap(
+            skewed, np.zeros((1, 150)), draws=600, seed=seed
+        ).values()
         held += low < 1 < high
     # .95 less what 150 skewed users cost, and three standard errors of 400 repeats
     assert 0.89 < held / 400 < 0.985
@@ -946,48 +900,39 @@ def test_slices_by_hand():
 # ------------------------------------------------------------------------------------------- arms
 def test_arms_compare_themselves_with_arms_that_exist_and_read_texts_that_exist():
     """Guards: a misspelt name in a row of ARMS, whose comparison then never appears."""
+    texts = {"item", "truth", *rec.REASON_TEXTS}
     for name, arm in rec.ARMS.items():
         assert set(arm.against) <= set(rec.ARMS) - {name}, name
-        assert set(arm.texts) <= set(rec.TEXTS), name
+        assert set(arm.texts) <= texts, name
         assert set(arm.methods.split()) <= set(rec.METHODS), name
         assert arm.preferences in ("", "own", "shuffled"), name
 
 
-def test_only_arms_that_add_reasons_to_content_recover_headroom():
+def test_arms_with_reasons_add_them_to_content():
     """Guards: an arm that is no content + reasons, and yet has a share of oracle - content."""
-    reasons = {name for name, arm in rec.ARMS.items() if set(arm.texts) & set(rec.REASON_TEXTS)}
-    recovering = {name for name, arm in rec.ARMS.items() if arm.recovers}
-    assert recovering == reasons
-    for name in recovering:
-        assert rec.ARMS[name].texts[0] == "item", name
-        assert rec.ARMS[name].ids, name
+    for name, arm in rec.ARMS.items():
+        if set(arm.texts) & set(rec.REASON_TEXTS):
+            assert arm.texts[0] == "item", name
 
 
-@pytest.mark.parametrize("recovers", [False, True])
-def test_a_new_arm_is_one_row_of_the_table(monkeypatch, recovers):
-    """Guards: an arm that has to be named in more than one place; one that slips into the
-    recovered headroom without saying so."""
-    row = rec.Arm(("item",), ("content", "id", "oracle"), ids=False, recovers=recovers)
-    monkeypatch.setitem(rec.ARMS, "features-only", row)
-    ranks = {
-        "content": np.full((2, 50), 2),
-        "features-only": np.full((2, 50), 1),
-        "id": np.full((2, 50), 3),
-    }
+@pytest.mark.parametrize("texts, recovers", [(("item",), False), (("item", "rl"), True)])
+def test_a_new_arm_is_one_row_of_the_table(monkeypatch, texts, recovers):
+    """Guards: an arm that has to be named in more than one place; one without reasons that slips
+    into the recovered headroom."""
+    monkeypatch.setitem(rec.ARMS, "mine", rec.Arm(texts, ("content", "id", "oracle")))
+    ranks = {"content": np.full((2, 50), 2), "mine": np.full((2, 50), 1), "id": np.full((2, 50), 3)}
     pairs = [(found["a"], found["b"]) for found in rec.compare(ranks)]
-    assert pairs == [("content", "id"), ("features-only", "content"), ("features-only", "id")]
-    entries = entries_of(content=[0.1], oracle=[0.3], curec=[0.2])
-    entries |= {"features-only": {"test": {"ndcg@10": [0.25]}}}
+    assert pairs == [("content", "id"), ("mine", "content"), ("mine", "id")]
+    entries = entries_of(content=[0.1], oracle=[0.3], curec=[0.2], mine=[0.25])
     recovered = rec.headroom(entries)["headroom"]["recovered"]
     assert recovered["curec"] == pytest.approx(0.5)
-    assert ("features-only" in recovered) == recovers
+    assert ("mine" in recovered) == recovers
     if recovers:
-        assert recovered["features-only"] == pytest.approx(0.75)
+        assert recovered["mine"] == pytest.approx(0.75)
 
 
-def test_a_new_arm_is_trained_and_tested_as_its_row_says(monkeypatch):
-    """Guards: a new arm without IDs that gets ID embeddings all the same; a baseline of one's own
-    that is not asked."""
+def test_a_baseline_of_ones_own_is_asked(monkeypatch):
+    """Guards: a new arm's baseline that is not asked."""
     data = ring()
 
     def backwards(data):
@@ -1001,13 +946,8 @@ def test_a_new_arm_is_trained_and_tested_as_its_row_says(monkeypatch):
 
     monkeypatch.setitem(rec.ARMS, "backwards", rec.Arm(baseline=backwards))
     fit = rec.fit_arm("backwards", data, rec.Inputs(), config(), 0)
-    assert fit["row"]["test"]["hr@5"] == 0
+    assert rec.arm_entry([fit], rec.user_slices(data))["test"]["hr@5"] == [0]
     assert fit["model"] == {}
-    monkeypatch.setitem(rec.ARMS, "features-only", rec.Arm(("item",), ids=False))
-    inputs = rec.Inputs(torch.eye(13), ids=False)
-    fit = rec.fit_arm("features-only", data, inputs, config(epochs=30, lr=1e-2), 0)
-    assert fit["model"]["item.weight"].abs().max() == 0
-    assert fit["row"]["test"]["ndcg@10"] > 0.7
 
 
 def test_fit_arm_measures_test_and_valid_after_what_is_known_of_a_user():
@@ -1025,7 +965,7 @@ def test_fit_arm_measures_test_and_valid_after_what_is_known_of_a_user():
     assert asked == [with_valid, train, with_valid]
 
 
-def test_fit_arm_reports_each_slice(monkeypatch):
+def test_an_arms_entry_reports_each_slice(monkeypatch):
     """Guards: slices averaged over all users, a slice without users as zeros."""
     data = ring()
     first = np.arange(len(data.train)) < 5
@@ -1035,11 +975,11 @@ def test_fit_arm_reports_each_slice(monkeypatch):
 
     monkeypatch.setattr(rec, "user_slices", user_slices)
     fit = rec.fit_arm("id", data, rec.Inputs(), config(epochs=2), 7)
-    per_user = rec.metrics(fit["ranks"].numpy())
-    assert list(fit["row"]["slices"]) == ["first"]
-    for name, values in per_user.items():
-        assert fit["row"]["test"][name] == pytest.approx(values.mean())
-        assert fit["row"]["slices"]["first"][name] == pytest.approx(values[first].mean())
+    entry = rec.arm_entry([fit], rec.user_slices(data))
+    assert list(entry["slices"]) == ["first"]
+    for name, values in rec.metrics(fit["ranks"].numpy()).items():
+        assert entry["test"][name] == [pytest.approx(values.mean())]
+        assert entry["slices"]["first"][name] == [pytest.approx(values[first].mean())]
     assert fit["ranks"].shape == (len(data.train),)
     assert "item.weight" in fit["model"]
 
@@ -1049,21 +989,24 @@ def test_an_arms_entry_has_a_value_a_seed():
     data, fits = ring(), []
     for seed in (7, 8):
         fits.append(rec.fit_arm("id", data, rec.Inputs(), config(epochs=2), seed))
-    rows, entry = [fit["row"] for fit in fits], rec.arm_entry(fits)
+    entry = rec.arm_entry(fits, rec.user_slices(data))
     assert entry["seeds"] == [7, 8]
-    assert entry["test"]["ndcg@10"] == [row["test"]["ndcg@10"] for row in rows]
-    assert entry["valid"]["mrr"] == [row["valid"]["mrr"] for row in rows]
-    assert entry["train_s"] == pytest.approx(rows[0]["train_s"] + rows[1]["train_s"])
+    for k, fit in enumerate(fits):
+        test, valid = (rec.mean_metrics(fit[name].numpy()) for name in ("ranks", "valid_ranks"))
+        assert entry["test"]["ndcg@10"][k] == test["ndcg@10"]
+        assert entry["valid"]["mrr"][k] == valid["mrr"]
+    assert entry["train_s"] == pytest.approx(fits[0]["train_s"] + fits[1]["train_s"])
     assert entry["rank_ms_per_user"] > 0
-    gini_of_each = [row["audit"]["gini@10"] for row in rows]
+    gini_of_each = [fit["audit"]["gini@10"] for fit in fits]
     assert entry["audit"]["gini@10"] == pytest.approx(np.mean(gini_of_each))
     assert not torch.equal(fits[0]["model"]["pos.weight"], fits[1]["model"]["pos.weight"])
 
 
 def test_a_baseline_needs_no_training():
     """Guards: a SASRec under the name of a baseline."""
-    fit = rec.fit_arm("markov", ring(), rec.Inputs(), config(), 0)
-    entry = rec.arm_entry([fit])
+    data = ring()
+    fit = rec.fit_arm("markov", data, rec.Inputs(), config(), 0)
+    entry = rec.arm_entry([fit], rec.user_slices(data))
     assert fit["model"] == {}
     assert entry["seeds"] == [0]
     assert entry["test"]["ndcg@10"][0] > 0.99
@@ -1076,8 +1019,10 @@ def test_a_fit_is_kept_on_disk_as_plain_tensors_and_figures():
     torch.save(fit, file)
     file.seek(0)
     again = torch.load(file, weights_only=True)
-    assert again["row"] == fit["row"]
-    assert torch.equal(again["ranks"], fit["ranks"])
+    for name in ("seed", "audit", "train_s", "rank_ms_per_user"):
+        assert again[name] == fit[name]
+    for name in ("ranks", "valid_ranks"):
+        assert torch.equal(again[name], fit[name])
     assert_same_weights(again["model"], fit["model"])
 
 
@@ -1120,7 +1065,7 @@ def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch):
         far = pool.submit(rec.fit_arm, *job).result()
     near = rec.fit_arm(*job)
     assert torch.equal(far["ranks"], near["ranks"])
-    assert far["row"]["test"] == near["row"]["test"]
+    assert far["audit"] == near["audit"]
     assert_same_weights(dict(far["model"]), dict(near["model"]))
 
 
@@ -1174,11 +1119,11 @@ def told(n_users=4, size=6):
     generator = torch.Generator().manual_seed(0)
     vectors = F.pad(torch.randn(9, size, generator=generator), (0, 0, 1, 0))
     named = torch.randint(1, 10, (n_users, 2, 5), generator=generator)
-    return rec.Preferences(vectors, named, torch.tensor([[2, 4]] * n_users))
+    return vectors, named, torch.tensor([[2, 4]] * n_users)
 
 
 def attention_of(m, state, wishes, head):
-    """Shares and outcome of one head (a slice of the width) of an attention layer, by hand."""
+    """Outcome of one head (a slice of the width) of an attention layer, by hand."""
     q_bias, k_bias, v_bias = m.in_proj_bias.chunk(3)
     q = m.q_proj_weight @ state + q_bias
     keys = wishes @ m.k_proj_weight.T + k_bias
@@ -1186,7 +1131,7 @@ def attention_of(m, state, wishes, head):
     width = head.stop - head.start
     logits = [q[head] @ key[head] / width**0.5 for key in keys]
     shares = torch.stack(logits).softmax(0)
-    return shares, (shares[:, None] * values[:, head]).sum(0)
+    return (shares[:, None] * values[:, head]).sum(0)
 
 
 @torch.no_grad()
@@ -1194,28 +1139,26 @@ def test_alignment_is_attention_over_the_preferences_by_brute_force():
     """Guards: keys for values, a scale of the wrong width, weights of another head, a norm before
     the residual."""
     torch.manual_seed(0)
-    layer, states = rec.Alignment(8, told(), heads=2).eval(), torch.randn(3, 8)
+    layer, states = rec.Alignment(8, *told(), heads=2).eval(), torch.randn(3, 8)
     torch.nn.init.normal_(layer.attention.in_proj_bias)
-    known = layer.known([0, 1, 3], [2, 5, 4])
-    got, weights = layer(states, known)
+    known = layer.known([0, 1, 3], [[1] * n for n in (2, 5, 4)])
+    got = layer(states, known)
     for b in range(3):
         wishes = layer.vectors[known[b]]  # (5, 6)
-        first, low = attention_of(layer.attention, states[b], wishes, slice(0, 4))
-        second, high = attention_of(layer.attention, states[b], wishes, slice(4, 8))
+        low = attention_of(layer.attention, states[b], wishes, slice(0, 4))
+        high = attention_of(layer.attention, states[b], wishes, slice(4, 8))
         found = layer.attention.out_proj(torch.cat([low, high]))
         x = layer.norm1(states[b] + found)
         expected = layer.norm2(x + layer.down(F.gelu(layer.up(x))))
         assert torch.allclose(got[b], expected, atol=1e-5)
-        assert torch.allclose(weights[b], (first + second) / 2, atol=1e-5)
 
 
 def test_a_history_knows_the_latest_cut_before_it_and_no_later_one():
     """Guards: preferences that were drawn from what is to be predicted."""
-    preferences = told()
-    layer = rec.Alignment(8, preferences)
-    known = layer.known([1] * 5, [1, 2, 3, 4, 9])
+    layer = rec.Alignment(8, *told())
+    known = layer.known([1] * 5, [[1] * n for n in (1, 2, 3, 4, 9)])
     assert known[0].tolist() == [0] * 5
-    first, second = preferences.named[1]
+    first, second = layer.named[1]
     for row, expected in zip(known[1:], (first, first, second, second), strict=True):
         assert torch.equal(row, expected)
 
@@ -1223,12 +1166,12 @@ def test_a_history_knows_the_latest_cut_before_it_and_no_later_one():
 @torch.no_grad()
 def test_without_preferences_attention_adds_nothing():
     """Guards: a bias, or the average of nothing, that is added to a state without preferences."""
-    layer, states = rec.Alignment(8, told()).eval(), torch.randn(2, 8)
+    layer, states = rec.Alignment(8, *told()).eval(), torch.randn(2, 8)
     torch.nn.init.normal_(layer.attention.out_proj.bias)
     known = torch.zeros(2, 5, dtype=torch.long)
     x = layer.norm1(states)
     expected = layer.norm2(x + layer.down(F.gelu(layer.up(x))))
-    assert torch.allclose(layer(states, known)[0], expected, atol=1e-6)
+    assert torch.allclose(layer(states, known), expected, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -1257,15 +1200,5 @@ def test_lanes_layer_is_trained(lane):
     torch.manual_seed(0)  # as `train` does
     fresh = rec.SASRec(12, inputs, width=16)
     assert not torch.equal(model.align.up.weight, fresh.align.up.weight)
-    assert model.align.up.weight.grad.abs().max() > 0
-    assert model.align.attention.v_proj_weight.grad.abs().max() > 0
-
-
-def test_lane_comes_back_from_its_weights(lane):
-    """Guards: an arm that cannot be looked at later."""
-    model, data = lane
-    again = rec.from_weights(12, model.state_dict())
-    users = range(len(data.train))
-    expected = rec.scorer(model)(data.train, users)
-    assert torch.equal(rec.scorer(again)(data.train, users), expected)
-    assert not again.training
+    mine, other = model.align.attention, fresh.align.attention
+    assert not torch.equal(mine.v_proj_weight, other.v_proj_weight)

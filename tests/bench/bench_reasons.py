@@ -140,7 +140,7 @@ def pooled(differences: list) -> dict:
     """Mean of per-user (or per-item) differences of all worlds, an array each, its 95 % bootstrap
     interval, and the t-interval over worlds."""
     every = np.concatenate(differences)[None]
-    delta, ci = rec.paired_bootstrap(every, np.zeros_like(every))
+    delta, ci = rec.paired_bootstrap(every, np.zeros_like(every)).values()
     by_world = over_worlds([d.mean() for d in differences])
     del by_world["mean"]
     return {"delta": delta, "ci95": ci} | by_world
@@ -250,7 +250,7 @@ def recovered(users: dict, metrics: list) -> dict:
     room, rng = np.concatenate(minus(users["oracle"], users["content"])), np.random.default_rng(0)
     out = {}
     for arm in users:
-        if rec.ARMS[arm].recovers:
+        if set(rec.ARMS[arm].texts) & set(rec.REASON_TEXTS):
             gain = np.concatenate(minus(users[arm], users["content"]))
             draws = []
             for _ in range(2000):

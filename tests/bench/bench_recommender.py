@@ -81,9 +81,10 @@ def quality(args) -> None:
     entries, ranks, rows = {}, {}, []
     for arm, ties, seed in RUNS:
         fit = fitted(args, arm, ties, seed)
-        entries[f"{arm}-{ties}-{seed}"] = fit["row"]
+        slices = rec.user_slices(beauty(args, ties))
+        entries[f"{arm}-{ties}-{seed}"] = rec.arm_entry([fit], slices)
         ranks.setdefault((arm, ties), []).append(fit["ranks"].numpy())
-        test = fit["row"]["test"]
+        test = rec.mean_metrics(fit["ranks"].numpy())
         figures = f"HR@10 {test['hr@10']:.4f}  NDCG@10 {test['ndcg@10']:.4f}"
         print(f"{arm:10s} {ties:8s} {seed}  {figures}", flush=True)
     for ties in ("file", "shuffle"):
@@ -93,7 +94,7 @@ def quality(args) -> None:
         for name, users in slices.items():
             for metric in ("hr@10", "ndcg@10"):
                 a, b = (rec.metrics(rank[:, users])[metric] for rank in pair)
-                delta, ci = rec.paired_bootstrap(a, b)
+                delta, ci = rec.paired_bootstrap(a, b).values()
                 row = {"content - id": f"{ties}, {name}, {metric}", "delta": delta}
                 rows.append(row | {"low": ci[0], "high": ci[1]})
     save(args, {"runs": entries, "differences": rows})
@@ -165,6 +166,7 @@ def one_epoch(kind: str, data, dropout: float, steps: int) -> dict:
     model, rng = rec.SASRec(data.n_items, dropout=dropout), np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     histories, goals, _ = rec.training_samples(data.train)
+    goals = torch.tensor(goals)
     if kind == "plain":
         histories = [seq[:-1] for seq in data.train if len(seq) > 1]
         following = [seq[1:] for seq in data.train if len(seq) > 1]
@@ -173,10 +175,10 @@ def one_epoch(kind: str, data, dropout: float, steps: int) -> dict:
     for rows in rec.batches(lengths, 128 if kind == "plain" else 256, rng):
         ids = rec.pad([histories[k] for k in rows])
         if kind == "ours":
-            loss = rec.next_item_loss(model, ids, torch.from_numpy(goals[rows]))
+            loss = rec.next_item_loss(model, ids, goals[rows])
         elif kind == "agree":
             last = F.one_hot(torch.from_numpy(lengths[rows] - 1), rec.MAX_LEN)
-            loss = plain_loss(model, ids, last * torch.from_numpy(goals[rows])[:, None])
+            loss = plain_loss(model, ids, last * goals[rows][:, None])
         else:
             loss = plain_loss(model, ids, to_longest(rec.pad([following[k] for k in rows])))
         optimizer.zero_grad(set_to_none=True)
