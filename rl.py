@@ -1,7 +1,5 @@
 """The LLM: 4-bit QLoRA loading, generation, supervised alignment, and a hand-written PPO.
 
-    pytest tests/test_rl.py                              try it alone
-
     score_t = [t is last] s - beta (logp_t - ref_logp_t)       s = reward / its first spread
     A_t     = sum_k lambda^k (score_{t+k} + V_{t+k+1} - V_{t+k})  GAE, gamma = 1, V = 0 at the end
     ratio_t = exp(logp_t - old_logp_t)
@@ -18,7 +16,6 @@ Left out: vLLM, several GPUs, a value model of its own, reward-model training (s
 Source: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 """
 
-import contextlib
 import itertools
 import json
 import logging
@@ -42,9 +39,7 @@ from tqdm import tqdm
 # for a package that would fetch remote code
 hf.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "kernels" not in record.getMessage()
-)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 # ----------------------------------------------------------------- files that are whole at any time
@@ -62,8 +57,8 @@ def write_atomically(path, value):
 
 
 class Checkpoint:
-    """What an interrupted loop goes on from. `state`: what was saved last, or None. Without a path
-    nothing is kept."""
+    """What an interrupted loop goes on from: `state`, saved last, or None; without a path, never
+    anything."""
 
     def __init__(self, path=""):
         self.path = path
@@ -81,28 +76,6 @@ class Checkpoint:
 
 
 # -------------------------------------------------------------------- loading, modes, adapters
-# of models that change their logits after the head: Granite, Cohere, Gemma 2, Falcon-H1
-LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
-
-
-@contextlib.contextmanager
-def loading(name):
-    """Whatever transformers raises inside becomes one OSError that says what to do."""
-    try:
-        yield
-    except Exception as e:
-        # the last word often hides what happened first
-        cause = e
-        while cause.__context__:
-            cause = cause.__context__
-        said = "; ".join(dict.fromkeys(str(error).strip().split("\n")[0] for error in (e, cause)))
-        raise OSError(
-            f"the LLM '{name}' could not be loaded ({said}). Check name and network: the same "
-            "command takes an interrupted download up again, a gated model needs `hf auth login`, "
-            "a damaged file must be deleted. Or give --llm PATH, or --llm tiny."
-        ) from e
-
-
 def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter
     `align`: (PeftModel, tokenizer). checkpointing: gradient checkpointing, for small GPUs."""
@@ -117,14 +90,23 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     how = {"quantization_config": nf4, "dtype": compute, "device_map": {"": device}}
     # nothing of a hub's that could run: no code, no pickled weights
     how |= {"trust_remote_code": False, "use_safetensors": True}
-    with loading(name):
+    try:
         # AutoTokenizer would split text by the rules of the model's type; the tiny LLM has its own
         config = hf.models.auto.tokenization_auto.get_tokenizer_config(name)
         own = config.get("tokenizer_class") == "TokenizersBackend"
         tokenizers = hf.PreTrainedTokenizerFast if own else hf.AutoTokenizer
         tokenizer = tokenizers.from_pretrained(name, trust_remote_code=False)
         base = hf.AutoModelForCausalLM.from_pretrained(name, **how)
-    for change in LOGIT_CHANGES:
+    # a damaged file raises whatever its parser does
+    except Exception as e:
+        raise OSError(
+            f"the LLM '{name}' could not be loaded: {e}\nCheck name and network: the same command "
+            "takes an interrupted download up again, a gated model needs `hf auth login`, a "
+            "damaged file must be deleted. Or give --llm PATH, or --llm tiny."
+        ) from e
+    # Granite, Cohere, Gemma 2, Falcon-H1
+    changes = "logits_scaling logit_scale final_logit_softcapping lm_head_multiplier".split()
+    for change in changes:
         if getattr(base.config, change, None) not in (None, 1):
             raise OSError(
                 f"the LLM '{name}' changes its logits after the head ({change}): PPO would train "
@@ -136,9 +118,8 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
             if isinstance(value, float) and ("drop" in key or key == "p"):
                 setattr(module, key, 0.0)
     torch.manual_seed(seed)
-    # peft freezes the base by itself; prepare_model_for_kbit_training would also turn embeddings
-    # and head into float32. LoRA weights are float32: at a learning rate of 1e-5 most steps would
-    # be lost in the rounding of bfloat16
+    # prepare_model_for_kbit_training would turn embeddings and head into float32. LoRA weights are
+    # float32: at a learning rate of 1e-5 most steps would be lost in the rounding of bfloat16
     lora = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -186,11 +167,11 @@ def use(model, adapter, trainable=False):
 def add_policy(model):
     """The adapter `policy`, a copy of `align`: PPO starts at its own reference, which is the
     aligned model and not the base with its adapters off."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     model.add_adapter("policy", model.peft_config["align"])
-    weights = get_peft_model_state_dict(model, adapter_name="align", save_embedding_layers=False)
-    set_peft_model_state_dict(model, weights, "policy")
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        if ".policy." in name:
+            weight.data.copy_(weights[name.replace(".policy.", ".align.")])
 
 
 def save_adapter(model, folder, name):
@@ -226,17 +207,17 @@ def prompt_ids(tokenizer, prompt):
     anybody's text: a control token in it (the end of a turn, say) becomes a space."""
     control = []
     for token in tokenizer.added_tokens_decoder.values():
-        text = token.content
-        if text.strip() and (token.special or (len(text) > 1 and not text.isalnum())):
-            control.append(re.escape(text))
-    pattern = re.compile("|".join(control) or "(?!)")
-    while pattern.search(prompt):
-        prompt = pattern.sub(" ", prompt)
+        # words, blanks and single letters are harmless
+        if token.special or not re.fullmatch(r"\w+|\s+|.", token.content):
+            control.append(token.content)
+    # again: what is left may join into another one
+    while any(text in prompt for text in control):
+        for text in control:
+            prompt = prompt.replace(text, " ")
     if not tokenizer.chat_template:
         return tokenizer(prompt + "\n")["input_ids"]
     messages = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def answer_ids(tokenizer, answer):
@@ -248,34 +229,30 @@ def answer_ids(tokenizer, answer):
     return ids
 
 
-def draw(n, batch, rng):
-    """Yields endless batches of row numbers below n: each comes once before any comes again."""
-    rows = []
-    while True:
-        while len(rows) < batch:
-            rows += rng.permutation(n).tolist()
-        yield rows[:batch]
-        rows = rows[batch:]
+def draw(n, batch, times, rng):
+    """Row numbers below n, (times, batch): each comes once before any comes again."""
+    rounds = -(-times * batch // n)
+    rows = np.concatenate([rng.permutation(n) for _ in range(rounds)])
+    return rows[: times * batch].reshape(times, batch)
 
 
 def by_length(lengths, budget):
-    """Yields index lists of similar length, each of at most `budget` padded tokens: little
-    padding, bounded memory."""
-    order = np.argsort(lengths, kind="stable").tolist()
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or lengths[order[end]] * (end + 1 - start) > budget:
-            yield order[start:end]
-            start = end
+    """Index lists of similar length, each of at most `budget` padded tokens: little padding,
+    bounded memory."""
+    groups = []
+    for i in np.argsort(lengths, kind="stable").tolist():
+        if not groups or lengths[i] * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
-def pad_ids(rows, pad, left=False):
-    """Lists of token ids -> ids (B, T) padded at the end, or on the left; mask (B, T)."""
-    side = "left" if left else "right"
+def pad_ids(rows, pad, device="cpu", side="right"):
+    """Lists of token ids -> ids (B, T) padded at that side; mask (B, T)."""
     ids = [torch.tensor(row) for row in rows]
     real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(ids, True, pad, side)
-    return padded, nn.utils.rnn.pad_sequence(real, True, False, side)
+    ids = nn.utils.rnn.pad_sequence(ids, True, pad, side)
+    return ids.to(device), nn.utils.rnn.pad_sequence(real, True, False, side).to(device)
 
 
 def micro_batches(rows, prompts, answers, pad, device, size):
@@ -285,47 +262,35 @@ def micro_batches(rows, prompts, answers, pad, device, size):
     batches = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        ids, _ = pad_ids([prompts[i] + answers[i] for i in part], pad)
-        starts = torch.tensor([len(prompts[i]) for i in part])
-        _, mask = pad_ids([answers[i] for i in part], pad)
-        tensors = (torch.tensor(part), ids, starts, mask)
-        batches.append(MicroBatch(*(tensor.to(device) for tensor in tensors)))
+        ids, _ = pad_ids([prompts[i] + answers[i] for i in part], pad, device)
+        starts = torch.tensor([len(prompts[i]) for i in part], device=device)
+        _, mask = pad_ids([answers[i] for i in part], pad, device)
+        batches.append(MicroBatch(torch.tensor(part, device=device), ids, starts, mask))
     return batches
 
 
 # ------------------------------------------------------------------- log-probabilities and values
-def answer_positions(batch: MicroBatch):
-    """Where the answer tokens stand in batch.ids, (b, R)."""
+def logps_and_states(model, batch: MicroBatch, temperature=1.0):
+    """Log-probabilities (b, R) of the answer tokens, and the hidden states (b, R, D) that predict
+    them; those of padding mean nothing. temperature: that the answers were sampled at, or the ratio
+    would compare two distributions."""
+    llm = causal_lm(model)
     offsets = torch.arange(batch.mask.shape[1], device=batch.ids.device)
-    return (batch.starts[:, None] + offsets).clamp(max=batch.ids.shape[1] - 1)
-
-
-def answer_states(model, batch: MicroBatch):
-    """The hidden states that predict the answer tokens, (b, R, D); those of padding mean nothing.
-    The backbone runs once; the head sees the states of answers alone, never those of prompts."""
-    out = causal_lm(model).base_model(input_ids=batch.ids, use_cache=False)
-    return out.last_hidden_state.take_along_dim(answer_positions(batch)[..., None] - 1, 1)
-
-
-def state_logps(model, states, batch: MicroBatch, temperature=1.0):
-    """Log-probabilities (b, R) of the answer tokens after these states (b, R, D). In float32: in
-    bfloat16 they would be 1e-2 apart. Divided by the temperature that the answers were sampled
-    at, or the ratio would compare two distributions."""
-    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature  # (b, R, V)
-    chosen = batch.ids.gather(1, answer_positions(batch))
-    return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def token_logps(model, batch: MicroBatch, temperature=1.0):
-    """Log-probabilities (b, R) of the answer tokens; those of padding mean nothing."""
-    return state_logps(model, answer_states(model, batch), batch, temperature)
+    positions = (batch.starts[:, None] + offsets).clamp(max=batch.ids.shape[1] - 1)[..., None]
+    states = llm.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    # the head sees the states of answers alone, never those of prompts
+    states = states.take_along_dim(positions - 1, 1)
+    # in float32: in bfloat16 they would be 1e-2 apart
+    logits = llm.get_output_embeddings()(states).float() / temperature  # (b, R, V)
+    chosen = batch.ids[..., None].gather(1, positions)
+    return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1), states
 
 
 def logps_and_values(model, head, batch: MicroBatch, temperature):
     """Log-probabilities and values (b, R) of the answer tokens, from the same states. The one
     function for rollout, reference and update: else the first ratio would not be 1."""
-    states = answer_states(model, batch)
-    return state_logps(model, states, batch, temperature), head(states.float()).squeeze(-1)
+    logp, states = logps_and_states(model, batch, temperature)
+    return logp, head(states.float()).squeeze(-1)
 
 
 # -------------------------------------------------------------------------------------- generation
@@ -343,28 +308,25 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
     """Samples one answer a prompt with the active adapter: (texts, lists of the sampled ids). A
     list ends with EOS unless max_new cut it off. name: of the progress bar."""
     torch.manual_seed(sampling.seed)
-    start = time.perf_counter()
     how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     how["max_new_tokens"] = sampling.max_new
-    out = [[]] * len(prompts)
-    for i, (answer,) in decode(model, tokenizer, prompts, how, sampling.budget, name):
-        out[i] = answer
-    if name:
-        speed = sum(map(len, out)) / (time.perf_counter() - start)
-        print(f"  {name}: {len(out):,} answers, {speed:,.0f} tokens/s")
     # a reward sees the texts up to EOS; the policy trains on the sampled ids themselves, for
     # tokenising a text again may give others
     texts = []
-    for answer in out:
+    ids = []
+    for (answer,) in decode(model, tokenizer, prompts, how, sampling.budget, name):
         said = [i for i in answer if i != tokenizer.eos_token_id]
         texts.append(tokenizer.decode(said).strip())
-    return texts, out
+        ids.append(answer)
+    if name:
+        print(f"  {name}: {len(ids):,} answers")
+    return texts, ids
 
 
 @torch.no_grad()
 def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
-    """Yields (number of a prompt, its answers as lists of ids up to EOS), in batches of similar
-    length. how: of the GenerationConfig. trie: ids that may follow each list of ids."""
+    """The answers to each prompt, lists of ids up to EOS. how: of the GenerationConfig. trie: ids
+    that may follow each list of ids."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     device = next(model.parameters()).device
     # replaced as a whole: a checkpoint's own would fill in what is unset (repetition_penalty,
@@ -373,38 +335,35 @@ def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
     causal_lm(model).generation_config = config
     beams = config.num_beams or 1
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    costs = [beams * (len(row) + config.max_new_tokens) for row in rows]
-    quiet = None if name else True
-    with tqdm(total=len(rows), desc=name, unit="prompt", leave=False, disable=quiet) as bar:
-        for group in by_length(costs, budget):
-            ids, mask = pad_ids([rows[i] for i in group], pad, left=True)
-            ids, mask = ids.to(device), mask.to(device)
-            prompt_length = ids.shape[1]
+    groups = by_length([beams * (len(row) + config.max_new_tokens) for row in rows], budget)
+    out = [[]] * len(rows)
+    for group in tqdm(groups, name, leave=False, disable=None if name else True):
+        ids, mask = pad_ids([rows[i] for i in group], pad, device, "left")
+        prompt_length = ids.shape[1]
 
-            def allowed(_, seen, start=prompt_length):
-                """A beam that has left the trie has probability 0, but has to go on: to EOS."""
-                return list(trie.get(tuple(seen[start:].tolist()), [eos]))
+        def allowed(_, seen, start=prompt_length):
+            """A beam that has left the trie has probability 0, but has to go on: to EOS."""
+            return list(trie.get(tuple(seen[start:].tolist()), [eos]))
 
-            many = [x.repeat_interleave(beams, 0) for x in (ids, mask)]
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                past_key_values=prompt_cache(model, *many),
-                use_cache=True,
-                prefix_allowed_tokens_fn=allowed if trie else None,
-            )
-            made = made[:, prompt_length:].view(len(group), beams, -1).tolist()
-            for i, answers in zip(group, made, strict=True):
-                # nothing after EOS is real
-                yield i, [a[: a.index(eos) + 1] if eos in a else a for a in answers]
-            bar.update(len(group))
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            past_key_values=prompt_cache(model, ids, mask, beams),
+            use_cache=True,
+            prefix_allowed_tokens_fn=allowed if trie else None,
+        )
+        made = made[:, prompt_length:].view(len(group), beams, -1).tolist()
+        for i, answers in zip(group, made, strict=True):
+            # nothing after EOS is real
+            out[i] = [a[: a.index(eos) + 1] if eos in a else a for a in answers]
+    return out
 
 
-def prompt_cache(model, ids, mask):
-    """Keys and values of left-padded prompts (B, P) but for their last tokens: equal rows are
-    computed once and copied. None where a model keeps no keys: generate then reads every row."""
+def prompt_cache(model, ids, mask, copies=1):
+    """Keys and values of left-padded prompts (B, P) but for their last tokens, `copies` of each:
+    equal rows are computed once. None where a model keeps no keys: generate then reads every row."""
     layers = hf.DynamicCache(config=causal_lm(model).config).layers
-    if ids.shape[1] == 1 or not all(hasattr(x, "batch_select_indices") for x in layers):
+    if not all(hasattr(layer, "batch_select_indices") for layer in layers):
         return None
     once, back = torch.cat([ids, mask.long()], 1).unique(dim=0, return_inverse=True)
     ids, mask = (x[:, :-1] for x in once.chunk(2, 1))
@@ -412,7 +371,7 @@ def prompt_cache(model, ids, mask):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     how = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
     cache = causal_lm(model).base_model(input_ids=ids, **how).past_key_values
-    cache.batch_select_indices(back)
+    cache.batch_select_indices(back.repeat_interleave(copies))
     return cache
 
 
@@ -434,54 +393,43 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
     steps = config.steps
-    parameters = trainable(model)
+    weights = nn.ParameterList(trainable(model))
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
     losses = []
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
     if checkpoint.state:
         losses = checkpoint.state["losses"]
-        restore_training(checkpoint.state, parameters, optimizer)
-    order = draw(len(samples), config.batch, np.random.default_rng([config.seed, 17]))
-    todo = itertools.islice(zip(range(steps), order, strict=False), len(losses), None)
+        weights.load_state_dict(checkpoint.state["weights"])
+        optimizer.load_state_dict(checkpoint.state["optimizer"])
+    order = draw(len(samples), config.batch, steps, np.random.default_rng([config.seed, 17]))
     set_mode(model, training=True)
+    todo = range(len(losses), steps)
     bar = tqdm(todo, name, steps, initial=len(losses), unit="step", mininterval=1, disable=None)
-    for step, rows in bar:
-        prompts = [prompt_ids(tokenizer, samples[i][0]) for i in rows]
-        answers = [answer_ids(tokenizer, samples[i][1]) for i in rows]
+    for step in bar:
+        prompts = [prompt_ids(tokenizer, samples[i][0]) for i in order[step]]
+        answers = [answer_ids(tokenizer, samples[i][1]) for i in order[step]]
         tokens = sum(map(len, answers))
         total = 0.0
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
-        part = range(len(rows))
-        size = config.micro_batch
-        for batch in micro_batches(part, prompts, answers, pad, device, size):
+        part = range(config.batch)
+        for batch in micro_batches(part, prompts, answers, pad, device, config.micro_batch):
+            logp, _ = logps_and_states(model, batch)
             # a sum over the tokens of all micro-batches: a mean of their means would weigh the
             # tokens of short ones more
-            loss = -(token_logps(model, batch) * batch.mask).sum() / tokens
+            loss = -(logp * batch.mask).sum() / tokens
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(total)
         bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
         if len(losses) % max(1, steps // 20) == 0 or len(losses) == steps:
-            checkpoint.save({"losses": losses} | training_state(parameters, optimizer))
+            state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(state | {"losses": losses})
     set_mode(model, training=False)
     return float(np.mean(losses[-max(1, steps // 10) :]))
-
-
-def training_state(parameters, optimizer):
-    """Weights and optimizer of a training, to be stored at once: they are live."""
-    weights = nn.utils.parameters_to_vector(parameters).detach()
-    return {"weights": weights, "optimizer": optimizer.state_dict()}
-
-
-def restore_training(state, parameters, optimizer):
-    """The opposite."""
-    optimizer.load_state_dict(state["optimizer"])
-    weights = state["weights"].to(parameters[0].device, copy=True)
-    nn.utils.vector_to_parameters(weights, parameters)
 
 
 # ----------------------------------------------------------------------------- PPO: its mathematics
@@ -561,31 +509,35 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     after every update. Returns the log, a dict an update."""
     device = next(model.parameters()).device
     use(model, "policy", trainable=True)
-    head = value_head(model, device)
     lora = trainable(model)
-    own = list(head.parameters())
+    # values are a linear function of the policy's own states, in float32; they start at 0, unbiased
+    head = nn.Linear(model.config.hidden_size, 1).to(device)
+    own = [nn.init.zeros_(parameter) for parameter in head.parameters()]
     groups = [{"params": lora, "lr": config.lr}, {"params": own, "lr": config.value_lr}]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+    weights = nn.ParameterList(lora + own)
     begun = checkpoint.state or {"log": [], "beta": config.beta, "scale": None}
     log, beta, scale = (begun[key] for key in ("log", "beta", "scale"))
     if checkpoint.state:
-        restore_training(checkpoint.state, lora + own, optimizer)
-    order = draw(len(prompts), config.batch, np.random.default_rng([config.seed, 19]))
-    todo = itertools.islice(zip(range(config.updates), order, strict=False), len(log), None)
+        weights.load_state_dict(begun["weights"])
+        optimizer.load_state_dict(begun["optimizer"])
+    rng = np.random.default_rng([config.seed, 19])
+    order = draw(len(prompts), config.batch, config.updates, rng)
+    todo = range(len(log), config.updates)
     bar = tqdm(todo, "PPO", config.updates, initial=len(log), unit="update", disable=None)
-    for update, rows in bar:
+    for update in bar:
         # made of seed and update: no random state needs to be saved
         rng = np.random.default_rng([config.seed, 19, update])
         start = time.perf_counter()
         # 1. sample answers
         set_mode(model, training=False)
-        asked = [prompts[i] for i in rows]
+        asked = [prompts[i] for i in order[update]]
         sampling = replace(config.sampling, seed=int(rng.integers(2**31)))
         texts, answers = generate(model, tokenizer, asked, sampling)
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
-        mask = pad_ids(answers, 0)[1].to(device)  # (B, R), the EOS included
+        _, mask = pad_ids(answers, 0, device)  # (B, R), the EOS included
         # 2. score them, in units of the first spread there is
-        raw, figures = reward_fn(texts, rows)
+        raw, figures = reward_fn(texts, order[update])
         raw = raw.float().to(device)
         if scale is None and 1e-6 < raw.std().item() < float("inf"):
             scale = 1.0 / raw.std().item()
@@ -613,21 +565,12 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
             write_atomically(config.log, "".join(json.dumps(row) + "\n" for row in log))
         if config.kl_target:
             beta *= 1 + 0.1 * float(np.clip(row["kl"] / config.kl_target - 1, -0.2, 0.2))
-        state = training_state(lora + own, optimizer)
+        state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint.save(state | {"log": log, "beta": beta, "scale": scale})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
     set_mode(model, training=False)
     use(model, "policy")
     return log
-
-
-def value_head(model, device) -> nn.Linear:
-    """Values are a linear function of the policy's own states, in float32. It starts at zero, so
-    that values start unbiased."""
-    head = nn.Linear(model.config.hidden_size, 1).to(device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
 
 
 def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device):
@@ -648,18 +591,14 @@ def look_back(model, head, minibatches, mask, config):
     """Before any update: reference and old log-probabilities and old values, recomputed by the
     function of the update and not taken from generate: (B, R) each, padding 0."""
     ref_logp, old_logp, old_values = torch.zeros(3, *mask.shape, device=mask.device)
-    temperature = config.sampling.temperature
-    batches = list(itertools.chain(*minibatches))
-    use(model, "align")
-    for batch in batches:
-        length = batch.mask.shape[1]
-        ref_logp[batch.rows, :length] = token_logps(model, batch, temperature)
-    use(model, "policy", trainable=True)
-    for batch in batches:
-        length = batch.mask.shape[1]
-        logp, values = logps_and_values(model, head, batch, temperature)
-        old_logp[batch.rows, :length] = logp
-        old_values[batch.rows, :length] = values
+    for batch in itertools.chain(*minibatches):
+        tokens = (batch.rows, slice(batch.mask.shape[1]))
+        use(model, "align")
+        ref_logp[tokens], _ = logps_and_states(model, batch, config.sampling.temperature)
+        use(model, "policy", trainable=True)
+        logp, values = logps_and_values(model, head, batch, config.sampling.temperature)
+        old_logp[tokens] = logp
+        old_values[tokens] = values
     return ref_logp * mask, old_logp * mask, old_values * mask
 
 
@@ -667,8 +606,8 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     """Epochs of clipped updates on one rollout; the statistics of each step."""
     parameters = trainable(model) + list(head.parameters())
     steps = []
-    order = itertools.chain(*(rng.permutation(len(minibatches)) for _ in range(config.epochs)))
-    for k in order:
+    order = [rng.permutation(len(minibatches)) for _ in range(config.epochs)]
+    for k in np.concatenate(order):
         tokens = sum(batch.mask.sum() for batch in minibatches[k])
         step = Counter()
         for batch in minibatches[k]:
@@ -721,11 +660,10 @@ def encode(model, tokenizer, texts, budget=32_768):
     for text in texts:
         rows.append(tokenizer(" " + text, add_special_tokens=False)["input_ids"][:256] or [eos])
     means = torch.empty(len(rows), 2 * causal_lm(model).config.hidden_size)
-    groups = list(by_length([len(row) for row in rows], budget))
+    groups = by_length([len(row) for row in rows], budget)
     with model.disable_adapter():
         for group in tqdm(groups, "text embeddings", leave=False, delay=2, disable=None):
-            ids, mask = pad_ids([rows[i] for i in group], pad)
-            ids, mask = ids.to(device), mask.to(device)
+            ids, mask = pad_ids([rows[i] for i in group], pad, device)
             first = model.get_input_embeddings()(ids)
             last = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
             both = torch.cat([first, last], -1).float() * mask[..., None]
@@ -852,7 +790,8 @@ def retrieve(model, tokenizer, prompts, tries, beams=20, budget=32_768):
     how = {"do_sample": False, "length_penalty": 0.0, "num_beams": beams}
     how |= {"num_return_sequences": beams, "max_new_tokens": max(map(len, paths))}
     out = torch.full((len(prompts), beams), -1)
-    for i, answers in decode(model, tokenizer, prompts, how, budget, "beam search", trie):
+    every = decode(model, tokenizer, prompts, how, budget, "beam search", trie)
+    for i, answers in enumerate(every):
         # where few titles are left, beams repeat some
         found = dict.fromkeys(paths.get(tuple(answer), -1) for answer in answers)
         out[i, : len(found)] = torch.tensor(list(found))
