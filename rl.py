@@ -33,10 +33,11 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import transformers as hf
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-# no second progress bar, and no warning without a remedy: peft's own call, and bitsandbytes' wish
-# for a package that would fetch remote code
+# no second progress bar, no warning without a remedy
 hf.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -44,8 +45,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # ----------------------------------------------------------------- files that are whole at any time
 def write_atomically(path, value):
-    """Writes a text, or what torch.save takes. Whatever ends the process, the old file or the new
-    one is there as a whole."""
+    """Writes a text, or what torch.save takes; the old file or the new one is always whole."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = f"{path}.{os.getpid()}.part"
     with open(part, "wb") as file:
@@ -57,8 +57,7 @@ def write_atomically(path, value):
 
 
 class Checkpoint:
-    """What an interrupted loop goes on from: `state`, saved last, or None; without a path, never
-    anything."""
+    """What an interrupted loop goes on from: `state`, saved last. Without a path always None."""
 
     def __init__(self, path=""):
         self.path = path
@@ -79,6 +78,7 @@ class Checkpoint:
 def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter
     `align`: (PeftModel, tokenizer). checkpointing: gradient checkpointing, for small GPUs."""
+    from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model
 
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
@@ -105,46 +105,31 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
             "damaged file must be deleted. Or give --llm PATH, or --llm tiny."
         ) from e
     # Granite, Cohere, Gemma 2, Falcon-H1
-    changes = "logits_scaling logit_scale final_logit_softcapping lm_head_multiplier".split()
-    for change in changes:
-        if getattr(base.config, change, None) not in (None, 1):
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
+        if getattr(base.config, key, None) not in (None, 1):
             raise OSError(
-                f"the LLM '{name}' changes its logits after the head ({change}): PPO would train "
+                f"the LLM '{name}' changes its logits after the head ({key}): PPO would train "
                 "another distribution than it samples; choose another --llm"
             )
-    # every dropout 0: sampling, reference and update must be the same function
-    for module in base.modules():
-        for key, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in key or key == "p"):
-                setattr(module, key, 0.0)
     torch.manual_seed(seed)
     # prepare_model_for_kbit_training would turn embeddings and head into float32. LoRA weights are
     # float32: at a learning rate of 1e-5 most steps would be lost in the rounding of bfloat16
     lora = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = get_peft_model(base, lora, adapter_name="align", autocast_adapter_dtype=True)
+    model = get_peft_model(base, lora, adapter_name="align")
     if checkpointing:
-        # reentrant checkpointing drops every gradient where its input needs none, as here
-        how = {"use_reentrant": False}
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    # padding is carried in masks, so pad may equal eos
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    set_mode(model, training=False)
-    return model, tokenizer
-
-
-def set_mode(model, training):
-    """Training or evaluation mode, but for the 4-bit layers, which stay in training mode. On some
-    CPUs a 4-bit layer that runs in evaluation mode repacks its weight for a kernel that has no
-    autograd, for good: from then on LoRA gradients are silently wrong by 90 %. Such a layer has no
-    other use for the flag."""
-    from bitsandbytes.nn import Linear4bit
-
-    model.train(training)
+        base.activation_checkpointing_enable()
+    # evaluation mode for good, without dropout: sampling, reference and update must be the same
+    # function. But on some CPUs a 4-bit layer in evaluation mode repacks its weight, once and for
+    # all, for a kernel without autograd: LoRA gradients are then silently wrong by 90 %
+    model.eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.training = True
+    # padding is carried in masks, so pad may equal eos
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return model, tokenizer
 
 
 def causal_lm(model):
@@ -159,9 +144,11 @@ def trainable(model):
 
 def use(model, adapter, trainable=False):
     """Makes one adapter active; its LoRA weights take gradients if trainable, nothing else ever."""
-    model.set_adapter(adapter)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable and "lora_" in name and f".{adapter}." in name)
+    model.set_adapter(adapter, inference_mode=not trainable)
+    for module in model.modules():
+        # they recompute in training mode alone, where generation would lose its cache
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = trainable
 
 
 def add_policy(model):
@@ -185,7 +172,7 @@ def save_adapter(model, folder, name):
 
 def restore_adapter(model, folder, name):
     """Loads folder/name into the adapter of that name. (peft's load_adapter ends in model.eval(),
-    which would repack the 4-bit weights: see set_mode.)"""
+    which would repack the 4-bit weights: see load.)"""
     from peft import set_peft_model_state_dict
 
     path = os.path.join(folder, name, "adapter_model.safetensors")
@@ -229,16 +216,16 @@ def answer_ids(tokenizer, answer):
     return ids
 
 
-def draw(n, batch, times, rng):
+def draw(n, batch, times, seed):
     """Row numbers below n, (times, batch): each comes once before any comes again."""
+    rng = np.random.default_rng(seed)
     rounds = -(-times * batch // n)
     rows = np.concatenate([rng.permutation(n) for _ in range(rounds)])
     return rows[: times * batch].reshape(times, batch)
 
 
 def by_length(lengths, budget):
-    """Index lists of similar length, each of at most `budget` padded tokens: little padding,
-    bounded memory."""
+    """Index lists of similar length (little padding), of at most `budget` padded tokens each."""
     groups = []
     for i in np.argsort(lengths, kind="stable").tolist():
         if not groups or lengths[i] * (len(groups[-1]) + 1) > budget:
@@ -247,24 +234,23 @@ def by_length(lengths, budget):
     return groups
 
 
-def pad_ids(rows, pad, device="cpu", side="right"):
-    """Lists of token ids -> ids (B, T) padded at that side; mask (B, T)."""
+def pad_ids(rows, device="cpu", side="right"):
+    """Lists of token ids -> ids (B, T), padded with 0 at that side; mask (B, T)."""
     ids = [torch.tensor(row) for row in rows]
     real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    ids = nn.utils.rnn.pad_sequence(ids, True, pad, side)
-    return ids.to(device), nn.utils.rnn.pad_sequence(real, True, False, side).to(device)
+    ids, mask = (nn.utils.rnn.pad_sequence(x, True, 0, side) for x in (ids, real))
+    return ids.to(device), mask.to(device)
 
 
-def micro_batches(rows, prompts, answers, pad, device, size):
-    """These rows of the tokenised prompts and answers in micro-batches of at most `size` rows of
-    similar length: little padding."""
+def micro_batches(rows, prompts, answers, device, size):
+    """These rows of prompts and answers (token ids), by length, at most `size` a micro-batch."""
     rows = sorted(rows, key=lambda i: len(prompts[i]) + len(answers[i]))
     batches = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        ids, _ = pad_ids([prompts[i] + answers[i] for i in part], pad, device)
+        ids, _ = pad_ids([prompts[i] + answers[i] for i in part], device)
         starts = torch.tensor([len(prompts[i]) for i in part], device=device)
-        _, mask = pad_ids([answers[i] for i in part], pad, device)
+        _, mask = pad_ids([answers[i] for i in part], device)
         batches.append(MicroBatch(torch.tensor(part, device=device), ids, starts, mask))
     return batches
 
@@ -310,35 +296,30 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
     torch.manual_seed(sampling.seed)
     how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     how["max_new_tokens"] = sampling.max_new
-    # a reward sees the texts up to EOS; the policy trains on the sampled ids themselves, for
-    # tokenising a text again may give others
-    texts = []
-    ids = []
-    for (answer,) in decode(model, tokenizer, prompts, how, sampling.budget, name):
-        said = [i for i in answer if i != tokenizer.eos_token_id]
-        texts.append(tokenizer.decode(said).strip())
-        ids.append(answer)
+    ids = [one for (one,) in decode(model, tokenizer, prompts, how, sampling.budget, name)]
     if name:
         print(f"  {name}: {len(ids):,} answers")
-    return texts, ids
+    # for the reward; the policy trains on the sampled ids: to tokenise a text may give others
+    texts = tokenizer.batch_decode(ids)
+    return [text.removesuffix(tokenizer.eos_token).strip() for text in texts], ids
 
 
 @torch.no_grad()
 def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
     """The answers to each prompt, lists of ids up to EOS. how: of the GenerationConfig. trie: ids
     that may follow each list of ids."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos = tokenizer.eos_token_id
     device = next(model.parameters()).device
     # replaced as a whole: a checkpoint's own would fill in what is unset (repetition_penalty,
     # top_k = 50), and answers would come from another distribution than PPO trains
-    config = hf.GenerationConfig(eos_token_id=eos, pad_token_id=pad, **how)
+    config = hf.GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, **how)
     causal_lm(model).generation_config = config
     beams = config.num_beams or 1
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     groups = by_length([beams * (len(row) + config.max_new_tokens) for row in rows], budget)
     out = [[]] * len(rows)
     for group in tqdm(groups, name, leave=False, disable=None if name else True):
-        ids, mask = pad_ids([rows[i] for i in group], pad, device, "left")
+        ids, mask = pad_ids([rows[i] for i in group], device, "left")
         prompt_length = ids.shape[1]
 
         def allowed(_, seen, start=prompt_length):
@@ -391,7 +372,6 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
     """Next-token training of the trainable weights on the answers of (prompt, answer) pairs: the
     mean loss of the last tenth. Kept in the checkpoint each twentieth of the way."""
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id
     steps = config.steps
     weights = nn.ParameterList(trainable(model))
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -400,35 +380,32 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         losses = checkpoint.state["losses"]
         weights.load_state_dict(checkpoint.state["weights"])
         optimizer.load_state_dict(checkpoint.state["optimizer"])
-    order = draw(len(samples), config.batch, steps, np.random.default_rng([config.seed, 17]))
-    set_mode(model, training=True)
+    order = draw(len(samples), config.batch, steps, [config.seed, 17])
     todo = range(len(losses), steps)
     bar = tqdm(todo, name, steps, initial=len(losses), unit="step", mininterval=1, disable=None)
     for step in bar:
         prompts = [prompt_ids(tokenizer, samples[i][0]) for i in order[step]]
         answers = [answer_ids(tokenizer, samples[i][1]) for i in order[step]]
         tokens = sum(map(len, answers))
-        total = 0.0
+        losses.append(0.0)
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
         part = range(config.batch)
-        for batch in micro_batches(part, prompts, answers, pad, device, config.micro_batch):
+        for batch in micro_batches(part, prompts, answers, device, config.micro_batch):
             logp, _ = logps_and_states(model, batch)
             # a sum over the tokens of all micro-batches: a mean of their means would weigh the
             # tokens of short ones more
             loss = -(logp * batch.mask).sum() / tokens
             loss.backward()
-            total += loss.item()
+            losses[-1] += loss.item()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
         bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
         if len(losses) % max(1, steps // 20) == 0 or len(losses) == steps:
             state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(state | {"losses": losses})
-    set_mode(model, training=False)
     return float(np.mean(losses[-max(1, steps // 10) :]))
 
 
@@ -504,9 +481,9 @@ class PPOConfig:
 
 
 def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
-    """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (rewards (B,),
-    {figures to log}), where rows index prompts. Kept in the checkpoint, and the log in config.log,
-    after every update. Returns the log, a dict an update."""
+    """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows of prompts) -> (rewards
+    (B,), {figures to log}). Returns the log, a dict an update. Kept in the checkpoint, and the log
+    in config.log, after every update."""
     device = next(model.parameters()).device
     use(model, "policy", trainable=True)
     lora = trainable(model)
@@ -521,8 +498,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     if checkpoint.state:
         weights.load_state_dict(begun["weights"])
         optimizer.load_state_dict(begun["optimizer"])
-    rng = np.random.default_rng([config.seed, 19])
-    order = draw(len(prompts), config.batch, config.updates, rng)
+    order = draw(len(prompts), config.batch, config.updates, [config.seed, 19])
     todo = range(len(log), config.updates)
     bar = tqdm(todo, "PPO", config.updates, initial=len(log), unit="update", disable=None)
     for update in bar:
@@ -530,12 +506,12 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         rng = np.random.default_rng([config.seed, 19, update])
         start = time.perf_counter()
         # 1. sample answers
-        set_mode(model, training=False)
+        use(model, "policy")
         asked = [prompts[i] for i in order[update]]
         sampling = replace(config.sampling, seed=int(rng.integers(2**31)))
         texts, answers = generate(model, tokenizer, asked, sampling)
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
-        _, mask = pad_ids(answers, 0, device)  # (B, R), the EOS included
+        _, mask = pad_ids(answers, device)  # (B, R), the EOS included
         # 2. score them, in units of the first spread there is
         raw, figures = reward_fn(texts, order[update])
         raw = raw.float().to(device)
@@ -551,16 +527,16 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         rewards[torch.arange(config.batch), mask.sum(1) - 1] += scores
         advantages, returns = gae(rewards, old_values, mask, config.lam)
         # 5. several epochs of clipped updates
-        set_mode(model, training=True)
+        use(model, "policy", trainable=True)
         rollout = Rollout(old_logp, old_values, standardize(advantages, mask), returns)
         steps = update_policy(model, head, optimizer, rollout, minibatches, rng, config)
         # 6. log, adapt beta by at most 2 %
-        row = {"update": update, "beta": beta, "score": scores.mean().item()}
-        row |= {"reward": raw.mean().item(), "reward_std": raw.std().item()}
-        row |= {"kl": kl.sum(1).mean().item(), "eos_rate": finished.float().mean().item()}
-        row |= update_stats(steps, rollout, mask)
+        means = {"score": scores, "reward": raw, "kl": kl.sum(1), "eos_rate": finished.float()}
+        row = {"update": update, "beta": beta, "reward_std": raw.std().item()}
+        row |= {name: x.mean().item() for name, x in means.items()}
+        row |= update_stats(steps, rollout, mask) | figures
         row["tokens_per_s"] = mask.sum().item() / (time.perf_counter() - start)
-        log.append(row | figures)
+        log.append(row)
         if config.log:
             write_atomically(config.log, "".join(json.dumps(row) + "\n" for row in log))
         if config.kl_target:
@@ -568,7 +544,6 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint.save(state | {"log": log, "beta": beta, "scale": scale})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
-    set_mode(model, training=False)
     use(model, "policy")
     return log
 
@@ -577,12 +552,11 @@ def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device):
     """The rows of a rollout, shuffled into minibatches: lists of micro-batches. The same ones for
     old, reference and new log-probabilities, or rounding would move the first ratio from 1."""
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    pad = tokenizer.pad_token_id
     shuffled = rng.permutation(len(prompts))
     minibatches = []
     for start in range(0, len(prompts), config.minibatch):
         rows = shuffled[start : start + config.minibatch]
-        minibatches.append(micro_batches(rows, encoded, answers, pad, device, config.micro_batch))
+        minibatches.append(micro_batches(rows, encoded, answers, device, config.micro_batch))
     return minibatches
 
 
@@ -654,16 +628,14 @@ def encode(model, tokenizer, texts, budget=32_768):
     embeddings + 0.3 (chosen on the demo) of its last hidden states, each of norm 1. The last layer
     guesses the next word, the first one still holds the word itself (Su et al. 2021, arXiv
     2103.15316)."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     device = next(model.parameters()).device
-    rows = []
-    for text in texts:
-        rows.append(tokenizer(" " + text, add_special_tokens=False)["input_ids"][:256] or [eos])
+    rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
+    rows = [row[:256] or [tokenizer.eos_token_id] for row in rows]
     means = torch.empty(len(rows), 2 * causal_lm(model).config.hidden_size)
     groups = by_length([len(row) for row in rows], budget)
     with model.disable_adapter():
         for group in tqdm(groups, "text embeddings", leave=False, delay=2, disable=None):
-            ids, mask = pad_ids([rows[i] for i in group], pad, device)
+            ids, mask = pad_ids([rows[i] for i in group], device)
             first = model.get_input_embeddings()(ids)
             last = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
             both = torch.cat([first, last], -1).float() * mask[..., None]
@@ -711,31 +683,24 @@ def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint
     part = f"{path}.{os.getpid()}.part"
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    if os.path.exists(path):
-        shutil.rmtree(part)
-    else:
+    if not os.path.exists(path):
         os.replace(part, path)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 def train_tokenizer(texts, samples, tags, config: TinyConfig):
     """A byte-level BPE tokenizer of these texts."""
-    from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
-
     bpe = ByteLevelBPETokenizer(lowercase=config.lowercase)
-    bpe.train_from_iterator(
-        [*texts, *itertools.chain(*samples)],
-        vocab_size=config.vocab - len(tags),
-        min_frequency=2,
-        special_tokens=["<pad>", "<eos>"],
-        show_progress=False,
-    )
+    how = {"special_tokens": ["<pad>", "<eos>"], "show_progress": False}
+    every = itertools.chain(texts, *samples)
+    bpe.train_from_iterator(every, config.vocab - len(tags), **how)
     bpe.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in tags])
     raw = Tokenizer.from_str(bpe.to_str())
     return hf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
 
 
 @torch.no_grad()
-def initialize_to_copy(model, sharp=5.0):
+def initialize_to_copy(model):
     """Attention of a new model starts by copying what it looks at; it learns to copy words from its
     prompt in half the steps ("Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828).
     Head 0 of the first layer looks at the token before and takes it away, or a second word would
@@ -750,9 +715,9 @@ def initialize_to_copy(model, sharp=5.0):
     first.o_proj.weight[:, :size] *= -1
     # radians a position of the three fastest pairs of dimensions
     turn = 10_000.0 ** (-2 * torch.arange(3) / size)
-    first.k_proj.bias[:3] = sharp
-    first.q_proj.bias[:3] = sharp * turn.cos()
-    first.q_proj.bias[size // 2 : size // 2 + 3] = -sharp * turn.sin()
+    first.k_proj.bias[:3] = 5.0
+    first.q_proj.bias[:3] = 5.0 * turn.cos()
+    first.q_proj.bias[size // 2 : size // 2 + 3] = -5.0 * turn.sin()
 
 
 def forecast(name, budget):
@@ -766,8 +731,7 @@ def forecast(name, budget):
     except (OSError, ValueError):
         return {}
     n = model.num_parameters()
-    memory = 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768
-    return {"parameters": n, "memory_gb": memory}
+    return {"parameters": n, "memory_gb": 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768}
 
 
 # ===================================================== the two relatives: the LLM as a recommender
@@ -789,10 +753,9 @@ def retrieve(model, tokenizer, prompts, tries, beams=20, budget=32_768):
     paths, trie = tries
     how = {"do_sample": False, "length_penalty": 0.0, "num_beams": beams}
     how |= {"num_return_sequences": beams, "max_new_tokens": max(map(len, paths))}
-    out = torch.full((len(prompts), beams), -1)
-    every = decode(model, tokenizer, prompts, how, budget, "beam search", trie)
-    for i, answers in enumerate(every):
+    out = []
+    for answers in decode(model, tokenizer, prompts, how, budget, "beam search", trie):
         # where few titles are left, beams repeat some
-        found = dict.fromkeys(paths.get(tuple(answer), -1) for answer in answers)
-        out[i, : len(found)] = torch.tensor(list(found))
-    return out
+        found = list(dict.fromkeys(paths.get(tuple(answer), -1) for answer in answers))
+        out.append(found + [-1] * (beams - len(found)))
+    return torch.tensor(out)
