@@ -69,10 +69,6 @@ class Checkpoint:
         if self.path:
             write_atomically(self.path, state)
 
-    def part(self, name) -> "Checkpoint":
-        """The checkpoint of a loop that is one of several."""
-        return Checkpoint(self.path and f"{self.path}.{name}")
-
 
 # -------------------------------------------------------------------- loading, modes, adapters
 def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0):
@@ -83,10 +79,8 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
 
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     # load_in_4bit is no longer a model argument, and this config's defaults are still fp4, single
-    nf4 = hf.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    nf4.bnb_4bit_compute_dtype = compute
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = hf.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute)
     how = {"quantization_config": nf4, "dtype": compute, "device_map": {"": device}}
     # nothing of a hub's that could run: no code, no pickled weights
     how |= {"trust_remote_code": False, "use_safetensors": True}
@@ -114,10 +108,8 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     torch.manual_seed(seed)
     # prepare_model_for_kbit_training would turn embeddings and head into float32. LoRA weights are
     # float32: at a learning rate of 1e-5 most steps would be lost in the rounding of bfloat16
-    lora = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, lora, adapter_name="align")
+    lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name="align")
     if checkpointing:
         base.activation_checkpointing_enable()
     # evaluation mode for good, without dropout: sampling, reference and update must be the same
@@ -135,11 +127,6 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
 def causal_lm(model):
     """The causal LM within its adapters, or without any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def trainable(model):
-    """The parameters that take gradients."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def use(model, adapter, trainable=False):
@@ -258,8 +245,8 @@ def micro_batches(rows, prompts, answers, device, size):
 # ------------------------------------------------------------------- log-probabilities and values
 def logps_and_states(model, batch: MicroBatch, temperature=1.0):
     """Log-probabilities (b, R) of the answer tokens, and the hidden states (b, R, D) that predict
-    them; those of padding mean nothing. temperature: that the answers were sampled at, or the ratio
-    would compare two distributions."""
+    them; those of padding mean nothing. The one function for rollout, reference and update, at the
+    temperature that the answers were sampled at: else the first ratio would not be 1."""
     llm = causal_lm(model)
     offsets = torch.arange(batch.mask.shape[1], device=batch.ids.device)
     positions = (batch.starts[:, None] + offsets).clamp(max=batch.ids.shape[1] - 1)[..., None]
@@ -272,18 +259,9 @@ def logps_and_states(model, batch: MicroBatch, temperature=1.0):
     return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1), states
 
 
-def logps_and_values(model, head, batch: MicroBatch, temperature):
-    """Log-probabilities and values (b, R) of the answer tokens, from the same states. The one
-    function for rollout, reference and update: else the first ratio would not be 1."""
-    logp, states = logps_and_states(model, batch, temperature)
-    return logp, head(states.float()).squeeze(-1)
-
-
 # -------------------------------------------------------------------------------------- generation
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled."""
-
     max_new: int = 48  # longest answer in tokens
     temperature: float = 1.0
     budget: int = 32_768  # padded tokens of a batch
@@ -341,8 +319,8 @@ def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
 
 
 def prompt_cache(model, ids, mask, copies=1):
-    """Keys and values of left-padded prompts (B, P) but for their last tokens, `copies` of each:
-    equal rows are computed once. None where a model keeps no keys: generate then reads every row."""
+    """Keys and values of left-padded prompts (B, P) but for their last tokens, `copies` of each;
+    equal rows are computed once. None of a model without keys: generate then reads every row."""
     layers = hf.DynamicCache(config=causal_lm(model).config).layers
     if not all(hasattr(layer, "batch_select_indices") for layer in layers):
         return None
@@ -373,19 +351,18 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
     mean loss of the last tenth. Kept in the checkpoint each twentieth of the way."""
     device = next(model.parameters()).device
     steps = config.steps
-    weights = nn.ParameterList(trainable(model))
+    weights = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
     losses = []
     if checkpoint.state:
         losses = checkpoint.state["losses"]
         weights.load_state_dict(checkpoint.state["weights"])
         optimizer.load_state_dict(checkpoint.state["optimizer"])
-    order = draw(len(samples), config.batch, steps, [config.seed, 17])
-    todo = range(len(losses), steps)
+    todo = draw(len(samples), config.batch, steps, [config.seed, 17])[len(losses) :]
     bar = tqdm(todo, name, steps, initial=len(losses), unit="step", mininterval=1, disable=None)
-    for step in bar:
-        prompts = [prompt_ids(tokenizer, samples[i][0]) for i in order[step]]
-        answers = [answer_ids(tokenizer, samples[i][1]) for i in order[step]]
+    for step, rows in enumerate(bar, len(losses)):
+        prompts = [prompt_ids(tokenizer, samples[i][0]) for i in rows]
+        answers = [answer_ids(tokenizer, samples[i][1]) for i in rows]
         tokens = sum(map(len, answers))
         losses.append(0.0)
         warm_up = (step + 1) / max(1, min(20, steps // 10))
@@ -394,8 +371,7 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         part = range(config.batch)
         for batch in micro_batches(part, prompts, answers, device, config.micro_batch):
             logp, _ = logps_and_states(model, batch)
-            # a sum over the tokens of all micro-batches: a mean of their means would weigh the
-            # tokens of short ones more
+            # a mean of the micro-batches' means would weigh the tokens of short ones more
             loss = -(logp * batch.mask).sum() / tokens
             loss.backward()
             losses[-1] += loss.item()
@@ -450,19 +426,15 @@ def ppo_loss(logp, values, rollout: Rollout, mask, tokens, clip=0.2, value_coef=
     clipped = rollout.old_values + (values - rollout.old_values).clamp(-clip, clip)
     value = 0.5 * torch.max((values - rollout.returns) ** 2, (clipped - rollout.returns) ** 2)
     loss = ((policy + value_coef * value) * mask).sum() / tokens
-    stats = {
-        "ratio": ratio,
-        "approx_kl": ratio - 1 - logratio,  # the estimator k3: never negative, of low variance
-        "clipfrac": (ratio - 1).abs() > clip,
-    }
+    # the estimator k3: never negative, of low variance
+    kl = ratio - 1 - logratio
+    stats = {"ratio": ratio, "approx_kl": kl, "clipfrac": (ratio - 1).abs() > clip}
     return loss, {name: ((x * mask).sum() / tokens).item() for name, x in stats.items()}
 
 
 # ------------------------------------------------------------------------------- PPO: its loop
 @dataclass(frozen=True)
 class PPOConfig:
-    """Settings of PPO."""
-
     updates: int
     batch: int = 64  # answers sampled an update
     minibatch: int = 32  # answers a step
@@ -482,11 +454,11 @@ class PPOConfig:
 
 def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows of prompts) -> (rewards
-    (B,), {figures to log}). Returns the log, a dict an update. Kept in the checkpoint, and the log
-    in config.log, after every update."""
+    (B,), {figures to log}); returns the log, a dict an update. Each update is kept in the
+    checkpoint, its figures in config.log."""
     device = next(model.parameters()).device
     use(model, "policy", trainable=True)
-    lora = trainable(model)
+    lora = [p for p in model.parameters() if p.requires_grad]
     # values are a linear function of the policy's own states, in float32; they start at 0, unbiased
     head = nn.Linear(model.config.hidden_size, 1).to(device)
     own = [nn.init.zeros_(parameter) for parameter in head.parameters()]
@@ -498,22 +470,21 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     if checkpoint.state:
         weights.load_state_dict(begun["weights"])
         optimizer.load_state_dict(begun["optimizer"])
-    order = draw(len(prompts), config.batch, config.updates, [config.seed, 19])
-    todo = range(len(log), config.updates)
+    todo = draw(len(prompts), config.batch, config.updates, [config.seed, 19])[len(log) :]
     bar = tqdm(todo, "PPO", config.updates, initial=len(log), unit="update", disable=None)
-    for update in bar:
+    for update, rows in enumerate(bar, len(log)):
         # made of seed and update: no random state needs to be saved
         rng = np.random.default_rng([config.seed, 19, update])
         start = time.perf_counter()
         # 1. sample answers
         use(model, "policy")
-        asked = [prompts[i] for i in order[update]]
+        asked = [prompts[i] for i in rows]
         sampling = replace(config.sampling, seed=int(rng.integers(2**31)))
         texts, answers = generate(model, tokenizer, asked, sampling)
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
         _, mask = pad_ids(answers, device)  # (B, R), the EOS included
         # 2. score them, in units of the first spread there is
-        raw, figures = reward_fn(texts, order[update])
+        raw, figures = reward_fn(texts, rows)
         raw = raw.float().to(device)
         if scale is None and 1e-6 < raw.std().item() < float("inf"):
             scale = 1.0 / raw.std().item()
@@ -569,23 +540,23 @@ def look_back(model, head, minibatches, mask, config):
         tokens = (batch.rows, slice(batch.mask.shape[1]))
         use(model, "align")
         ref_logp[tokens], _ = logps_and_states(model, batch, config.sampling.temperature)
-        use(model, "policy", trainable=True)
-        logp, values = logps_and_values(model, head, batch, config.sampling.temperature)
-        old_logp[tokens] = logp
-        old_values[tokens] = values
+        use(model, "policy")
+        old_logp[tokens], states = logps_and_states(model, batch, config.sampling.temperature)
+        old_values[tokens] = head(states.float()).squeeze(-1)
     return ref_logp * mask, old_logp * mask, old_values * mask
 
 
 def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     """Epochs of clipped updates on one rollout; the statistics of each step."""
-    parameters = trainable(model) + list(head.parameters())
+    parameters = [*model.parameters(), *head.parameters()]
     steps = []
     order = [rng.permutation(len(minibatches)) for _ in range(config.epochs)]
     for k in np.concatenate(order):
         tokens = sum(batch.mask.sum() for batch in minibatches[k])
         step = Counter()
         for batch in minibatches[k]:
-            logp, values = logps_and_values(model, head, batch, config.sampling.temperature)
+            logp, states = logps_and_states(model, batch, config.sampling.temperature)
+            values = head(states.float()).squeeze(-1)
             part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
             loss, stats = ppo_loss(logp, values, part, batch.mask, tokens)
             loss.backward()
@@ -626,8 +597,7 @@ def update_stats(steps, rollout, mask):
 def encode(model, tokenizer, texts, budget=32_768):
     """Text embeddings (len(texts), D) on the CPU, of the base model: token means of its input
     embeddings + 0.3 (chosen on the demo) of its last hidden states, each of norm 1. The last layer
-    guesses the next word, the first one still holds the word itself (Su et al. 2021, arXiv
-    2103.15316)."""
+    guesses the next word, the first still holds the word (Su et al. 2021, arXiv 2103.15316)."""
     device = next(model.parameters()).device
     rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
     rows = [row[:256] or [tokenizer.eos_token_id] for row in rows]
@@ -662,23 +632,23 @@ class TinyConfig:
 
 
 def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint()):
-    """Saves a Qwen2-shaped model and its own BPE tokenizer in Hugging Face format at path. texts:
-    a list for the tokenizer, which reads the last lesson too. lessons: (name, (prompt, answer)
-    pairs, steps). tags: markup kept as single tokens."""
+    """Saves a Qwen2-shaped model and its own BPE tokenizer in Hugging Face format at path. texts: of
+    the tokenizer, beside the last lesson. lessons: (name, (prompt, answer) pairs, steps). tags:
+    markup kept as single tokens."""
     tokenizer = train_tokenizer(texts, lessons[-1][1], tags, config)
     width = config.width
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "num_hidden_layers": config.layers}
-    sizes |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 2048}
-    sizes |= {"tie_word_embeddings": True, "initializer_range": width**-0.5}
-    shape = hf.Qwen2Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    sizes |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "initializer_range": width**-0.5}
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    shape = hf.Qwen2Config(**sizes, **ends, tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = hf.Qwen2ForCausalLM(shape).to(config.device)
     initialize_to_copy(model)
     for k, (name, samples, steps) in enumerate(lessons):
         how = SupervisedConfig(steps, config.batch, lr=config.lr, seed=seed)
-        title = f"tiny LLM from scratch, {name}"
-        supervise(model, tokenizer, samples, how, title, checkpoint.part(k))
+        unit = Checkpoint(f"{checkpoint.path}.{k}" if checkpoint.path else "")
+        supervise(model, tokenizer, samples, how, f"tiny LLM, {name}", unit)
     # two runs may make the same model at once
     part = f"{path}.{os.getpid()}.part"
     model.save_pretrained(part)
@@ -701,10 +671,10 @@ def train_tokenizer(texts, samples, tags, config: TinyConfig):
 
 @torch.no_grad()
 def initialize_to_copy(model):
-    """Attention of a new model starts by copying what it looks at; it learns to copy words from its
-    prompt in half the steps ("Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828).
-    Head 0 of the first layer looks at the token before and takes it away, or a second word would
-    often be the first one again: its query and key are biases, a position apart (rotary)."""
+    """Attention that starts by copying what it looks at learns to copy words from a prompt in half
+    the steps ("Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828). Head 0 of the
+    first layer looks at the token before and takes it away, or a second word would often be the
+    first one again: its query and key are biases, a position apart (rotary)."""
     for layer in model.model.layers:
         nn.init.orthogonal_(layer.self_attn.v_proj.weight)
         layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
@@ -721,9 +691,9 @@ def initialize_to_copy(model):
 
 
 def forecast(name, budget):
-    """{"parameters", "memory_gb"} of an LLM whose config is on disk or in the cache; {} of another.
-    Memory on CUDA by arithmetic, not measured: 0.9 GB a billion weights in 4 bits with adapters and
-    Adam; 2 GB, and 0.75 GB a billion weights, for a pass of 32,768 tokens."""
+    """{"parameters", "memory_gb"} of an LLM whose config is on disk or in the cache, else {}. CUDA
+    memory by arithmetic, not measured: 0.9 GB a billion weights with adapters and Adam, and for a
+    pass of 32,768 tokens 2 GB + 0.75 GB a billion weights."""
     try:
         config = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
