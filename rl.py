@@ -150,11 +150,11 @@ def add_policy(model):
 
 def save_adapter(model, folder, name):
     """Writes folder/name, which plain peft loads; atomic, without peft's empty model card."""
-    part = os.path.join(folder, "state", "adapter")
+    part = f"{folder}/state/adapter"
     # the default "auto" would ask the hub whether the vocabulary was changed
     model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)
-    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    os.replace(os.path.join(part, name), os.path.join(folder, name))
+    shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
+    os.replace(f"{part}/{name}", f"{folder}/{name}")
 
 
 def restore_adapter(model, folder, name):
@@ -162,8 +162,8 @@ def restore_adapter(model, folder, name):
     which would repack the 4-bit weights: see load.)"""
     from peft import set_peft_model_state_dict
 
-    path = os.path.join(folder, name, "adapter_model.safetensors")
-    set_peft_model_state_dict(model, safetensors.torch.load_file(path), name)
+    weights = safetensors.torch.load_file(f"{folder}/{name}/adapter_model.safetensors")
+    set_peft_model_state_dict(model, weights, name)
 
 
 # ------------------------------------------------------------------------------ tokens and batches
@@ -223,10 +223,9 @@ def by_length(lengths, budget):
 
 def pad_ids(rows, device="cpu", side="right"):
     """Lists of token ids -> ids (B, T), padded with 0 at that side; mask (B, T)."""
-    ids = [torch.tensor(row) for row in rows]
-    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    ids, mask = (nn.utils.rnn.pad_sequence(x, True, 0, side) for x in (ids, real))
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, True, -1, side).to(device)
+    return ids.clamp(min=0), ids >= 0
 
 
 def micro_batches(rows, prompts, answers, device, size):
@@ -287,7 +286,6 @@ def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
     """The answers to each prompt, lists of ids up to EOS. how: of the GenerationConfig. trie: ids
     that may follow each list of ids."""
     eos = tokenizer.eos_token_id
-    device = next(model.parameters()).device
     # replaced as a whole: a checkpoint's own would fill in what is unset (repetition_penalty,
     # top_k = 50), and answers would come from another distribution than PPO trains
     config = hf.GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, **how)
@@ -297,7 +295,7 @@ def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
     groups = by_length([beams * (len(row) + config.max_new_tokens) for row in rows], budget)
     out = [[]] * len(rows)
     for group in tqdm(groups, name, leave=False, disable=None if name else True):
-        ids, mask = pad_ids([rows[i] for i in group], device, "left")
+        ids, mask = pad_ids([rows[i] for i in group], model.device, "left")
         prompt_length = ids.shape[1]
 
         def allowed(_, seen, start=prompt_length):
@@ -308,7 +306,6 @@ def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
             input_ids=ids,
             attention_mask=mask.long(),
             past_key_values=prompt_cache(model, ids, mask, beams),
-            use_cache=True,
             prefix_allowed_tokens_fn=allowed if trie else None,
         )
         made = made[:, prompt_length:].view(len(group), beams, -1).tolist()
@@ -349,7 +346,6 @@ class SupervisedConfig:
 def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkpoint()):
     """Next-token training of the trainable weights on the answers of (prompt, answer) pairs: the
     mean loss of the last tenth. Kept in the checkpoint each twentieth of the way."""
-    device = next(model.parameters()).device
     steps = config.steps
     weights = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -368,8 +364,8 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
-        part = range(config.batch)
-        for batch in micro_batches(part, prompts, answers, device, config.micro_batch):
+        size = config.micro_batch
+        for batch in micro_batches(range(config.batch), prompts, answers, model.device, size):
             logp, _ = logps_and_states(model, batch)
             # a mean of the micro-batches' means would weigh the tokens of short ones more
             loss = -(logp * batch.mask).sum() / tokens
@@ -454,13 +450,11 @@ class PPOConfig:
 
 def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows of prompts) -> (rewards
-    (B,), {figures to log}); returns the log, a dict an update. Each update is kept in the
-    checkpoint, its figures in config.log."""
-    device = next(model.parameters()).device
+    (B,), {figures to log}); returns the log, a dict an update, which config.log holds as well."""
     use(model, "policy", trainable=True)
     lora = [p for p in model.parameters() if p.requires_grad]
     # values are a linear function of the policy's own states, in float32; they start at 0, unbiased
-    head = nn.Linear(model.config.hidden_size, 1).to(device)
+    head = nn.Linear(model.config.hidden_size, 1).to(model.device)
     own = [nn.init.zeros_(parameter) for parameter in head.parameters()]
     groups = [{"params": lora, "lr": config.lr}, {"params": own, "lr": config.value_lr}]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
@@ -481,16 +475,16 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         asked = [prompts[i] for i in rows]
         sampling = replace(config.sampling, seed=int(rng.integers(2**31)))
         texts, answers = generate(model, tokenizer, asked, sampling)
-        finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
-        _, mask = pad_ids(answers, device)  # (B, R), the EOS included
+        finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers]).to(model.device)
+        _, mask = pad_ids(answers, model.device)  # (B, R), the EOS included
         # 2. score them, in units of the first spread there is
         raw, figures = reward_fn(texts, rows)
-        raw = raw.float().to(device)
+        raw = raw.float().to(model.device)
         if scale is None and 1e-6 < raw.std().item() < float("inf"):
             scale = 1.0 / raw.std().item()
         scores = raw * (scale or 1.0) - config.no_eos_penalty * ~finished
         # 3. reference and old log-probabilities, old values
-        minibatches = shuffled_minibatches(tokenizer, asked, answers, rng, config, device)
+        minibatches = shuffled_minibatches(tokenizer, asked, answers, rng, config, model.device)
         ref_logp, old_logp, old_values = look_back(model, head, minibatches, mask, config)
         # 4. per-token rewards: the KL penalty everywhere, the score on the last real token
         kl = old_logp - ref_logp
@@ -598,14 +592,13 @@ def encode(model, tokenizer, texts, budget=32_768):
     """Text embeddings (len(texts), D) on the CPU, of the base model: token means of its input
     embeddings + 0.3 (chosen on the demo) of its last hidden states, each of norm 1. The last layer
     guesses the next word, the first still holds the word (Su et al. 2021, arXiv 2103.15316)."""
-    device = next(model.parameters()).device
     rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
     rows = [row[:256] or [tokenizer.eos_token_id] for row in rows]
     means = torch.empty(len(rows), 2 * causal_lm(model).config.hidden_size)
     groups = by_length([len(row) for row in rows], budget)
     with model.disable_adapter():
         for group in tqdm(groups, "text embeddings", leave=False, delay=2, disable=None):
-            ids, mask = pad_ids([rows[i] for i in group], device)
+            ids, mask = pad_ids([rows[i] for i in group], model.device)
             first = model.get_input_embeddings()(ids)
             last = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
             both = torch.cat([first, last], -1).float() * mask[..., None]
@@ -632,10 +625,18 @@ class TinyConfig:
 
 
 def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint()):
-    """Saves a Qwen2-shaped model and its own BPE tokenizer in Hugging Face format at path. texts: of
-    the tokenizer, beside the last lesson. lessons: (name, (prompt, answer) pairs, steps). tags:
-    markup kept as single tokens."""
-    tokenizer = train_tokenizer(texts, lessons[-1][1], tags, config)
+    """Saves a Qwen2-shaped model and its own byte-level BPE tokenizer in Hugging Face format at
+    path. texts: of the tokenizer, beside the last lesson. lessons: (name, (prompt, answer) pairs,
+    steps). tags: markup kept as single tokens."""
+    bpe = ByteLevelBPETokenizer(lowercase=config.lowercase)
+    read = itertools.chain(texts, *lessons[-1][1])
+    ends = {"special_tokens": ["<pad>", "<eos>"], "show_progress": False}
+    bpe.train_from_iterator(read, config.vocab - len(tags), **ends)
+    bpe.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in tags])
+    raw = Tokenizer.from_str(bpe.to_str())
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"
+    )
     width = config.width
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "num_hidden_layers": config.layers}
@@ -656,17 +657,6 @@ def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint
     if not os.path.exists(path):
         os.replace(part, path)
     shutil.rmtree(part, ignore_errors=True)
-
-
-def train_tokenizer(texts, samples, tags, config: TinyConfig):
-    """A byte-level BPE tokenizer of these texts."""
-    bpe = ByteLevelBPETokenizer(lowercase=config.lowercase)
-    how = {"special_tokens": ["<pad>", "<eos>"], "show_progress": False}
-    every = itertools.chain(texts, *samples)
-    bpe.train_from_iterator(every, config.vocab - len(tags), **how)
-    bpe.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in tags])
-    raw = Tokenizer.from_str(bpe.to_str())
-    return hf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
 
 
 @torch.no_grad()
