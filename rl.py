@@ -36,6 +36,7 @@ import transformers as hf
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 # no second progress bar, no warning without a remedy
 hf.utils.logging.disable_progress_bar()
@@ -86,9 +87,8 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     how |= {"trust_remote_code": False, "use_safetensors": True}
     try:
         # AutoTokenizer would split text by the rules of the model's type; the tiny LLM has its own
-        config = hf.models.auto.tokenization_auto.get_tokenizer_config(name)
-        own = config.get("tokenizer_class") == "TokenizersBackend"
-        tokenizers = hf.PreTrainedTokenizerFast if own else hf.AutoTokenizer
+        kind = get_tokenizer_config(name).get("tokenizer_class")
+        tokenizers = hf.PreTrainedTokenizerFast if kind == "TokenizersBackend" else hf.AutoTokenizer
         tokenizer = tokenizers.from_pretrained(name, trust_remote_code=False)
         base = hf.AutoModelForCausalLM.from_pretrained(name, **how)
     # a damaged file raises whatever its parser does
@@ -166,7 +166,7 @@ def restore_adapter(model, folder, name):
     set_peft_model_state_dict(model, weights, name)
 
 
-# ------------------------------------------------------------------------------ tokens and batches
+# --------------------------------------------------------------- tokens, batches, log-probabilities
 class MicroBatch(NamedTuple):
     """Prompts with their answers, as drawn above."""
 
@@ -241,7 +241,6 @@ def micro_batches(rows, prompts, answers, device, size):
     return batches
 
 
-# ------------------------------------------------------------------- log-probabilities and values
 def logps_and_states(model, batch: MicroBatch, temperature=1.0):
     """Log-probabilities (b, R) of the answer tokens, and the hidden states (b, R, D) that predict
     them; those of padding mean nothing. The one function for rollout, reference and update, at the
@@ -544,8 +543,7 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     """Epochs of clipped updates on one rollout; the statistics of each step."""
     parameters = [*model.parameters(), *head.parameters()]
     steps = []
-    order = [rng.permutation(len(minibatches)) for _ in range(config.epochs)]
-    for k in np.concatenate(order):
+    for k in np.concatenate([rng.permutation(len(minibatches)) for _ in range(config.epochs)]):
         tokens = sum(batch.mask.sum() for batch in minibatches[k])
         step = Counter()
         for batch in minibatches[k]:
@@ -630,19 +628,17 @@ def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint
     steps). tags: markup kept as single tokens."""
     bpe = ByteLevelBPETokenizer(lowercase=config.lowercase)
     read = itertools.chain(texts, *lessons[-1][1])
-    ends = {"special_tokens": ["<pad>", "<eos>"], "show_progress": False}
-    bpe.train_from_iterator(read, config.vocab - len(tags), **ends)
+    size = config.vocab - len(tags)
+    bpe.train_from_iterator(read, size, special_tokens=["<pad>", "<eos>"], show_progress=False)
     bpe.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in tags])
+    ends = {"pad_token": "<pad>", "eos_token": "<eos>"}
     raw = Tokenizer.from_str(bpe.to_str())
-    tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"
-    )
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
     width = config.width
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "num_hidden_layers": config.layers}
     sizes |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "initializer_range": width**-0.5}
-    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    shape = hf.Qwen2Config(**sizes, **ends, tie_word_embeddings=True)
+    shape = hf.Qwen2Config(**sizes, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = hf.Qwen2ForCausalLM(shape).to(config.device)
     initialize_to_copy(model)

@@ -1763,6 +1763,12 @@ def test_kl_stop_ends_the_epochs(tiny):
     assert held["skipped"] == 0
 
 
+def test_ppo_with_gradient_checkpointing_is_the_same(tiny):
+    """Guards: checkpointing that takes the cache from generation, or works in no update."""
+    plain = run(*fresh(tiny), updates=2)
+    assert close(run(*fresh(tiny, checkpointing=True), updates=2), plain)
+
+
 @pytest.mark.parametrize("target", [6.0, 1e-6])
 def test_beta_adapts_to_the_kl(target, tiny):
     """Guards: a leash that gets longer where it has to get shorter, or a step of it above 2 %."""
