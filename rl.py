@@ -105,6 +105,11 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
                 f"the LLM '{name}' changes its logits after the head ({key}): PPO would train "
                 "another distribution than it samples; choose another --llm"
             )
+    # every dropout 0: sampling, reference and update must be the same function
+    for module in base.modules():
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in key or key == "p"):
+                setattr(module, key, 0.0)
     torch.manual_seed(seed)
     # prepare_model_for_kbit_training would turn embeddings and head into float32. LoRA weights are
     # float32: at a learning rate of 1e-5 most steps would be lost in the rounding of bfloat16
@@ -112,9 +117,8 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name="align")
     if checkpointing:
         base.activation_checkpointing_enable()
-    # evaluation mode for good, without dropout: sampling, reference and update must be the same
-    # function. But on some CPUs a 4-bit layer in evaluation mode repacks its weight, once and for
-    # all, for a kernel without autograd: LoRA gradients are then silently wrong by 90 %
+    # evaluation mode for good. But on some CPUs a 4-bit layer in evaluation mode repacks its weight,
+    # once and for all, for a kernel without autograd: LoRA gradients are then silently wrong by 90 %
     model.eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
