@@ -117,8 +117,8 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name="align")
     if checkpointing:
         base.activation_checkpointing_enable()
-    # evaluation mode for good. But on some CPUs a 4-bit layer in evaluation mode repacks its weight,
-    # once and for all, for a kernel without autograd: LoRA gradients are then silently wrong by 90 %
+    # evaluation mode for good. But on some CPUs a 4-bit layer in evaluation mode repacks its
+    # weight, for good, for a kernel without autograd: LoRA gradients are silently wrong by 90 %
     model.eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
