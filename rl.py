@@ -1,7 +1,5 @@
 """The LLM: 4-bit QLoRA loading, generation, supervised alignment, and a hand-written PPO.
 
-    pytest tests/test_rl.py                              try it alone
-
     score_t = [t is last] s - beta (logp_t - ref_logp_t)       s = reward / its first spread
     A_t     = sum_k lambda^k (score_{t+k} + V_{t+k+1} - V_{t+k})  GAE, gamma = 1, V = 0 at the end
     ratio_t = exp(logp_t - old_logp_t)
@@ -18,7 +16,6 @@ Left out: vLLM, several GPUs, a value model of its own, reward-model training (s
 Source: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 """
 
-import contextlib
 import itertools
 import json
 import logging
@@ -36,21 +33,20 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import transformers as hf
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-# no second progress bar, and no warning without a remedy: peft's own call, and bitsandbytes' wish
-# for a package that would fetch remote code
+# no second progress bar, no warning without a remedy
 hf.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-    lambda record: "kernels" not in record.getMessage()
-)
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 # ----------------------------------------------------------------- files that are whole at any time
 def write_atomically(path, value):
-    """Writes a text, or what torch.save takes. Whatever ends the process, the old file or the new
-    one is there as a whole."""
+    """Writes a text, or what torch.save takes; the old file or the new one is always whole."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = f"{path}.{os.getpid()}.part"
     with open(part, "wb") as file:
@@ -62,8 +58,7 @@ def write_atomically(path, value):
 
 
 class Checkpoint:
-    """What an interrupted loop goes on from. `state`: what was saved last, or None. Without a path
-    nothing is kept."""
+    """What an interrupted loop goes on from: `state`, saved last. Without a path always None."""
 
     def __init__(self, path=""):
         self.path = path
@@ -75,59 +70,39 @@ class Checkpoint:
         if self.path:
             write_atomically(self.path, state)
 
-    def part(self, name) -> "Checkpoint":
-        """The checkpoint of a loop that is one of several."""
-        return Checkpoint(self.path and f"{self.path}.{name}")
-
 
 # -------------------------------------------------------------------- loading, modes, adapters
-# of models that change their logits after the head: Granite, Cohere, Gemma 2, Falcon-H1
-LOGIT_CHANGES = ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier")
-
-
-@contextlib.contextmanager
-def loading(name):
-    """Whatever transformers raises inside becomes one OSError that says what to do."""
-    try:
-        yield
-    except Exception as e:
-        # the last word often hides what happened first
-        cause = e
-        while cause.__context__:
-            cause = cause.__context__
-        said = "; ".join(dict.fromkeys(str(error).strip().split("\n")[0] for error in (e, cause)))
-        raise OSError(
-            f"the LLM '{name}' could not be loaded ({said}). Check name and network: the same "
-            "command takes an interrupted download up again, a gated model needs `hf auth login`, "
-            "a damaged file must be deleted. Or give --llm PATH, or --llm tiny."
-        ) from e
-
-
 def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter
     `align`: (PeftModel, tokenizer). checkpointing: gradient checkpointing, for small GPUs."""
+    from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model
 
     compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
     # load_in_4bit is no longer a model argument, and this config's defaults are still fp4, single
-    nf4 = hf.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    nf4.bnb_4bit_compute_dtype = compute
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    nf4 = hf.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute)
     how = {"quantization_config": nf4, "dtype": compute, "device_map": {"": device}}
     # nothing of a hub's that could run: no code, no pickled weights
     how |= {"trust_remote_code": False, "use_safetensors": True}
-    with loading(name):
+    try:
         # AutoTokenizer would split text by the rules of the model's type; the tiny LLM has its own
-        config = hf.models.auto.tokenization_auto.get_tokenizer_config(name)
-        own = config.get("tokenizer_class") == "TokenizersBackend"
-        tokenizers = hf.PreTrainedTokenizerFast if own else hf.AutoTokenizer
+        kind = get_tokenizer_config(name).get("tokenizer_class")
+        tokenizers = hf.PreTrainedTokenizerFast if kind == "TokenizersBackend" else hf.AutoTokenizer
         tokenizer = tokenizers.from_pretrained(name, trust_remote_code=False)
         base = hf.AutoModelForCausalLM.from_pretrained(name, **how)
-    for change in LOGIT_CHANGES:
-        if getattr(base.config, change, None) not in (None, 1):
+    # a damaged file raises whatever its parser does
+    except Exception as e:
+        raise OSError(
+            f"the LLM '{name}' could not be loaded: {e}\nCheck name and network: the same command "
+            "takes an interrupted download up again, a gated model needs `hf auth login`, a "
+            "damaged file must be deleted. Or give --llm PATH, or --llm tiny."
+        ) from e
+    # Granite, Cohere, Gemma 2, Falcon-H1
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
+        if getattr(base.config, key, None) not in (None, 1):
             raise OSError(
-                f"the LLM '{name}' changes its logits after the head ({change}): PPO would train "
+                f"the LLM '{name}' changes its logits after the head ({key}): PPO would train "
                 "another distribution than it samples; choose another --llm"
             )
     # every dropout 0: sampling, reference and update must be the same function
@@ -136,34 +111,21 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
             if isinstance(value, float) and ("drop" in key or key == "p"):
                 setattr(module, key, 0.0)
     torch.manual_seed(seed)
-    # peft freezes the base by itself; prepare_model_for_kbit_training would also turn embeddings
-    # and head into float32. LoRA weights are float32: at a learning rate of 1e-5 most steps would
-    # be lost in the rounding of bfloat16
-    lora = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(base, lora, adapter_name="align", autocast_adapter_dtype=True)
+    # prepare_model_for_kbit_training would turn embeddings and head into float32. LoRA weights are
+    # float32: at a learning rate of 1e-5 most steps would be lost in the rounding of bfloat16
+    lora = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora), adapter_name="align")
     if checkpointing:
-        # reentrant checkpointing drops every gradient where its input needs none, as here
-        how = {"use_reentrant": False}
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
-    # padding is carried in masks, so pad may equal eos
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    set_mode(model, training=False)
-    return model, tokenizer
-
-
-def set_mode(model, training):
-    """Training or evaluation mode, but for the 4-bit layers, which stay in training mode. On some
-    CPUs a 4-bit layer that runs in evaluation mode repacks its weight for a kernel that has no
-    autograd, for good: from then on LoRA gradients are silently wrong by 90 %. Such a layer has no
-    other use for the flag."""
-    from bitsandbytes.nn import Linear4bit
-
-    model.train(training)
+        base.activation_checkpointing_enable()
+    # evaluation mode for good. But on some CPUs a 4-bit layer in evaluation mode repacks its
+    # weight, for good, for a kernel without autograd: LoRA gradients are silently wrong by 90 %
+    model.eval()
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.training = True
+    # padding is carried in masks, so pad may equal eos
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return model, tokenizer
 
 
 def causal_lm(model):
@@ -171,47 +133,44 @@ def causal_lm(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def trainable(model):
-    """The parameters that take gradients."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def use(model, adapter, trainable=False):
     """Makes one adapter active; its LoRA weights take gradients if trainable, nothing else ever."""
-    model.set_adapter(adapter)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable and "lora_" in name and f".{adapter}." in name)
+    model.set_adapter(adapter, inference_mode=not trainable)
+    for module in model.modules():
+        # they recompute in training mode alone, where generation would lose its cache
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = trainable
 
 
 def add_policy(model):
     """The adapter `policy`, a copy of `align`: PPO starts at its own reference, which is the
     aligned model and not the base with its adapters off."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     model.add_adapter("policy", model.peft_config["align"])
-    weights = get_peft_model_state_dict(model, adapter_name="align", save_embedding_layers=False)
-    set_peft_model_state_dict(model, weights, "policy")
+    weights = dict(model.named_parameters())
+    for name, weight in weights.items():
+        if ".policy." in name:
+            weight.data.copy_(weights[name.replace(".policy.", ".align.")])
 
 
 def save_adapter(model, folder, name):
     """Writes folder/name, which plain peft loads; atomic, without peft's empty model card."""
-    part = os.path.join(folder, "state", "adapter")
+    part = f"{folder}/state/adapter"
     # the default "auto" would ask the hub whether the vocabulary was changed
     model.save_pretrained(part, selected_adapters=[name], save_embedding_layers=False)
-    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    os.replace(os.path.join(part, name), os.path.join(folder, name))
+    shutil.rmtree(f"{folder}/{name}", ignore_errors=True)
+    os.replace(f"{part}/{name}", f"{folder}/{name}")
 
 
 def restore_adapter(model, folder, name):
     """Loads folder/name into the adapter of that name. (peft's load_adapter ends in model.eval(),
-    which would repack the 4-bit weights: see set_mode.)"""
+    which would repack the 4-bit weights: see load.)"""
     from peft import set_peft_model_state_dict
 
-    path = os.path.join(folder, name, "adapter_model.safetensors")
-    set_peft_model_state_dict(model, safetensors.torch.load_file(path), name)
+    weights = safetensors.torch.load_file(f"{folder}/{name}/adapter_model.safetensors")
+    set_peft_model_state_dict(model, weights, name)
 
 
-# ------------------------------------------------------------------------------ tokens and batches
+# --------------------------------------------------------------- tokens, batches, log-probabilities
 class MicroBatch(NamedTuple):
     """Prompts with their answers, as drawn above."""
 
@@ -226,17 +185,17 @@ def prompt_ids(tokenizer, prompt):
     anybody's text: a control token in it (the end of a turn, say) becomes a space."""
     control = []
     for token in tokenizer.added_tokens_decoder.values():
-        text = token.content
-        if text.strip() and (token.special or (len(text) > 1 and not text.isalnum())):
-            control.append(re.escape(text))
-    pattern = re.compile("|".join(control) or "(?!)")
-    while pattern.search(prompt):
-        prompt = pattern.sub(" ", prompt)
+        # words, blanks and single letters are harmless
+        if token.special or not re.fullmatch(r"\w+|\s+|.", token.content):
+            control.append(token.content)
+    # again: what is left may join into another one
+    while any(text in prompt for text in control):
+        for text in control:
+            prompt = prompt.replace(text, " ")
     if not tokenizer.chat_template:
         return tokenizer(prompt + "\n")["input_ids"]
     messages = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def answer_ids(tokenizer, answer):
@@ -248,91 +207,63 @@ def answer_ids(tokenizer, answer):
     return ids
 
 
-def draw(n, batch, rng):
-    """Yields endless batches of row numbers below n: each comes once before any comes again."""
-    rows = []
-    while True:
-        while len(rows) < batch:
-            rows += rng.permutation(n).tolist()
-        yield rows[:batch]
-        rows = rows[batch:]
+def draw(n, batch, times, seed):
+    """Row numbers below n, (times, batch): each comes once before any comes again."""
+    rng = np.random.default_rng(seed)
+    rounds = -(-times * batch // n)
+    rows = np.concatenate([rng.permutation(n) for _ in range(rounds)])
+    return rows[: times * batch].reshape(times, batch)
 
 
 def by_length(lengths, budget):
-    """Yields index lists of similar length, each of at most `budget` padded tokens: little
-    padding, bounded memory."""
-    order = np.argsort(lengths, kind="stable").tolist()
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or lengths[order[end]] * (end + 1 - start) > budget:
-            yield order[start:end]
-            start = end
+    """Index lists of similar length (little padding), of at most `budget` padded tokens each."""
+    groups = []
+    for i in np.argsort(lengths, kind="stable").tolist():
+        if not groups or lengths[i] * (len(groups[-1]) + 1) > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
-def pad_ids(rows, pad, left=False):
-    """Lists of token ids -> ids (B, T) padded at the end, or on the left; mask (B, T)."""
-    side = "left" if left else "right"
-    ids = [torch.tensor(row) for row in rows]
-    real = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(ids, True, pad, side)
-    return padded, nn.utils.rnn.pad_sequence(real, True, False, side)
+def pad_ids(rows, device="cpu", side="right"):
+    """Lists of token ids -> ids (B, T), padded with 0 at that side; mask (B, T)."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(ids, True, -1, side).to(device)
+    return ids.clamp(min=0), ids >= 0
 
 
-def micro_batches(rows, prompts, answers, pad, device, size):
-    """These rows of the tokenised prompts and answers in micro-batches of at most `size` rows of
-    similar length: little padding."""
+def micro_batches(rows, prompts, answers, device, size):
+    """These rows of prompts and answers (token ids), by length, at most `size` a micro-batch."""
     rows = sorted(rows, key=lambda i: len(prompts[i]) + len(answers[i]))
     batches = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        ids, _ = pad_ids([prompts[i] + answers[i] for i in part], pad)
-        starts = torch.tensor([len(prompts[i]) for i in part])
-        _, mask = pad_ids([answers[i] for i in part], pad)
-        tensors = (torch.tensor(part), ids, starts, mask)
-        batches.append(MicroBatch(*(tensor.to(device) for tensor in tensors)))
+        ids, _ = pad_ids([prompts[i] + answers[i] for i in part], device)
+        starts = torch.tensor([len(prompts[i]) for i in part], device=device)
+        _, mask = pad_ids([answers[i] for i in part], device)
+        batches.append(MicroBatch(torch.tensor(part, device=device), ids, starts, mask))
     return batches
 
 
-# ------------------------------------------------------------------- log-probabilities and values
-def answer_positions(batch: MicroBatch):
-    """Where the answer tokens stand in batch.ids, (b, R)."""
+def logps_and_states(model, batch: MicroBatch, temperature=1.0):
+    """Log-probabilities (b, R) of the answer tokens, and the hidden states (b, R, D) that predict
+    them; those of padding mean nothing. The one function for rollout, reference and update, at the
+    temperature that the answers were sampled at: else the first ratio would not be 1."""
+    llm = causal_lm(model)
     offsets = torch.arange(batch.mask.shape[1], device=batch.ids.device)
-    return (batch.starts[:, None] + offsets).clamp(max=batch.ids.shape[1] - 1)
-
-
-def answer_states(model, batch: MicroBatch):
-    """The hidden states that predict the answer tokens, (b, R, D); those of padding mean nothing.
-    The backbone runs once; the head sees the states of answers alone, never those of prompts."""
-    out = causal_lm(model).base_model(input_ids=batch.ids, use_cache=False)
-    return out.last_hidden_state.take_along_dim(answer_positions(batch)[..., None] - 1, 1)
-
-
-def state_logps(model, states, batch: MicroBatch, temperature=1.0):
-    """Log-probabilities (b, R) of the answer tokens after these states (b, R, D). In float32: in
-    bfloat16 they would be 1e-2 apart. Divided by the temperature that the answers were sampled
-    at, or the ratio would compare two distributions."""
-    logits = causal_lm(model).get_output_embeddings()(states).float() / temperature  # (b, R, V)
-    chosen = batch.ids.gather(1, answer_positions(batch))
-    return logits.gather(-1, chosen[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def token_logps(model, batch: MicroBatch, temperature=1.0):
-    """Log-probabilities (b, R) of the answer tokens; those of padding mean nothing."""
-    return state_logps(model, answer_states(model, batch), batch, temperature)
-
-
-def logps_and_values(model, head, batch: MicroBatch, temperature):
-    """Log-probabilities and values (b, R) of the answer tokens, from the same states. The one
-    function for rollout, reference and update: else the first ratio would not be 1."""
-    states = answer_states(model, batch)
-    return state_logps(model, states, batch, temperature), head(states.float()).squeeze(-1)
+    positions = (batch.starts[:, None] + offsets).clamp(max=batch.ids.shape[1] - 1)[..., None]
+    states = llm.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    # the head sees the states of answers alone, never those of prompts
+    states = states.take_along_dim(positions - 1, 1)
+    # in float32: in bfloat16 they would be 1e-2 apart
+    logits = llm.get_output_embeddings()(states).float() / temperature  # (b, R, V)
+    chosen = batch.ids[..., None].gather(1, positions)
+    return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1), states
 
 
 # -------------------------------------------------------------------------------------- generation
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled."""
-
     max_new: int = 48  # longest answer in tokens
     temperature: float = 1.0
     budget: int = 32_768  # padded tokens of a batch
@@ -343,68 +274,55 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
     """Samples one answer a prompt with the active adapter: (texts, lists of the sampled ids). A
     list ends with EOS unless max_new cut it off. name: of the progress bar."""
     torch.manual_seed(sampling.seed)
-    start = time.perf_counter()
     how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     how["max_new_tokens"] = sampling.max_new
-    out = [[]] * len(prompts)
-    for i, (answer,) in decode(model, tokenizer, prompts, how, sampling.budget, name):
-        out[i] = answer
+    ids = [one for (one,) in decode(model, tokenizer, prompts, how, sampling.budget, name)]
     if name:
-        speed = sum(map(len, out)) / (time.perf_counter() - start)
-        print(f"  {name}: {len(out):,} answers, {speed:,.0f} tokens/s")
-    # a reward sees the texts up to EOS; the policy trains on the sampled ids themselves, for
-    # tokenising a text again may give others
-    texts = []
-    for answer in out:
-        said = [i for i in answer if i != tokenizer.eos_token_id]
-        texts.append(tokenizer.decode(said).strip())
-    return texts, out
+        print(f"  {name}: {len(ids):,} answers")
+    # for the reward; the policy trains on the sampled ids: to tokenise a text may give others
+    texts = tokenizer.batch_decode(ids)
+    return [text.removesuffix(tokenizer.eos_token).strip() for text in texts], ids
 
 
 @torch.no_grad()
 def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
-    """Yields (number of a prompt, its answers as lists of ids up to EOS), in batches of similar
-    length. how: of the GenerationConfig. trie: ids that may follow each list of ids."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    device = next(model.parameters()).device
+    """The answers to each prompt, lists of ids up to EOS. how: of the GenerationConfig. trie: ids
+    that may follow each list of ids."""
+    eos = tokenizer.eos_token_id
     # replaced as a whole: a checkpoint's own would fill in what is unset (repetition_penalty,
     # top_k = 50), and answers would come from another distribution than PPO trains
-    config = hf.GenerationConfig(eos_token_id=eos, pad_token_id=pad, **how)
+    config = hf.GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, **how)
     causal_lm(model).generation_config = config
     beams = config.num_beams or 1
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    costs = [beams * (len(row) + config.max_new_tokens) for row in rows]
-    quiet = None if name else True
-    with tqdm(total=len(rows), desc=name, unit="prompt", leave=False, disable=quiet) as bar:
-        for group in by_length(costs, budget):
-            ids, mask = pad_ids([rows[i] for i in group], pad, left=True)
-            ids, mask = ids.to(device), mask.to(device)
-            prompt_length = ids.shape[1]
+    groups = by_length([beams * (len(row) + config.max_new_tokens) for row in rows], budget)
+    out = [[]] * len(rows)
+    for group in tqdm(groups, name, leave=False, disable=None if name else True):
+        ids, mask = pad_ids([rows[i] for i in group], model.device, "left")
+        prompt_length = ids.shape[1]
 
-            def allowed(_, seen, start=prompt_length):
-                """A beam that has left the trie has probability 0, but has to go on: to EOS."""
-                return list(trie.get(tuple(seen[start:].tolist()), [eos]))
+        def allowed(_, seen, start=prompt_length):
+            """A beam that has left the trie has probability 0, but has to go on: to EOS."""
+            return list(trie.get(tuple(seen[start:].tolist()), [eos]))
 
-            many = [x.repeat_interleave(beams, 0) for x in (ids, mask)]
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                past_key_values=prompt_cache(model, *many),
-                use_cache=True,
-                prefix_allowed_tokens_fn=allowed if trie else None,
-            )
-            made = made[:, prompt_length:].view(len(group), beams, -1).tolist()
-            for i, answers in zip(group, made, strict=True):
-                # nothing after EOS is real
-                yield i, [a[: a.index(eos) + 1] if eos in a else a for a in answers]
-            bar.update(len(group))
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            past_key_values=prompt_cache(model, ids, mask, beams),
+            prefix_allowed_tokens_fn=allowed if trie else None,
+        )
+        made = made[:, prompt_length:].view(len(group), beams, -1).tolist()
+        for i, answers in zip(group, made, strict=True):
+            # nothing after EOS is real
+            out[i] = [a[: a.index(eos) + 1] if eos in a else a for a in answers]
+    return out
 
 
-def prompt_cache(model, ids, mask):
-    """Keys and values of left-padded prompts (B, P) but for their last tokens: equal rows are
-    computed once and copied. None where a model keeps no keys: generate then reads every row."""
+def prompt_cache(model, ids, mask, copies=1):
+    """Keys and values of left-padded prompts (B, P) but for their last tokens, `copies` of each;
+    equal rows are computed once. None of a model without keys: generate then reads every row."""
     layers = hf.DynamicCache(config=causal_lm(model).config).layers
-    if ids.shape[1] == 1 or not all(hasattr(x, "batch_select_indices") for x in layers):
+    if not all(hasattr(layer, "batch_select_indices") for layer in layers):
         return None
     once, back = torch.cat([ids, mask.long()], 1).unique(dim=0, return_inverse=True)
     ids, mask = (x[:, :-1] for x in once.chunk(2, 1))
@@ -412,7 +330,7 @@ def prompt_cache(model, ids, mask):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     how = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
     cache = causal_lm(model).base_model(input_ids=ids, **how).past_key_values
-    cache.batch_select_indices(back)
+    cache.batch_select_indices(back.repeat_interleave(copies))
     return cache
 
 
@@ -431,57 +349,39 @@ class SupervisedConfig:
 def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkpoint()):
     """Next-token training of the trainable weights on the answers of (prompt, answer) pairs: the
     mean loss of the last tenth. Kept in the checkpoint each twentieth of the way."""
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id
     steps = config.steps
-    parameters = trainable(model)
+    weights = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
     losses = []
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01, betas=(0.9, 0.98))
     if checkpoint.state:
         losses = checkpoint.state["losses"]
-        restore_training(checkpoint.state, parameters, optimizer)
-    order = draw(len(samples), config.batch, np.random.default_rng([config.seed, 17]))
-    todo = itertools.islice(zip(range(steps), order, strict=False), len(losses), None)
-    set_mode(model, training=True)
+        weights.load_state_dict(checkpoint.state["weights"])
+        optimizer.load_state_dict(checkpoint.state["optimizer"])
+    todo = draw(len(samples), config.batch, steps, [config.seed, 17])[len(losses) :]
     bar = tqdm(todo, name, steps, initial=len(losses), unit="step", mininterval=1, disable=None)
-    for step, rows in bar:
+    for step, rows in enumerate(bar, len(losses)):
         prompts = [prompt_ids(tokenizer, samples[i][0]) for i in rows]
         answers = [answer_ids(tokenizer, samples[i][1]) for i in rows]
         tokens = sum(map(len, answers))
-        total = 0.0
+        losses.append(0.0)
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
-        part = range(len(rows))
         size = config.micro_batch
-        for batch in micro_batches(part, prompts, answers, pad, device, size):
-            # a sum over the tokens of all micro-batches: a mean of their means would weigh the
-            # tokens of short ones more
-            loss = -(token_logps(model, batch) * batch.mask).sum() / tokens
+        for batch in micro_batches(range(config.batch), prompts, answers, model.device, size):
+            logp, _ = logps_and_states(model, batch)
+            # a mean of the micro-batches' means would weigh the tokens of short ones more
+            loss = -(logp * batch.mask).sum() / tokens
             loss.backward()
-            total += loss.item()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+            losses[-1] += loss.item()
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
         bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
         if len(losses) % max(1, steps // 20) == 0 or len(losses) == steps:
-            checkpoint.save({"losses": losses} | training_state(parameters, optimizer))
-    set_mode(model, training=False)
+            state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(state | {"losses": losses})
     return float(np.mean(losses[-max(1, steps // 10) :]))
-
-
-def training_state(parameters, optimizer):
-    """Weights and optimizer of a training, to be stored at once: they are live."""
-    weights = nn.utils.parameters_to_vector(parameters).detach()
-    return {"weights": weights, "optimizer": optimizer.state_dict()}
-
-
-def restore_training(state, parameters, optimizer):
-    """The opposite."""
-    optimizer.load_state_dict(state["optimizer"])
-    weights = state["weights"].to(parameters[0].device, copy=True)
-    nn.utils.vector_to_parameters(weights, parameters)
 
 
 # ----------------------------------------------------------------------------- PPO: its mathematics
@@ -525,19 +425,15 @@ def ppo_loss(logp, values, rollout: Rollout, mask, tokens, clip=0.2, value_coef=
     clipped = rollout.old_values + (values - rollout.old_values).clamp(-clip, clip)
     value = 0.5 * torch.max((values - rollout.returns) ** 2, (clipped - rollout.returns) ** 2)
     loss = ((policy + value_coef * value) * mask).sum() / tokens
-    stats = {
-        "ratio": ratio,
-        "approx_kl": ratio - 1 - logratio,  # the estimator k3: never negative, of low variance
-        "clipfrac": (ratio - 1).abs() > clip,
-    }
+    # the estimator k3: never negative, of low variance
+    kl = ratio - 1 - logratio
+    stats = {"ratio": ratio, "approx_kl": kl, "clipfrac": (ratio - 1).abs() > clip}
     return loss, {name: ((x * mask).sum() / tokens).item() for name, x in stats.items()}
 
 
 # ------------------------------------------------------------------------------- PPO: its loop
 @dataclass(frozen=True)
 class PPOConfig:
-    """Settings of PPO."""
-
     updates: int
     batch: int = 64  # answers sampled an update
     minibatch: int = 32  # answers a step
@@ -556,42 +452,42 @@ class PPOConfig:
 
 
 def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
-    """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows) -> (rewards (B,),
-    {figures to log}), where rows index prompts. Kept in the checkpoint, and the log in config.log,
-    after every update. Returns the log, a dict an update."""
-    device = next(model.parameters()).device
+    """Trains the adapter `policy` (see add_policy) on reward_fn(texts, rows of prompts) -> (rewards
+    (B,), {figures to log}); returns the log, a dict an update, which config.log holds as well."""
     use(model, "policy", trainable=True)
-    head = value_head(model, device)
-    lora = trainable(model)
-    own = list(head.parameters())
+    lora = [p for p in model.parameters() if p.requires_grad]
+    # values are a linear function of the policy's own states, in float32; they start at 0, unbiased
+    head = nn.Linear(model.config.hidden_size, 1).to(model.device)
+    own = [nn.init.zeros_(parameter) for parameter in head.parameters()]
     groups = [{"params": lora, "lr": config.lr}, {"params": own, "lr": config.value_lr}]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
+    weights = nn.ParameterList(lora + own)
     begun = checkpoint.state or {"log": [], "beta": config.beta, "scale": None}
     log, beta, scale = (begun[key] for key in ("log", "beta", "scale"))
     if checkpoint.state:
-        restore_training(checkpoint.state, lora + own, optimizer)
-    order = draw(len(prompts), config.batch, np.random.default_rng([config.seed, 19]))
-    todo = itertools.islice(zip(range(config.updates), order, strict=False), len(log), None)
+        weights.load_state_dict(begun["weights"])
+        optimizer.load_state_dict(begun["optimizer"])
+    todo = draw(len(prompts), config.batch, config.updates, [config.seed, 19])[len(log) :]
     bar = tqdm(todo, "PPO", config.updates, initial=len(log), unit="update", disable=None)
-    for update, rows in bar:
+    for update, rows in enumerate(bar, len(log)):
         # made of seed and update: no random state needs to be saved
         rng = np.random.default_rng([config.seed, 19, update])
         start = time.perf_counter()
         # 1. sample answers
-        set_mode(model, training=False)
+        use(model, "policy")
         asked = [prompts[i] for i in rows]
         sampling = replace(config.sampling, seed=int(rng.integers(2**31)))
         texts, answers = generate(model, tokenizer, asked, sampling)
-        finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers], device=device)
-        mask = pad_ids(answers, 0)[1].to(device)  # (B, R), the EOS included
+        finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers]).to(model.device)
+        _, mask = pad_ids(answers, model.device)  # (B, R), the EOS included
         # 2. score them, in units of the first spread there is
         raw, figures = reward_fn(texts, rows)
-        raw = raw.float().to(device)
+        raw = raw.float().to(model.device)
         if scale is None and 1e-6 < raw.std().item() < float("inf"):
             scale = 1.0 / raw.std().item()
         scores = raw * (scale or 1.0) - config.no_eos_penalty * ~finished
         # 3. reference and old log-probabilities, old values
-        minibatches = shuffled_minibatches(tokenizer, asked, answers, rng, config, device)
+        minibatches = shuffled_minibatches(tokenizer, asked, answers, rng, config, model.device)
         ref_logp, old_logp, old_values = look_back(model, head, minibatches, mask, config)
         # 4. per-token rewards: the KL penalty everywhere, the score on the last real token
         kl = old_logp - ref_logp
@@ -599,47 +495,36 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         rewards[torch.arange(config.batch), mask.sum(1) - 1] += scores
         advantages, returns = gae(rewards, old_values, mask, config.lam)
         # 5. several epochs of clipped updates
-        set_mode(model, training=True)
+        use(model, "policy", trainable=True)
         rollout = Rollout(old_logp, old_values, standardize(advantages, mask), returns)
         steps = update_policy(model, head, optimizer, rollout, minibatches, rng, config)
         # 6. log, adapt beta by at most 2 %
-        row = {"update": update, "beta": beta, "score": scores.mean().item()}
-        row |= {"reward": raw.mean().item(), "reward_std": raw.std().item()}
-        row |= {"kl": kl.sum(1).mean().item(), "eos_rate": finished.float().mean().item()}
-        row |= update_stats(steps, rollout, mask)
+        means = {"score": scores, "reward": raw, "kl": kl.sum(1), "eos_rate": finished.float()}
+        row = {"update": update, "beta": beta, "reward_std": raw.std().item()}
+        row |= {name: x.mean().item() for name, x in means.items()}
+        row |= update_stats(steps, rollout, mask) | figures
         row["tokens_per_s"] = mask.sum().item() / (time.perf_counter() - start)
-        log.append(row | figures)
+        log.append(row)
         if config.log:
             write_atomically(config.log, "".join(json.dumps(row) + "\n" for row in log))
         if config.kl_target:
             beta *= 1 + 0.1 * float(np.clip(row["kl"] / config.kl_target - 1, -0.2, 0.2))
-        state = training_state(lora + own, optimizer)
+        state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint.save(state | {"log": log, "beta": beta, "scale": scale})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
-    set_mode(model, training=False)
     use(model, "policy")
     return log
-
-
-def value_head(model, device) -> nn.Linear:
-    """Values are a linear function of the policy's own states, in float32. It starts at zero, so
-    that values start unbiased."""
-    head = nn.Linear(model.config.hidden_size, 1).to(device)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
 
 
 def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device):
     """The rows of a rollout, shuffled into minibatches: lists of micro-batches. The same ones for
     old, reference and new log-probabilities, or rounding would move the first ratio from 1."""
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    pad = tokenizer.pad_token_id
     shuffled = rng.permutation(len(prompts))
     minibatches = []
     for start in range(0, len(prompts), config.minibatch):
         rows = shuffled[start : start + config.minibatch]
-        minibatches.append(micro_batches(rows, encoded, answers, pad, device, config.micro_batch))
+        minibatches.append(micro_batches(rows, encoded, answers, device, config.micro_batch))
     return minibatches
 
 
@@ -648,31 +533,26 @@ def look_back(model, head, minibatches, mask, config):
     """Before any update: reference and old log-probabilities and old values, recomputed by the
     function of the update and not taken from generate: (B, R) each, padding 0."""
     ref_logp, old_logp, old_values = torch.zeros(3, *mask.shape, device=mask.device)
-    temperature = config.sampling.temperature
-    batches = list(itertools.chain(*minibatches))
-    use(model, "align")
-    for batch in batches:
-        length = batch.mask.shape[1]
-        ref_logp[batch.rows, :length] = token_logps(model, batch, temperature)
-    use(model, "policy", trainable=True)
-    for batch in batches:
-        length = batch.mask.shape[1]
-        logp, values = logps_and_values(model, head, batch, temperature)
-        old_logp[batch.rows, :length] = logp
-        old_values[batch.rows, :length] = values
+    for batch in itertools.chain(*minibatches):
+        tokens = (batch.rows, slice(batch.mask.shape[1]))
+        use(model, "align")
+        ref_logp[tokens], _ = logps_and_states(model, batch, config.sampling.temperature)
+        use(model, "policy")
+        old_logp[tokens], states = logps_and_states(model, batch, config.sampling.temperature)
+        old_values[tokens] = head(states.float()).squeeze(-1)
     return ref_logp * mask, old_logp * mask, old_values * mask
 
 
 def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     """Epochs of clipped updates on one rollout; the statistics of each step."""
-    parameters = trainable(model) + list(head.parameters())
+    parameters = [*model.parameters(), *head.parameters()]
     steps = []
-    order = itertools.chain(*(rng.permutation(len(minibatches)) for _ in range(config.epochs)))
-    for k in order:
+    for k in np.concatenate([rng.permutation(len(minibatches)) for _ in range(config.epochs)]):
         tokens = sum(batch.mask.sum() for batch in minibatches[k])
         step = Counter()
         for batch in minibatches[k]:
-            logp, values = logps_and_values(model, head, batch, config.sampling.temperature)
+            logp, states = logps_and_states(model, batch, config.sampling.temperature)
+            values = head(states.float()).squeeze(-1)
             part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
             loss, stats = ppo_loss(logp, values, part, batch.mask, tokens)
             loss.backward()
@@ -713,19 +593,14 @@ def update_stats(steps, rollout, mask):
 def encode(model, tokenizer, texts, budget=32_768):
     """Text embeddings (len(texts), D) on the CPU, of the base model: token means of its input
     embeddings + 0.3 (chosen on the demo) of its last hidden states, each of norm 1. The last layer
-    guesses the next word, the first one still holds the word itself (Su et al. 2021, arXiv
-    2103.15316)."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    device = next(model.parameters()).device
-    rows = []
-    for text in texts:
-        rows.append(tokenizer(" " + text, add_special_tokens=False)["input_ids"][:256] or [eos])
+    guesses the next word, the first still holds the word (Su et al. 2021, arXiv 2103.15316)."""
+    rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
+    rows = [row[:256] or [tokenizer.eos_token_id] for row in rows]
     means = torch.empty(len(rows), 2 * causal_lm(model).config.hidden_size)
-    groups = list(by_length([len(row) for row in rows], budget))
+    groups = by_length([len(row) for row in rows], budget)
     with model.disable_adapter():
         for group in tqdm(groups, "text embeddings", leave=False, delay=2, disable=None):
-            ids, mask = pad_ids([rows[i] for i in group], pad)
-            ids, mask = ids.to(device), mask.to(device)
+            ids, mask = pad_ids([rows[i] for i in group], model.device)
             first = model.get_input_embeddings()(ids)
             last = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
             both = torch.cat([first, last], -1).float() * mask[..., None]
@@ -752,56 +627,44 @@ class TinyConfig:
 
 
 def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint()):
-    """Saves a Qwen2-shaped model and its own BPE tokenizer in Hugging Face format at path. texts:
-    a list for the tokenizer, which reads the last lesson too. lessons: (name, (prompt, answer)
-    pairs, steps). tags: markup kept as single tokens."""
-    tokenizer = train_tokenizer(texts, lessons[-1][1], tags, config)
+    """Saves a Qwen2-shaped model and its own byte-level BPE tokenizer in Hugging Face format at
+    path. texts: of the tokenizer, beside the last lesson. lessons: (name, (prompt, answer) pairs,
+    steps). tags: markup kept as single tokens."""
+    bpe = ByteLevelBPETokenizer(lowercase=config.lowercase)
+    read = itertools.chain(texts, *lessons[-1][1])
+    size = config.vocab - len(tags)
+    bpe.train_from_iterator(read, size, special_tokens=["<pad>", "<eos>"], show_progress=False)
+    bpe.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in tags])
+    ends = {"pad_token": "<pad>", "eos_token": "<eos>"}
+    raw = Tokenizer.from_str(bpe.to_str())
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=raw, **ends)
     width = config.width
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 4, "num_hidden_layers": config.layers}
-    sizes |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "max_position_embeddings": 2048}
-    sizes |= {"tie_word_embeddings": True, "initializer_range": width**-0.5}
-    shape = hf.Qwen2Config(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    sizes |= {"vocab_size": -(-len(tokenizer) // 64) * 64, "initializer_range": width**-0.5}
+    shape = hf.Qwen2Config(**sizes, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     torch.manual_seed(seed)
     model = hf.Qwen2ForCausalLM(shape).to(config.device)
     initialize_to_copy(model)
     for k, (name, samples, steps) in enumerate(lessons):
         how = SupervisedConfig(steps, config.batch, lr=config.lr, seed=seed)
-        title = f"tiny LLM from scratch, {name}"
-        supervise(model, tokenizer, samples, how, title, checkpoint.part(k))
+        unit = Checkpoint(f"{checkpoint.path}.{k}" if checkpoint.path else "")
+        supervise(model, tokenizer, samples, how, f"tiny LLM, {name}", unit)
     # two runs may make the same model at once
     part = f"{path}.{os.getpid()}.part"
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    if os.path.exists(path):
-        shutil.rmtree(part)
-    else:
+    if not os.path.exists(path):
         os.replace(part, path)
-
-
-def train_tokenizer(texts, samples, tags, config: TinyConfig):
-    """A byte-level BPE tokenizer of these texts."""
-    from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
-
-    bpe = ByteLevelBPETokenizer(lowercase=config.lowercase)
-    bpe.train_from_iterator(
-        [*texts, *itertools.chain(*samples)],
-        vocab_size=config.vocab - len(tags),
-        min_frequency=2,
-        special_tokens=["<pad>", "<eos>"],
-        show_progress=False,
-    )
-    bpe.add_tokens([AddedToken(tag, lstrip=True, normalized=False) for tag in tags])
-    raw = Tokenizer.from_str(bpe.to_str())
-    return hf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+    shutil.rmtree(part, ignore_errors=True)
 
 
 @torch.no_grad()
-def initialize_to_copy(model, sharp=5.0):
-    """Attention of a new model starts by copying what it looks at; it learns to copy words from its
-    prompt in half the steps ("Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828).
-    Head 0 of the first layer looks at the token before and takes it away, or a second word would
-    often be the first one again: its query and key are biases, a position apart (rotary)."""
+def initialize_to_copy(model):
+    """Attention that starts by copying what it looks at learns to copy words from a prompt in half
+    the steps ("Mimetic Initialization of Self-Attention Layers", arXiv 2305.09828). Head 0 of the
+    first layer looks at the token before and takes it away, or a second word would often be the
+    first one again: its query and key are biases, a position apart (rotary)."""
     for layer in model.model.layers:
         nn.init.orthogonal_(layer.self_attn.v_proj.weight)
         layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
@@ -812,15 +675,15 @@ def initialize_to_copy(model, sharp=5.0):
     first.o_proj.weight[:, :size] *= -1
     # radians a position of the three fastest pairs of dimensions
     turn = 10_000.0 ** (-2 * torch.arange(3) / size)
-    first.k_proj.bias[:3] = sharp
-    first.q_proj.bias[:3] = sharp * turn.cos()
-    first.q_proj.bias[size // 2 : size // 2 + 3] = -sharp * turn.sin()
+    first.k_proj.bias[:3] = 5.0
+    first.q_proj.bias[:3] = 5.0 * turn.cos()
+    first.q_proj.bias[size // 2 : size // 2 + 3] = -5.0 * turn.sin()
 
 
 def forecast(name, budget):
-    """{"parameters", "memory_gb"} of an LLM whose config is on disk or in the cache; {} of another.
-    Memory on CUDA by arithmetic, not measured: 0.9 GB a billion weights in 4 bits with adapters and
-    Adam; 2 GB, and 0.75 GB a billion weights, for a pass of 32,768 tokens."""
+    """{"parameters", "memory_gb"} of an LLM whose config is on disk or in the cache, else {}. CUDA
+    memory by arithmetic, not measured: 0.9 GB a billion weights with adapters and Adam, and for a
+    pass of 32,768 tokens 2 GB + 0.75 GB a billion weights."""
     try:
         config = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -828,8 +691,7 @@ def forecast(name, budget):
     except (OSError, ValueError):
         return {}
     n = model.num_parameters()
-    memory = 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768
-    return {"parameters": n, "memory_gb": memory}
+    return {"parameters": n, "memory_gb": 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768}
 
 
 # ===================================================== the two relatives: the LLM as a recommender
@@ -851,9 +713,9 @@ def retrieve(model, tokenizer, prompts, tries, beams=20, budget=32_768):
     paths, trie = tries
     how = {"do_sample": False, "length_penalty": 0.0, "num_beams": beams}
     how |= {"num_return_sequences": beams, "max_new_tokens": max(map(len, paths))}
-    out = torch.full((len(prompts), beams), -1)
-    for i, answers in decode(model, tokenizer, prompts, how, budget, "beam search", trie):
+    out = []
+    for answers in decode(model, tokenizer, prompts, how, budget, "beam search", trie):
         # where few titles are left, beams repeat some
-        found = dict.fromkeys(paths.get(tuple(answer), -1) for answer in answers)
-        out[i, : len(found)] = torch.tensor(list(found))
-    return out
+        found = list(dict.fromkeys(paths.get(tuple(answer), -1) for answer in answers))
+        out.append(found + [-1] * (beams - len(found)))
+    return torch.tensor(out)

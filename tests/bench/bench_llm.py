@@ -113,7 +113,7 @@ def plain_speed(llm, prompts: list, size: int) -> float:
     rl.causal_lm(model).generation_config = hf.GenerationConfig(**how, **ends)
     for k in range(0, len(prompts), size):
         rows = [rl.prompt_ids(tokenizer, prompt) for prompt in prompts[k : k + size]]
-        ids, mask = rl.pad_ids(rows, tokenizer.pad_token_id, left=True)
+        ids, mask = rl.pad_ids(rows, side="left")
         with torch.no_grad():
             made = model.generate(input_ids=ids, attention_mask=mask.long())
         for answer in made[:, ids.shape[1] :].tolist():
