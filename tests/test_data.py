@@ -1146,9 +1146,10 @@ def test_notes_are_printed_and_in_the_report(tmp_path, monkeypatch, capsys):
 class Response(io.BytesIO):
     """What urlopen gives back."""
 
-    def __init__(self, server, body):
+    def __init__(self, server, url, body):
         super().__init__(body)
-        self.server = server
+        self.server, self.url = server, url
+        self.headers = {"Content-Length": str(len(body))}
 
     def read(self, *size):
         if self.server.interrupt:
@@ -1166,11 +1167,12 @@ class Server:
         self.folder = folder  # into which it is downloaded
         self.asked = []
         self.finished = set()  # files under their final names while a response is read
+        self.redirect = ""
         self.interrupt = False
 
     def __call__(self, url, timeout):
         self.asked.append(url)
-        return Response(self, self.files[url.rsplit("/", 1)[1]])
+        return Response(self, self.redirect or url, self.files[url.rsplit("/", 1)[1]])
 
 
 @pytest.fixture
@@ -1219,6 +1221,14 @@ def test_download_that_came_broken_leaves_nothing(server, kind):
     }
     server.files[name] = broken[kind]
     with pytest.raises(data.DataError, match=f"{name} could not be downloaded"):
+        data.load("beauty", str(server.folder))
+    assert os.listdir(server.folder) == []
+
+
+def test_download_that_leaves_https_is_refused(server):
+    """Guards: a redirect to plain http, where anyone on the way may answer."""
+    server.redirect = "http://snap.stanford.edu/x.gz"
+    with pytest.raises(data.DataError, match="leads to http://snap.* not https"):
         data.load("beauty", str(server.folder))
     assert os.listdir(server.folder) == []
 
