@@ -51,8 +51,9 @@ from recommender import ARMS, METHODS, REASON_TEXTS
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where there is CUDA
 # weak targets: which phrases matter is left to the reward
 ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
+# of an answer's advantage: a value head, or the mean of GROUP answers to the same prompt
+BASELINES, GROUP = ("critic", "group"), 8
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
-TRAIN_TIME = (-np.inf, np.inf)  # the period of whatever is judged beside all train events
 TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
 
 
@@ -78,11 +79,12 @@ class Settings:
     max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = option(0, "LLM", "rows a pass; lower to save memory; 0: 16 for tiny or 4")
     knowledge_steps: int = option(600, "LLM", "supervised LoRA steps of the arm knowledge")
-    ppo_updates: int = option(20, "method", "PPO updates (sample, reward, update)")
+    ppo_updates: int = option(0, "method", "PPO updates; 0: 80 for tiny, else 20")
     ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
+    baseline: str = option("critic", "method", "of PPO's advantages", BASELINES)
     ppo_lr: float = option(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
     windows: int = option(2, "method", "time windows of the correction, equal in train events")
-    proposals: int = option(12, "method", "corrections proposed for an item and window")
+    proposals: int = option(0, "method", "for an item and window; 0: 24 for tiny, else 12")
     margin: float = option(0.25, "method", "standard errors that the gain of a correction exceeds")
     method: str = option("curec", "evaluation", "whose arms: CURec's or a relative's", METHODS)
     arms: str = option("", "evaluation", "instead: all, or some of " + ",".join(ARMS))
@@ -128,7 +130,7 @@ def main(run: "Run"):
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
     if reasons and data.truth:
-        add_truth(run.metrics, data, judge, reasons)
+        add_truth(run, data, judge, reasons)
     write_report(run, data, lines)
 
 
@@ -165,8 +167,8 @@ def llm_path(run, data):
     if path and os.path.exists(path):
         return path
     lessons = tiny_lessons(s, data)
-    # 8: raise it when the training changes
-    digest = hashlib.sha256(json.dumps([lessons, s.seed, 8]).encode()).hexdigest()[:12]
+    # 9: raise it when the training changes
+    digest = hashlib.sha256(json.dumps([lessons, s.seed, 9]).encode()).hexdigest()[:12]
     path = os.path.abspath(f"cache/tiny-{data.name}-{digest}")
     if not os.path.exists(path):
         texts = [D.item_text(item) for item in data.items[1:]]
@@ -177,13 +179,14 @@ def llm_path(run, data):
 
 def tiny_lessons(s, data):
     """What the tiny LLM is trained on, one after the other: (name, (prompt, answer) pairs, steps).
-    LANE's answers are among all prompts: a model trained from scratch must learn their form."""
+    For LANE its answers are among all prompts: a model from scratch must learn their form."""
     steps = s.tiny_steps
     rng = np.random.default_rng([s.seed, 41])
     # no more samples than the steps can see
     short = D.alignment_samples(data, min(10_000, 10 * steps), rng, D.Mixture(1.0, people=1))
     every = D.alignment_samples(data, min(20_000, 20 * steps), rng, D.Mixture(1.0))
-    every += D.lane_samples(data, min(3000, 3 * steps), rng)
+    if needed(s)["preferences"]:
+        every += D.lane_samples(data, min(3000, 3 * steps), rng)
     if s.dataset == "demo":
         lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
     else:
@@ -200,7 +203,9 @@ def open_llm(s, path):
     """The LLM in 4 bits with a new adapter, (model, tokenizer), and its text embeddings as a
     function."""
     llm = rl.load(path, s.device, checkpointing=s.device != "cpu", seed=s.seed)
-    return llm, functools.partial(rl.encode, *llm, budget=sampling(s).budget)
+    encode = functools.partial(rl.encode, *llm, budget=sampling(s).budget)
+    # a tiny LLM knows words, and little of sentences
+    return llm, reward.word_means(encode) if s.llm == "tiny" else encode
 
 
 def sampling(s) -> rl.Sampling:
@@ -235,9 +240,10 @@ def fit_reward_model(run, data, encode) -> reward.Judge:
     judge = reward.Judge(data, encode, run.settings.seed)
     fit = run.load("reward")
     if fit is None:
-        fit = run.save({"report": judge.fit(), "weights": judge.model.state_dict()})
-    judge.load_weights(fit["weights"])
-    run.metrics["reward"] = fit["report"]
+        rounds, weights = judge.fit()
+        fit = run.save({"rounds": rounds, "weights": weights})
+    judge.load_weights(fit["weights"][-1])
+    run.metrics["reward"] = fit["rounds"][-1]
     return judge
 
 
@@ -274,7 +280,7 @@ def practice_questions(data, cuts, seed):
 
 def reinforce(run, data, llm, judge, cuts):
     """PPO on the adapter `policy`. The score of an answer is its reward less the mean
-    reward of two answers of `align` to the same prompt."""
+    reward of two answers of `align` to the same prompt; with --baseline group the reward alone."""
     s = run.settings
     train, held_out = practice_questions(data, cuts, s.seed)
     train = train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
@@ -283,7 +289,7 @@ def reinforce(run, data, llm, judge, cuts):
 
     def rewards_of(questions, texts) -> reward.Rewards:
         items, _, shown, audience = zip(*questions, strict=True)
-        return reward.rewards(judge, items, texts, shown, audience, TRAIN_TIME)
+        return reward.rewards(judge, items, texts, shown, audience, reward.TRAIN_TIME)
 
     def sampled_rewards(stage, adapter, questions, name):
         kept = run.load(stage, "ppo")
@@ -295,19 +301,23 @@ def reinforce(run, data, llm, judge, cuts):
     def centred_reward(texts, rows):
         found = rewards_of([train[k] for k in rows], texts)
         logged = {"grounded": float(found.grounded.mean())}
-        logged["format_ok"] = float(found.format_ok.mean())
-        return torch.from_numpy(found.total) - reference[rows], logged
+        logged |= {"format_ok": float(found.format_ok.mean()), "distinct": len(set(texts))}
+        total = torch.from_numpy(found.total)
+        return total if s.baseline == "group" else total - reference[rows], logged
 
     before = sampled_rewards("before", "align", held_out, "held-out prompts before PPO")
-    twice = [q for q in train for _ in range(2)]
-    reference = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
-    reference = reference.view(-1, 2).mean(1)
+    if s.baseline == "critic":
+        twice = [q for q in train for _ in range(2)]
+        reference = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
+        reference = reference.view(-1, 2).mean(1)
     log = run.load("ppo", "ppo")
     if log is None:
         sizes = {"batch": s.ppo_batch, "minibatch": s.ppo_batch // 3, "micro_batch": s.micro_batch}
         # one epoch: fresh answers beat reused ones at this size
         config = rl.PPOConfig(s.ppo_updates, **sizes, epochs=1, lr=s.ppo_lr, seed=s.seed)
         config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
+        if s.baseline == "group":
+            config = replace(config, group=GROUP, lam=1.0, value_coef=0.0)
         prompts = [q.prompt for q in train]
         log = rl.ppo(*llm, prompts, centred_reward, config, run.checkpoint())
         rl.save_adapter(llm[0], s.out, "policy")
@@ -510,7 +520,7 @@ def best_of(run, data, llm, judge, windows, first):
     # the item of each candidate
     items = np.append(numbers[1:], np.repeat(numbers, [len(mine) for mine in prompts]))
     people = [shown[i] for i in items], [audience[i] for i in items]
-    total = reward.rewards(judge, items, candidates, *people, TRAIN_TIME).total
+    total = reward.rewards(judge, items, candidates, *people, reward.TRAIN_TIME).total
     best = [""]
     for i in numbers[1:]:
         mine = np.flatnonzero(items == i)
@@ -553,11 +563,12 @@ def reason_figures(data, llm, judge, reasons):
     out = {}
     for kind, answers in reasons.items():
         texts = [answers[i] for i in items]
-        found = reward.rewards(judge, items, texts, people, others, TRAIN_TIME)
+        found = reward.rewards(judge, items, texts, people, others, reward.TRAIN_TIME)
         out[kind] = {
             "grounded": float(found.grounded.mean()),
             "format_ok": float(found.format_ok.mean()),
             "mean_reward": float(found.total.mean()),
+            "distinct": len({D.parse_answer(answer)[0] for answer in answers[1:]}) / data.n_items,
             "mean_tokens": float(np.mean([len(llm[1](a)["input_ids"]) for a in answers[1:]])),
         }
     return out
@@ -568,19 +579,21 @@ def arm_inputs(s, data, encode, reasons, preferences):
     """What the SASRec of each arm gets: {arm: recommender.Inputs}, as its row of ARMS says. The
     features of a text: its embeddings, whitened. preferences: LANE's (see ask_preferences)."""
     inputs = {}
-    features = {}
+    vectors = {}
     for arm in s.arms.split(","):
         row = ARMS[arm]
+        parts = []
         for kind in row.texts:
-            if kind not in features:
-                vectors = encode(item_texts(s, data, reasons, kind))
-                features[kind] = F.pad(reward.whitening(vectors)(vectors), (0, 0, 1, 0))
-        parts = [features[kind] for kind in row.texts]
+            if kind not in vectors:
+                vectors[kind] = encode(item_texts(s, data, reasons, kind))
+            # many dimensions of a text are an ID in disguise
+            whiten = reward.whitening(vectors[kind], 384 if row.ids else 32)
+            parts.append(F.pad(whiten(vectors[kind]), (0, 0, 1, 0)))
         initial = known = None
         if row.titles:
             initial, known = title_inputs(s, data, encode, row, preferences)
         own = torch.cat(parts, 1) if parts else None
-        inputs[arm] = recommender.Inputs(own, initial, known)
+        inputs[arm] = recommender.Inputs(own, initial, known, row.ids)
     return inputs
 
 
@@ -629,19 +642,24 @@ def train_and_test_arms(run, data, inputs, rank_score):
     run.metrics |= recommender.headroom(run.metrics["arms"])
 
 
-def add_truth(metrics, data, judge, reasons):
-    """Demo only: how true the reasons are, and how well the judge knows it. Read after everything
-    else; feeds nothing."""
-    truth = {name: values[1:] for name, values in data.truth.items()}
+def add_truth(run, data, judge, reasons):
+    """Demo only: how true the reasons are, beside those that counting writes, and how well the
+    judge knows it. Read after everything else; feeds nothing."""
+    metrics = run.metrics
+    truth = data.truth
     named = {}
     for kind, answers in reasons.items():
-        named[kind] = [D.parse_answer(answer)[1] for answer in answers[1:]]
+        named[kind] = [D.parse_answer(answer)[1] for answer in answers]
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
+    shown, _ = one_shot_people(data, judge.seed)
+    metrics["counted_reasons"] = {}
+    for control, phrases in reward.counted_reasons(data, shown).items():
+        metrics["counted_reasons"][control] = reward.truth_figures(phrases, truth)
     curec, bestof = (reward.names_new_driver(named[kind], truth) for kind in ("curec", "bestof"))
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
     row |= recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
     metrics["comparisons"].append(row)
-    metrics["reward"] |= reward.driver_choice(judge, data.truth, TRAIN_TIME)
+    metrics["reward"] |= reward.judge_figures(judge, truth, run.load("reward")["weights"])
 
 
 # ------------------------------------------------------------------------------- the run folder
@@ -774,13 +792,48 @@ def tables(m):
         differences.append(row | {"95 % interval": f"{low:+.4f} .. {high:+.4f}"})
     out = {"Arms: test, whole catalogue, slices of users, popularity audit of the top 10": arms}
     out["Differences, paired over users, or items"] = differences
-    if "headroom" in m:
-        room = {"oracle - content": m["headroom"]["ndcg@10"]}
-        out["Headroom, and the share of it recovered"] = [room | m["headroom"]["recovered"]]
+    for key in [key for key in ("headroom", "headroom_without_ids") if key in m]:
+        name = key.replace("_", " ").capitalize()
+        room = {"oracle - content": m[key]["ndcg@10"]}
+        out[f"{name}, and the share of it recovered"] = [room | m[key]["recovered"]]
     if "reasons" in m:
         out["Reasons"] = [{"reasons": kind} | row for kind, row in m["reasons"].items()]
         out["Correction"] = m["correction"]
+    if "counted_reasons" in m:
+        controls = m["counted_reasons"].items()
+        out["Reasons that counting writes"] = [{"control": name} | row for name, row in controls]
     return out
+
+
+def charts(run):
+    """The course of PPO and the differences of the arms as mermaid charts: {heading: text}."""
+    out = {}
+    rows = [row for row in run.metrics["comparisons"] if row["metric"] == "ndcg@10"]
+    if rows:
+        lines = [[row["ci95"][0] for row in rows], [row["ci95"][1] for row in rows]]
+        names = [f"{row['a']} - {row['b']}" for row in rows]
+        deltas = [row["delta"] for row in rows]
+        heading = "Differences of NDCG@10 (bars) and their 95 % intervals (lines)"
+        out[heading] = chart(names, "NDCG@10", deltas, lines)
+    log = run.folder / "ppo.jsonl"
+    if "ppo" in run.metrics:
+        updates = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = [[row["reward"] for row in updates], [row["kl"] for row in updates]]
+        numbers = [row["update"] for row in updates]
+        out["PPO: reward less its baseline (lower line), KL to align"] = chart(
+            numbers, "nats", [], lines
+        )
+    return out
+
+
+def chart(names, unit, bars, lines):
+    """A mermaid chart, which GitHub and many editors draw."""
+    out = ["```mermaid", "xychart-beta", f"  x-axis {json.dumps(list(map(str, names)))}"]
+    out.append(f'  y-axis "{unit}"')
+    for kind, series in [("bar", bars), *(("line", line) for line in lines)]:
+        if series:
+            out.append(f"  {kind} [{', '.join(f'{x:.4f}' for x in series)}]")
+    return "\n".join([*out, "```"])
 
 
 def write_report(run, data, lines):
@@ -801,6 +854,8 @@ def write_report(run, data, lines):
     for heading, rows in tables(m).items():
         parts.append(f"## {heading}\n\n{markdown(rows)}")
     print("", *parts, f"report: {run.folder / 'report.md'}", sep="\n\n")
+    for heading, text in charts(run).items():
+        parts.append(f"## {heading}\n\n{text}")
     judged = [line for line in lines if line["timeline"]]
     judged.sort(key=lambda line: standing(line["timeline"][-1]), reverse=True)
     if judged:
@@ -886,11 +941,11 @@ def look(flags):
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
     judge = reward.Judge(data, encode, s.seed)
-    judge.load_weights(kept["weights"])
+    judge.load_weights(kept["weights"][-1])
     people = [[group[number]] for group in one_shot_people(data, s.seed)]
     reasons = [flags.score, lines[number - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
-    found = reward.rewards(judge, [number], answers, *people, TRAIN_TIME)
+    found = reward.rewards(judge, [number], answers, *people, reward.TRAIN_TIME)
     rows = []
     for k, reason in enumerate(reasons):
         parts = ("total", "shown", "audience", "grounded", "format_ok")
@@ -904,7 +959,7 @@ QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
 # flags that are no setting of a run
 NOT_KEPT = ("resume", "dry_run", "debug", "run", "explain", "score", "item")
 # the least that is allowed, 0 else
-LEAST = dict.fromkeys("seeds windows epochs proposals ppo_updates".split(), 1)
+LEAST = dict.fromkeys("seeds windows epochs".split(), 1)
 LEAST |= {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "align_steps": 1, "knowledge_steps": 1}
 
 
@@ -946,8 +1001,10 @@ def resolve(s):
     if not torch.cuda.is_available():
         devices = ["cpu"]
     device = s.device or devices[0]
-    known = [arm for arm in ARMS if arm != "oracle" or demo]
-    arms = [arm for arm in known if s.method in ARMS[arm].methods.split()]
+    known = [arm for arm in ARMS if "truth" not in ARMS[arm].texts or demo]
+    # arms of the method "demo" run there beside those of curec
+    methods = {s.method, "demo"} if demo and s.method == "curec" else {s.method}
+    arms = [arm for arm in known if methods & set(ARMS[arm].methods.split())]
     if s.arms:
         arms = known if s.arms == "all" else s.arms.split(",")
     if s.arms and s.method != "curec":
@@ -959,6 +1016,8 @@ def resolve(s):
         raise D.DataError(f"--device {device}: choose from {', '.join(devices)}")
     if demo and (s.limit_items or s.limit_users or s.ties != "file"):
         raise D.DataError("--limit-items, --limit-users and --ties are for real data")
+    if s.baseline == "group" and s.ppo_batch % GROUP:
+        raise D.DataError(f"--ppo-batch {s.ppo_batch}: with --baseline group a multiple of {GROUP}")
     for f in fields(Settings):
         value = getattr(s, f.name)
         # "not" before the comparison: nan is refused too
@@ -970,6 +1029,8 @@ def resolve(s):
         "tiny_steps": 1000 if demo else 4000,
         "max_new": 24 if tiny else 128,
         "micro_batch": 16 if tiny else 4,
+        "ppo_updates": 80 if tiny else 20,
+        "proposals": 24 if tiny else 12,
         "ppo_lr": 1.5e-3 if tiny else 1e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
     }

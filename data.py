@@ -30,8 +30,9 @@ from functools import cached_property
 import numpy as np
 from tqdm import tqdm
 
-# prompts: items shown of each history; users shown; words of a title and of an item's text
-PROMPT_HISTORY, PEOPLE = 3, 4
+# prompts: items shown of each history (what was chosen just before says most); users shown; words
+# of a title and of an item's text
+PROMPT_HISTORY, PEOPLE = 1, 8
 TITLE_WORDS, TEXT_WORDS = 12, 40
 # a word that fewer items have tells which item it is: the reward's encoder never sees it
 MIN_ITEMS = 5
@@ -168,14 +169,18 @@ ASPECTS = np.array(
     "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance "
     "humour calm".split()
 )
+MOVES_ON = 0.5
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
 
 
 def demo(seed, n_users=1000, n_items=500) -> Dataset:
-    """A shop whose every item says five aspects but is chosen for two of them (the drivers; the
-    rest are decoys). 25 % of the items swap one driver half-way through time; 30 % of the users
-    swap one of their three needs. A user picks item i at time t with probability proportional to
-    exp(4 m + 2 [m = 2] + popularity_i), where m = |drivers(i, t) & needs(u, t)|."""
+    """A shop in which needs move on: what people look for next is often not what their history
+    says, but what follows it. Every item says five aspects and is chosen for two of them (the
+    drivers; the rest are decoys); 25 % of the items swap one driver half-way through time. A user
+    has two needs. When a choice meets one, it moves on with probability MOVES_ON to the need that
+    follows it on a hidden circle of all aspects: after the tent comes the sleeping bag. A user
+    picks item i at time t with probability proportional to exp(6 m + 2 [m = 2] + popularity_i),
+    where m = |drivers(i, t) & needs(u, t)|."""
     rng = np.random.default_rng([seed, 7])
     n_aspects = len(ASPECTS)
     span = 100_000_000  # seconds: about three years
@@ -188,18 +193,21 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
     # (n_items, n_aspects), in the first and in the second half of time
     drives = [(half[..., None] == np.arange(n_aspects)).any(1) for half in (early, late)]
     popularity = rng.normal(0, 0.3, n_items)
+    circle = rng.permutation(n_aspects)
+    follower = np.empty(n_aspects, int)
+    follower[circle] = np.roll(circle, -1)
     seqs, times = [], []
     for _ in range(n_users):
-        wants = rng.permutation(n_aspects)[:4]
-        needs = [wants[:3], wants[1:] if rng.random() < 0.3 else wants[:3]]
+        needs = rng.permutation(n_aspects)[:2]
         when = np.sort(rng.integers(0, span, rng.integers(9, 14)))
         chosen = []
         for t in when:
-            half = int(t > span // 2)
-            matches = drives[half][:, needs[half]].sum(1)
-            utility = 4 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
+            met = drives[int(t > span // 2)][:, needs]  # (n_items, 2)
+            matches = met.sum(1)
+            utility = 6 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             utility[chosen] = -np.inf
             chosen.append(utility.argmax())
+            needs = next_needs(needs, met[chosen[-1]] & (rng.random(2) < MOVES_ON), follower)
         seqs.append(np.array(chosen) + 1)
         times.append(when + 1_400_000_000)
     items = [{}]
@@ -209,8 +217,20 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
     truth = {"since": [span // 2 + 1_400_000_000] * (n_items + 1)}
     for name, drivers in (("early", early), ("late", late)):
         truth[name] = [(), *map(tuple, ASPECTS[drivers].tolist())]
+    truth |= {"popularity": [0.0, *popularity.tolist()], "follower": follower.tolist()}
     users = [f"user{u}" for u in range(n_users)]
     return Dataset("demo", items, users, seqs, times, truth=truth)
+
+
+def next_needs(needs, moving, follower):
+    """A user's two needs, those that move replaced by their followers; two different needs, so a
+    follower that the user has already is passed over."""
+    needs = needs.copy()
+    for k in np.flatnonzero(moving):
+        needs[k] = follower[needs[k]]
+        if needs[k] == needs[1 - k]:
+            needs[k] = follower[needs[k]]
+    return needs
 
 
 # ------------------------------------------------------------------------- prompts and answers
@@ -631,25 +651,17 @@ def download(path, url):
 
 
 # =================================================================== the two relatives: samples
-# prompts after LANE (arXiv 2407.02833)
-LANE = {
-    "prefer": (
-        f"You know what people look for. Name {PREFERENCES} different preferences, names only, "
-        "that explain best what this person chooses next, as JSON: "
-        '{{"preferences": ["...", "..."]}}'
-    ),
-    "explain": (
-        "Preferences and their weights: {}\nItem: {}\nExplain step by step: which choices show "
-        "each preference; how well, 0 to 1, the item fits it; that times its weight as low, "
-        "medium or high; then recommend the item."
-    ),
-}
+# a prompt after LANE (arXiv 2407.02833)
+PREFER = (
+    f"You know what people look for. Name {PREFERENCES} different preferences, names only, that "
+    'explain best what this person chooses next, as JSON: {{"preferences": ["...", "..."]}}'
+)
 
 
-def history_question(data, history, task, *about):
-    """A question of one of the two relatives (TASKS, LANE) about the last items of a history."""
+def history_question(data, history, task):
+    """A question of one of the two relatives, `next` or `prefer`, about the end of a history."""
     chosen = "; ".join(data.titles[i] for i in history[-RELATIVES_HISTORY:])
-    return f"Chosen in order: {chosen}\n" + (TASKS | LANE)[task].format(*about)
+    return f"Chosen in order: {chosen}\n" + (TASKS | {"prefer": PREFER})[task].format()
 
 
 def parse_preferences(text):
@@ -661,46 +673,18 @@ def parse_preferences(text):
     return names if len(different) == len(names) == PREFERENCES else []
 
 
-def said_most(data, history):
-    """The PREFERENCES most frequent phrases of the items of a history, or fewer."""
-    said = Counter(w for i in history[-RELATIVES_HISTORY:] for w in data.phrases[i])
-    return [w for w, _ in said.most_common(PREFERENCES)]
-
-
 def lane_samples(data, n, rng):
     """n (prompt, answer) pairs that teach a model trained from scratch the form of LANE's answers;
-    a pretrained LLM needs none. Weak targets: preferences are the most frequent phrases of the
-    history's items, and an item fits one if it says it."""
-    rich = [seq for seq in data.train if len(said_most(data, seq)) == PREFERENCES]
+    a pretrained LLM needs none. Weak targets: the most frequent phrases of the history's items."""
     samples = []
-    while rich and len(samples) < n:
-        seq = rich[rng.integers(len(rich))]
-        item = rng.integers(1, data.n_items + 1)
-        explain = rng.integers(3) == 2
-        past = seq[: rng.integers(1, len(seq) + 1)]
+    # of a poor catalogue fewer, or none
+    for user in rng.integers(len(data.train), size=4 * n):
+        seq = data.train[user]
+        past = seq[: rng.integers(1, len(seq) + 1)] if len(seq) else seq
+        said = Counter(w for i in past[-RELATIVES_HISTORY:] for w in data.phrases[i])
         # in alphabetical order: a model that has learnt to go on in it repeats nothing
-        names = sorted(said_most(data, past))
-        if len(names) < PREFERENCES:
-            continue
-        if explain:
-            samples.append(explanation(data, past, item, names, rng))
-        else:
+        names = sorted(w for w, _ in said.most_common(PREFERENCES))
+        if len(names) == PREFERENCES and len(samples) < n:
             question = history_question(data, past, "prefer")
             samples.append((question, json.dumps({"preferences": names})))
     return samples
-
-
-def explanation(data, past, item, names, rng):
-    """LANE's question for an explanation (weights drawn at random), and an answer."""
-    weights = rng.dirichlet(np.full(PREFERENCES, 3.0)).round(2)
-    fitting = [name for name in names if name in data.phrases[item]]
-    weighted, steps = [], []
-    for name, weight in zip(names, weights, strict=True):
-        title = next(data.titles[i] for i in past[::-1] if name in data.phrases[i])
-        fits = name in fitting
-        level = "low" if not fits else "medium" if weight < 0.2 else "high"
-        weighted.append(f"{name} {weight:.2f}")
-        steps.append(f"{name} in {title} , fit {fits:d} , {level}")
-    answer = " ; ".join([*steps, "it has " + " and ".join(fitting or ["something new"])])
-    about = (", ".join(weighted), item_text(data.items[item]))
-    return history_question(data, past, "explain", *about), answer

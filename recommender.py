@@ -44,7 +44,7 @@ MIN_STEPS = 250  # no early stopping before: large features can start with a dip
 EVERY = 2  # epochs from one validation to the next: averaged weights change slowly
 SCORES_AT_ONCE = 800_000  # scores ranked in one batch: more leave the processor's cache
 MISS = -1e9  # score of an item that an arm did not consider: behind all others, in no list
-CUTOFFS = (5, 10, 20)  # k of HR@k and NDCG@k
+CUTOFFS = (5, 10, 20, 50)  # k of HR@k and NDCG@k
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -86,6 +86,7 @@ class Inputs:
     features: torch.Tensor | None = None  # (n_items + 1, F), of mean norm 1, row 0 zeros
     initial: torch.Tensor | None = None  # (n_items + 1, width): ID embeddings before training
     preferences: tuple | None = None  # what LANE's layer knows of the users (see Alignment)
+    ids: bool = True  # False: an item's vector is its features alone
 
 
 class SASRec(nn.Module):
@@ -105,7 +106,8 @@ class SASRec(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
         if inputs.initial is not None:
             self.item.weight.data.copy_(inputs.initial)
-        nn.init.zeros_(self.item.weight[0])
+        nn.init.zeros_(self.item.weight[0] if inputs.ids else self.item.weight)
+        self.item.weight.requires_grad_(inputs.ids)
         # made last: every arm draws the same random numbers for the shared parts
         if inputs.features is not None:
             self.register_buffer("features", inputs.features)
@@ -357,6 +359,7 @@ class Arm:
     texts: tuple = ()  # what its item features are embeddings of, side by side
     against: tuple = ()  # arms that it is compared with, where both run
     methods: str = ""  # the --method that run it by default
+    ids: bool = True  # False: an item's vector is its features alone
     baseline: Callable | None = None  # counts in place of SASRec
     titles: bool = False  # ID embeddings start as the embeddings of titles
     preferences: str = ""  # LANE's layer over "own" preferences, or another user's: "shuffled"
@@ -383,6 +386,20 @@ ARMS = {
     "lane": Arm((), ("id", "text-init", "lane-placebo"), "lane", titles=True, preferences="own"),
     "knowledge": Arm((), ("id", "markov"), "knowledge", one_seed=True),
     "oracle": Arm(("item", "truth"), ("content",), "curec"),
+    # what an ID learns from twenty choices hides a reason that is right four times in five: the
+    # same without IDs, as for a new item, where text has to carry everything
+    "content-only": Arm(("item",), (), "demo", ids=False),
+    "placebo-only": Arm(("item", "shuffled"), ("content-only",), "demo", ids=False),
+    "aligned-only": Arm(("item", "aligned"), ("content-only",), "demo", ids=False),
+    "rl-only": Arm(("item", "rl"), ("content-only", "aligned-only"), "demo", ids=False),
+    "bestof-only": Arm(("item", "bestof"), ("content-only",), "demo", ids=False),
+    "curec-only": Arm(
+        ("item", "curec"),
+        ("content-only", "placebo-only", "rl-only", "bestof-only"),
+        "demo",
+        ids=False,
+    ),
+    "oracle-only": Arm(("item", "truth"), ("content-only",), "demo", ids=False),
 }
 METHODS = ("curec", "lane", "knowledge")
 
@@ -446,16 +463,21 @@ def compare(ranks_by_arm):
 
 
 def headroom(entries):
-    """oracle - content, and how much of it each arm that adds reasons recovers; {} without them."""
-    if not {"oracle", "content"} <= set(entries):
-        return {}
+    """oracle - content, with IDs and without, and how much of it each arm that adds reasons
+    recovers; {} without these arms."""
+    out = {}
     value = {arm: np.mean(entry["test"]["ndcg@10"]).item() for arm, entry in entries.items()}
-    room = value["oracle"] - value["content"]
-    recovered = {}
-    for arm in entries:
-        if room > 0 and set(ARMS[arm].texts) & set(REASON_TEXTS):
-            recovered[arm] = (value[arm] - value["content"]) / room
-    return {"headroom": {"ndcg@10": room, "recovered": recovered}}
+    for key, ending in (("headroom", ""), ("headroom_without_ids", "-only")):
+        if not {"oracle" + ending, "content" + ending} <= set(entries):
+            continue
+        room = value["oracle" + ending] - value["content" + ending]
+        recovered = {}
+        for arm in entries:
+            reasons = set(ARMS[arm].texts) & set(REASON_TEXTS)
+            if room > 0 and reasons and ARMS[arm].ids == (ending == ""):
+                recovered[arm] = (value[arm] - value["content" + ending]) / room
+        out[key] = {"ndcg@10": room, "recovered": recovered}
+    return out
 
 
 def workers(device, fits):

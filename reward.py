@@ -21,7 +21,9 @@ Left out: an LLM as judge, preference data in pairs.
 """
 
 import copy
+from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -39,7 +41,10 @@ STATES = 256  # |N|
 MAX_AUDIENCE = 16  # most users of an audience
 JUDGE_HISTORY = 20  # items of a history that the user tower reads
 EMBEDDING_SIZE = 128  # of whitened embeddings
-BATCH, LEARNING_RATE = 256, 2e-4
+BATCH, LEARNING_RATE = 256, 2e-3
+ROUNDS = 3  # of training; each learns from the reasons that the round before has chosen ...
+CHOSEN_SHARE, CANDIDATES = 0.8, 16  # ... in so many draws, the best of so many
+TRAIN_TIME = (-np.inf, np.inf)  # the period of what all train events judge
 HELD_OUT = 2000  # most held-out events that choose the epoch
 
 
@@ -80,6 +85,21 @@ def load_encoder(name, device="cpu", batch=64):
         return out
 
     return encode
+
+
+def word_means(encode):
+    """An encoder of texts as the means of their words, each encoded once and alone: nothing is left
+    of a text that could tell which item it is, but its words."""
+    known = {}
+
+    def encode_words(texts):
+        split = [D.words(text) for text in texts]
+        new = sorted({word for text in split for word in text} - known.keys())
+        if new:
+            known.update(zip(new, encode(new), strict=True))
+        return torch.stack([torch.stack([known[w] for w in text]).mean(0) for text in split])
+
+    return encode_words
 
 
 # ------------------------------------------------------------------------------- the reward model
@@ -137,13 +157,39 @@ class Judge:
         once, place = np.unique(masked, return_inverse=True)
         return self.whiten(self.raw_encode(once.tolist())[torch.from_numpy(place)])
 
-    def fit(self, epochs=30, patience=6, per_epoch=20_000):
+    def fit(self, rounds=ROUNDS, **how):
+        """Trains in rounds, each from scratch; the last model stays. After a round the judge
+        chooses a reason for every item, and the next learns from these most of the time: better
+        reasons make a better judge. Returns (a dict of figures a round, the weights before training
+        and after each round)."""
+        chosen = None
+        figures = []
+        weights = [copy.deepcopy(self.model.state_dict())]
+        for number in range(1, rounds + 1):
+            figures.append(self.fit_round(number, chosen, **how))
+            weights.append(copy.deepcopy(self.model.state_dict()))
+            chosen = self.choose_reasons(number)
+        return figures, weights
+
+    def draw_reasons(self, items, chosen, rng):
+        """A reason for each of these items: its chosen one, or two or three phrases at random. One
+        that stayed the same would become an item ID."""
+        reasons = []
+        for i in items:
+            if chosen and rng.random() < CHOSEN_SHARE:
+                reasons.append(chosen[i])
+            else:
+                reasons.append(D.random_reason(self.data, i, rng, rng.integers(2, 4)))
+        return reasons
+
+    def fit_round(self, number, chosen=None, epochs=60, patience=6, per_epoch=20_000):
         """Trains on the train events of users and items that are not held out; the best epoch on
-        held-out users x items stays, the untrained model being epoch 0. Returns {"auc_heldout",
-        "epochs", "best_epoch"}."""
+        held-out users x items stays, the untrained model being epoch 0. chosen: a reason an item
+        (index 0 empty). Returns {"auc_heldout", "auc_untrained", "epochs", "best_epoch"}."""
         data = self.data
-        model = self.model
-        rng = np.random.default_rng([self.seed, 23])
+        torch.manual_seed(self.seed)
+        self.model = model = RewardModel(self.items.shape[1])
+        rng = np.random.default_rng([self.seed, 23, number])
         user, item = data.events["user"], data.events["item"]
         held_users, held_items = held_out(data, self.seed)
         train = np.flatnonzero(~held_users[user] & ~held_items[item])
@@ -154,22 +200,20 @@ class Judge:
             raise D.DataError(f"{data.name}: too few events to train the reward model; take more")
         # of all of them: they are sorted by time
         held = np.random.default_rng([self.seed, 71]).permutation(held)[:HELD_OUT]
-        draws = []
-        for _ in range(4):
-            draws.append(self.encode([D.random_reason(data, i, rng) for i in tested_items]))
+        draws = [self.encode(self.draw_reasons(tested_items, chosen, rng)) for _ in range(4)]
         others = [p for p in model.parameters() if p is not model.P.weight]
         optimizer = torch.optim.AdamW(others, LEARNING_RATE, weight_decay=0.01)
         # the shared space may turn slowly only
         optimizer.add_param_group({"params": [model.P.weight], "lr": LEARNING_RATE * 0.1})
-        best, best_epoch = self.auc(held, tested_items, draws), 0
-        best_weights = copy.deepcopy(model.state_dict())
-        bar = tqdm(range(1, epochs + 1), "reward model", unit="epoch", disable=None)
+        untrained = best = self.auc(held, tested_items, draws)
+        best_epoch, best_weights = 0, copy.deepcopy(model.state_dict())
+        name = f"reward model, round {number}"
+        bar = tqdm(range(1, epochs + 1), name, unit="epoch", disable=None)
         for epoch in bar:
-            rng = np.random.default_rng([self.seed, 23, epoch])
+            rng = np.random.default_rng([self.seed, 23, number, epoch])
             torch.manual_seed(int(rng.integers(2**31)))
             model.train()
-            reasons = [D.random_reason(data, i, rng, rng.integers(2, 4)) for i in train_items]
-            vectors = self.encode(reasons)
+            vectors = self.encode(self.draw_reasons(train_items, chosen, rng))
             order = rng.permutation(train)[:per_epoch]
             for events in np.split(order, range(BATCH, len(order), BATCH)):
                 loss = F.cross_entropy(*self.choices(events, train_items, vectors))
@@ -183,7 +227,24 @@ class Judge:
             if epoch >= best_epoch + patience:
                 break
         self.load_weights(best_weights)
-        return {"epochs": epoch, "best_epoch": best_epoch, "auc_heldout": best}
+        report = {"auc_heldout": best, "auc_untrained": untrained}
+        return report | {"epochs": epoch, "best_epoch": best_epoch}
+
+    def choose_reasons(self, number):
+        """For every item the best of CANDIDATES random reasons, by the users who chose it and are
+        not held out (index 0 empty)."""
+        data = self.data
+        rng = np.random.default_rng([self.seed, 67, number])
+        held_users, _ = held_out(data, self.seed)
+        reasons, people = [], []
+        for i in range(1, data.n_items + 1):
+            events = rng.permutation(data.events_by_item[i])
+            events = events[~held_users[data.events["user"][events]]][:MAX_AUDIENCE]
+            reasons += [D.random_reason(data, i, rng) for _ in range(CANDIDATES)]
+            people += [events] * CANDIDATES
+        liked = mean_of_each(self.lifts(reasons, people, TRAIN_TIME))
+        best = liked.reshape(-1, CANDIDATES).argmax(1)
+        return ["", *np.array(reasons).reshape(-1, CANDIDATES)[np.arange(len(best)), best].tolist()]
 
     def choices(self, events, items, vectors):
         """What B events give each of these items, known by a reason each (whitened embeddings):
@@ -296,7 +357,8 @@ def mean_of_each(arrays):
 # ------------------------------------------------- truth: figures of the demo, which feed nothing
 def truth_figures(named, truth):
     """Of the phrases named, the share that are drivers (chance .4); of the drivers, the share
-    named; of the new drivers, too. named: phrases an item; truth: see data.Dataset; no index 0."""
+    named; of the new drivers, too. named: phrases an item, index 0 empty; truth: see
+    data.Dataset."""
     hits = sum(len(set(n) & set(t)) for n, t in zip(named, truth["late"], strict=True))
     return {
         "truth_precision": hits / max(1, sum(len(set(phrases)) for phrases in named)),
@@ -315,10 +377,41 @@ def names_new_driver(named, truth):
     return out
 
 
-def driver_choice(judge: Judge, truth, period):
-    """How often the audience prefers two true drivers to two decoys, and of how many items: held
-    out from the judge's training, with two or more users held out too; where a driver changed,
-    users of the second half."""
+def counted_reasons(data, shown):
+    """Controls for truth: reasons that counting writes, {control: phrases an item, index 0 empty}.
+    The two phrases that the histories just before the users shown say most often, or those before
+    all train users, or the one of them; the two that most of the catalogue says."""
+    out = {"shared, shown": [], "shared, all": [], "most shared": [], "frequent": []}
+    for i in range(data.n_items + 1):
+        own = data.phrases[i]
+        people = {"shared, shown": shown[i], "shared, all": data.events_by_item[i]}
+        for name, events in people.items():
+            said = Counter()
+            for e in events:
+                said.update(D.words(data.titles[data.history(e)[-1]]))
+            ranked = sorted(own, key=lambda w: -said[w])
+            out[name].append(ranked[:2])
+        out["most shared"].append(ranked[:1])
+        out["frequent"].append(sorted(own, key=lambda w: -data.document_frequency[w])[:2])
+    return out
+
+
+def judge_figures(judge: Judge, truth, weights):
+    """What the judge knows of the truth before its training ("_untrained"), after earlier rounds
+    ("_round_1") and at last. weights: as Judge.fit returns them."""
+    out = {}
+    names = ["_untrained", *(f"_round_{n}" for n in range(1, len(weights) - 1)), ""]
+    for name, weight in zip(names, weights, strict=True):
+        judge.load_weights(weight)
+        out["driver_choice" + name] = driver_choice(judge, truth)
+        out["best_pairs" + name] = truth_figures(best_pairs(judge, truth), truth)["truth_precision"]
+    return out
+
+
+def driver_choice(judge: Judge, truth):
+    """How often the audience prefers two true drivers to two decoys, of items held out from the
+    judge's training, with two or more users held out too; where a driver changed, users of the
+    second half."""
     data = judge.data
     people, pairs, decoys = [], [], []
     rng = np.random.default_rng([judge.seed, 31])
@@ -335,6 +428,22 @@ def driver_choice(judge: Judge, truth, period):
             pairs.append(D.REASON.format(*late))
             others = rng.permutation([p for p in data.phrases[i] if p not in late])
             decoys.append(D.REASON.format(*others[:2]))
-    true = mean_of_each(judge.lifts(pairs, people, period))
-    false = mean_of_each(judge.lifts(decoys, people, period))
-    return {"driver_choice": float(np.mean(true > false)), "driver_items": len(people)}
+    true = mean_of_each(judge.lifts(pairs, people, TRAIN_TIME))
+    false = mean_of_each(judge.lifts(decoys, people, TRAIN_TIME))
+    return float(np.mean(true > false))
+
+
+def best_pairs(judge: Judge, truth):
+    """Of all pairs of an item's phrases the one that its users of the second half (up to 8, at
+    least 4) like most: its phrases, none without these users; an item each, index 0 empty."""
+    data = judge.data
+    second_half = data.events["time"] > truth["since"][1]
+    named = [()]
+    for i in range(1, data.n_items + 1):
+        events = data.events_by_item[i]
+        events = events[second_half[events]][:8]
+        pairs = list(combinations(data.phrases[i], 2)) if len(events) >= 4 else [()]
+        reasons = [D.REASON_START + " and ".join(pair) for pair in pairs]
+        liked = judge.lifts(reasons, [events] * len(pairs), (truth["since"][1], np.inf))
+        named.append(pairs[mean_of_each(liked).argmax()])
+    return named

@@ -391,6 +391,15 @@ def standardize(x, mask):
     return x * (x[mask].square().mean() + 1e-8).rsqrt()
 
 
+def group_advantages(scores, size):
+    """Scores (B,) of `size` answers a prompt, prompt by prompt: how far each is above its prompt's
+    mean, in units of their spread (at least a tenth of the scores' unit: equal answers teach
+    nothing)."""
+    groups = scores.view(-1, size)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred / groups.std(1, keepdim=True).clamp(min=0.1)).flatten()
+
+
 def gae(rewards, values, mask, lam=0.95):
     """Generalised advantage estimation with gamma = 1: advantages and returns (B, R). The value
     after a row's last real token is 0; padding stays 0. Returns come from unwhitened advantages."""
@@ -414,7 +423,7 @@ class Rollout(NamedTuple):
     returns: torch.Tensor
 
 
-def ppo_loss(logp, values, rollout: Rollout, mask, tokens, clip=0.2, value_coef=0.1):
+def ppo_loss(logp, values, rollout: Rollout, mask, tokens, value_coef=0.1, clip=0.2):
     """Clipped policy and value losses of a micro-batch, as a sum over its real tokens divided by
     `tokens`, those of the whole minibatch; and statistics, divided alike."""
     # clamped: one wild token must not make the exponential overflow
@@ -446,6 +455,10 @@ class PPOConfig:
     kl_stop: float = 0.03  # per-token KL to the rollout's policy at which an update ends
     no_eos_penalty: float = 1.0  # taken from the scaled score of an unfinished answer
     lam: float = 0.95
+    value_coef: float = 0.1  # weight of the value loss
+    # answers a prompt. More than 1: their mean is the baseline (GRPO, arXiv 2402.03300); without a
+    # critic (value_coef 0, values stay 0) and with lam 1 all tokens then have one advantage
+    group: int = 1
     sampling: Sampling = Sampling()
     seed: int = 0
     log: str = ""  # a file for the log, a line of JSON an update
@@ -467,7 +480,8 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     if checkpoint.state:
         weights.load_state_dict(begun["weights"])
         optimizer.load_state_dict(begun["optimizer"])
-    todo = draw(len(prompts), config.batch, config.updates, [config.seed, 19])[len(log) :]
+    order = draw(len(prompts), config.batch // config.group, config.updates, [config.seed, 19])
+    todo = order.repeat(config.group, 1)[len(log) :]
     bar = tqdm(todo, "PPO", config.updates, initial=len(log), unit="update", disable=None)
     for update, rows in enumerate(bar, len(log)):
         # made of seed and update: no random state needs to be saved
@@ -486,6 +500,8 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         if scale is None and 1e-6 < raw.std().item() < float("inf"):
             scale = 1.0 / raw.std().item()
         scores = raw * (scale or 1.0) - config.no_eos_penalty * ~finished
+        if config.group > 1:
+            scores = group_advantages(scores, config.group)
         # 3. reference and old log-probabilities, old values
         minibatches = shuffled_minibatches(tokenizer, asked, answers, rng, config, model.device)
         ref_logp, old_logp, old_values = look_back(model, head, minibatches, mask, config)
@@ -554,7 +570,7 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
             logp, states = logps_and_states(model, batch, config.sampling.temperature)
             values = head(states.float()).squeeze(-1)
             part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
-            loss, stats = ppo_loss(logp, values, part, batch.mask, tokens)
+            loss, stats = ppo_loss(logp, values, part, batch.mask, tokens, config.value_coef)
             loss.backward()
             # Counter.update adds up
             step.update(stats | {"loss": loss.item()})
