@@ -196,11 +196,14 @@ class Judge:
         train_items = np.flatnonzero(~held_items[1:]) + 1
         held = np.flatnonzero(held_users[user] & held_items[item])
         tested_items = np.flatnonzero(held_items)
-        if not len(train) or not len(held) or len(tested_items) < 2:
+        if not len(train):
             raise D.DataError(f"{data.name}: too few events to train the reward model; take more")
         # of all of them: they are sorted by time
         held = np.random.default_rng([self.seed, 71]).permutation(held)[:HELD_OUT]
-        draws = [self.encode(self.draw_reasons(tested_items, chosen, rng)) for _ in range(4)]
+        draws = []
+        # of few people nothing can be held out: then the untrained model stays
+        for _ in range(4 if len(held) and len(tested_items) > 1 else 0):
+            draws.append(self.encode(self.draw_reasons(tested_items, chosen, rng)))
         others = [p for p in model.parameters() if p is not model.P.weight]
         optimizer = torch.optim.AdamW(others, LEARNING_RATE, weight_decay=0.01)
         # the shared space may turn slowly only
@@ -227,8 +230,8 @@ class Judge:
             if epoch >= best_epoch + patience:
                 break
         self.load_weights(best_weights)
-        report = {"auc_heldout": best, "auc_untrained": untrained}
-        return report | {"epochs": epoch, "best_epoch": best_epoch}
+        measured = {"auc_heldout": best, "auc_untrained": untrained} if draws else {}
+        return measured | {"epochs": epoch, "best_epoch": best_epoch}
 
     def choose_reasons(self, number):
         """For every item the best of CANDIDATES random reasons, by the users who chose it and are
@@ -256,8 +259,10 @@ class Judge:
     @torch.no_grad()
     def auc(self, events, items, draws):
         """How often the chosen item's reason scores above another's: mean over draws of a reason an
-        item; chance .5."""
+        item; chance .5, also without draws."""
         self.model.eval()
+        if not draws:
+            return 0.5
         values = []
         for vectors in draws:
             scores, column = self.choices(events, items, vectors)
