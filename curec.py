@@ -79,7 +79,7 @@ class Settings:
     max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = option(0, "LLM", "rows a pass; lower to save memory; 0: 16 for tiny or 4")
     knowledge_steps: int = option(600, "LLM", "supervised LoRA steps of the arm knowledge")
-    ppo_updates: int = option(0, "method", "PPO updates; 0: 80 for tiny, else 20")
+    ppo_updates: int = option(0, "method", "PPO updates; 0: 60 for tiny, else 20")
     ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
     baseline: str = option("critic", "method", "of PPO's advantages", BASELINES)
     ppo_lr: float = option(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
@@ -313,8 +313,7 @@ def reinforce(run, data, llm, judge, cuts):
     log = run.load("ppo", "ppo")
     if log is None:
         sizes = {"batch": s.ppo_batch, "minibatch": s.ppo_batch // 3, "micro_batch": s.micro_batch}
-        # one epoch: fresh answers beat reused ones at this size
-        config = rl.PPOConfig(s.ppo_updates, **sizes, epochs=1, lr=s.ppo_lr, seed=s.seed)
+        config = rl.PPOConfig(s.ppo_updates, **sizes, lr=s.ppo_lr, seed=s.seed)
         config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
         if s.baseline == "group":
             config = replace(config, group=GROUP, lam=1.0, value_coef=0.0)
@@ -841,7 +840,9 @@ def write_report(run, data, lines):
     s = run.settings
     m = run.metrics
     m["time_s"] = run.times | {"total": sum(run.times.values())}
-    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    m["peak_memory_mb"] = {}
+    for name, who in (("ram", resource.RUSAGE_SELF), ("ram_worker", resource.RUSAGE_CHILDREN)):
+        m["peak_memory_mb"][name] = resource.getrusage(who).ru_maxrss / 1024
     if s.device != "cpu":
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
@@ -1029,7 +1030,7 @@ def resolve(s):
         "tiny_steps": 1000 if demo else 4000,
         "max_new": 24 if tiny else 128,
         "micro_batch": 16 if tiny else 4,
-        "ppo_updates": 80 if tiny else 20,
+        "ppo_updates": 60 if tiny else 20,
         "proposals": 24 if tiny else 12,
         "ppo_lr": 1.5e-3 if tiny else 1e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",

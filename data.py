@@ -169,7 +169,9 @@ ASPECTS = np.array(
     "pockets wheels warmth silence colour scent storage grip comfort speed shade privacy elegance "
     "humour calm".split()
 )
-MOVES_ON = 0.5
+# chosen once, on world seeds that no table uses: at .5 counting shared words is nearly as true as
+# what PPO learns, at .7 PPO learns too slowly for a demo
+MOVES_ON = 0.55
 BRANDS = "Velora Nordel Quisp Tamber Ostrel Brinda Kelmo Farrow Zintra Palou Merith Dovane".split()
 
 

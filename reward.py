@@ -93,11 +93,16 @@ def word_means(encode):
     known = {}
 
     def encode_words(texts):
-        split = [D.words(text) for text in texts]
-        new = sorted({word for text in split for word in text} - known.keys())
-        if new:
-            known.update(zip(new, encode(new), strict=True))
-        return torch.stack([torch.stack([known[w] for w in text]).mean(0) for text in split])
+        means = []
+        for text in texts:
+            vectors = []
+            for word in D.words(text):
+                if word not in known:
+                    # alone: beside others its last digits would depend on them
+                    known[word] = encode([word])[0]
+                vectors.append(known[word])
+            means.append(torch.stack(vectors).mean(0))
+        return torch.stack(means)
 
     return encode_words
 

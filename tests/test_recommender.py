@@ -151,8 +151,21 @@ def test_ranks_and_metrics_equal_brute_force_on_many_catalogues(seed):
 
 def test_metrics_are_all_that_is_reported():
     """Guards: a cut-off that is missing from the tables."""
-    names = {"hr@5", "hr@10", "hr@20", "ndcg@5", "ndcg@10", "ndcg@20", "mrr"}
+    names = {"mrr"}
+    for k in (5, 10, 20, 50):
+        names |= {f"hr@{k}", f"ndcg@{k}"}
     assert set(rec.metrics(np.array([1, 30]))) == names
+
+
+def test_metrics_deep_in_the_list_by_hand():
+    """Guards: recall that is lost between rank 20 and 50, where nobody looks; a cut-off that is off
+    by one."""
+    found = rec.metrics(np.array([20, 21, 50, 51]))
+    assert found["hr@20"].tolist() == [1, 0, 0, 0]
+    assert found["hr@50"].tolist() == [1, 1, 1, 0]
+    gains = [1 / math.log2(rank + 1) for rank in (20, 21, 50)]
+    assert found["ndcg@50"].tolist() == pytest.approx([*gains, 0])
+    assert found["ndcg@20"].tolist() == pytest.approx([gains[0], 0, 0, 0])
 
 
 def test_all_ties_are_the_last_rank():
@@ -399,6 +412,35 @@ def test_id_embeddings_start_as_those_given_and_train_on():
     assert start[0].abs().max() == 0
     trained, _ = quick(ring(), inputs)
     assert not torch.equal(trained.item.weight[1:], inputs.initial[1:])
+
+
+# --------------------------------------------------------------------------------- arms without IDs
+def test_an_arm_without_ids_knows_an_item_by_its_features_alone():
+    """Guards: IDs that are zero at first and then learnt, averaged in, or given by titles; items of
+    equal features that a model can tell apart."""
+    features = features_of(12)
+    features[7] = features[3]
+    inputs = rec.Inputs(features, initial=torch.randn(13, 16), ids=False)
+    start = rec.SASRec(12, inputs, width=16).eval()
+    trained, _ = quick(ring(), inputs)
+    for model in (start, trained.eval()):
+        assert not model.item.weight.any()
+        content = F.normalize(features @ model.project.weight.T, dim=-1)
+        assert torch.allclose(model.table(), content, atol=1e-6)
+        assert torch.equal(model.table()[7], model.table()[3])
+    assert not torch.equal(start.project.weight, trained.project.weight), "the features are trained"
+
+
+def test_an_arm_without_ids_shares_its_first_weights_with_the_arm_with_ids():
+    """Guards: two families of arms that differ in more than their IDs."""
+    models = []
+    for ids in (True, False):
+        torch.manual_seed(3)
+        models.append(rec.SASRec(12, rec.Inputs(features_of(12), ids=ids), width=16))
+    own, without = (model.state_dict() for model in models)
+    assert list(own) == list(without)
+    for name, weights in own.items():
+        assert torch.equal(weights, without[name]) == (name != "item.weight"), name
 
 
 # --------------------------------------------------------------------------------------- training
@@ -833,6 +875,28 @@ def test_headroom_by_hand():
     assert found["recovered"] == {"curec": pytest.approx(0.75)}
 
 
+def test_headroom_of_both_families_by_hand():
+    """Guards: an arm without IDs measured by the room of those with IDs, or the other way round;
+    one family that hides the other."""
+    entries = entries_of(content=[0.26, 0.28], curec=[0.27, 0.29], oracle=[0.31, 0.31])
+    own = rec.headroom(entries)
+    without = entries_of(
+        **{"content-only": [0.08, 0.06], "curec-only": [0.25, 0.25], "oracle-only": [0.3, 0.32]}
+    )
+    alone = rec.headroom(without)
+    assert own == {
+        "headroom": {"ndcg@10": pytest.approx(0.04), "recovered": {"curec": pytest.approx(0.25)}}
+    }
+    assert alone == {
+        "headroom_without_ids": {
+            "ndcg@10": pytest.approx(0.24),
+            "recovered": {"curec-only": pytest.approx(0.75)},
+        }
+    }
+    assert rec.headroom(entries | without) == own | alone
+    assert list(rec.headroom(entries | without)) == ["headroom", "headroom_without_ids"]
+
+
 @pytest.mark.parametrize("oracle", [0.06, 0.05])
 def test_where_there_is_no_room_nothing_recovers_a_share_of_it(oracle):
     """Guards: a division by nothing, or by less than nothing."""
@@ -904,7 +968,7 @@ def test_arms_compare_themselves_with_arms_that_exist_and_read_texts_that_exist(
     for name, arm in rec.ARMS.items():
         assert set(arm.against) <= set(rec.ARMS) - {name}, name
         assert set(arm.texts) <= texts, name
-        assert set(arm.methods.split()) <= set(rec.METHODS), name
+        assert set(arm.methods.split()) <= {*rec.METHODS, "demo"}, name
         assert arm.preferences in ("", "own", "shuffled"), name
 
 
@@ -913,6 +977,20 @@ def test_arms_with_reasons_add_them_to_content():
     for name, arm in rec.ARMS.items():
         if set(arm.texts) & set(rec.REASON_TEXTS):
             assert arm.texts[0] == "item", name
+
+
+def test_the_arms_without_ids_read_what_the_same_arms_with_ids_read():
+    """Guards: a family that differs in more than its IDs, so that its room and what is recovered of
+    it say something else; an arm compared with one of the other family."""
+    without = [name for name, arm in rec.ARMS.items() if not arm.ids]
+    kinds = "content placebo aligned rl bestof curec oracle".split()
+    assert without == [f"{kind}-only" for kind in kinds]
+    for name in without:
+        arm, same = rec.ARMS[name], rec.ARMS[name.removesuffix("-only")]
+        assert arm.texts == same.texts, name
+        assert arm.methods == "demo", name
+        expected = [f"{other}-only" for other in same.against if other != "id"]
+        assert list(arm.against) == expected, name
 
 
 @pytest.mark.parametrize("texts, recovers", [(("item",), False), (("item", "rl"), True)])

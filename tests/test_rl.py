@@ -1490,6 +1490,28 @@ def test_whiten_uses_real_tokens_only():
     assert torch.isfinite(rl.standardize(torch.ones(5, 7), MASK)).all()
 
 
+def test_group_advantages_by_hand():
+    """Guards: answers of another prompt in the mean; a spread over all prompts; equal answers whose
+    rounding is blown up; a baseline that favours one prompt over another."""
+    scores = torch.tensor([[1.0, 3.0, 2.0, 2.0], [7.0, 7.0, 7.0, 7.0], [0.0, 0.0, 0.0, 0.02]])
+    found = rl.group_advantages(scores.flatten(), 4)
+    assert found.shape == (12,)
+    spread = (2 / 3) ** 0.5  # of 1, 3, 2, 2
+    assert found[:4].tolist() == pytest.approx([-1 / spread, 1 / spread, 0, 0])
+    assert found[4:8].tolist() == [0] * 4
+    # a spread of .01, taken for a tenth
+    assert found[8:].tolist() == pytest.approx([-0.05, -0.05, -0.05, 0.15], abs=1e-5)
+    several = rl.group_advantages(draws(1)[0].flatten(), 7).view(5, 7)
+    assert several.mean(1).tolist() == pytest.approx([0] * 5, abs=1e-6)
+    assert several.std(1).tolist() == pytest.approx([1] * 5, abs=1e-5)
+
+
+def test_one_answer_a_prompt_keeps_its_score():
+    """Guards: a critic's scores that a group of one turns into nothing, or into NaN."""
+    scores = draws(1)[0].flatten()
+    assert torch.equal(rl.group_advantages(scores, 1), scores)
+
+
 def clipped(x, low, high):
     return min(max(x, low), high)
 
@@ -1541,6 +1563,20 @@ def test_padding_gets_no_gradient_of_the_ppo_loss():
     assert values.grad[MASK].any()
     assert not logp.grad[~MASK].any()
     assert not values.grad[~MASK].any()
+
+
+def test_a_value_loss_of_weight_0_moves_no_value():
+    """Guards: a critic that learns behind the back of a group baseline, and takes its share of the
+    gradient's norm."""
+    logp, values, rollout = random_update()
+    rl.ppo_loss(logp, values, rollout, MASK, MASK.sum(), value_coef=0.0)[0].backward()
+    assert logp.grad[MASK].any()
+    assert not values.grad.any()
+    with_critic, _ = rl.ppo_loss(logp, values, rollout, MASK, MASK.sum(), value_coef=0.1)
+    policy_alone, _ = rl.ppo_loss(logp, values, rollout, MASK, MASK.sum(), value_coef=0.0)
+    (gradient,) = torch.autograd.grad(with_critic, logp, retain_graph=True)
+    (own,) = torch.autograd.grad(policy_alone, logp)
+    assert torch.equal(gradient[MASK], own[MASK]), "the policy's loss is the same"
 
 
 def test_the_ppo_losses_of_micro_batches_add_up():
@@ -1601,7 +1637,7 @@ def test_the_first_update_starts_at_its_reference(micro_batch, tiny, monkeypatch
     (row,) = run(*fresh(tiny), micro_batch=micro_batch, **settings)
     assert len(losses) == 16 // micro_batch
     for call in losses:
-        logp, _, rollout, mask, _ = call.args
+        logp, _, rollout, mask = call.args[:4]
         assert torch.equal((logp - rollout.old_logp)[mask].exp(), torch.ones(int(mask.sum())))
     assert row["first_ratio"] == row["ratio"] == pytest.approx(1, abs=1e-6)
     assert row["approx_kl"] == 0.0
@@ -1944,21 +1980,91 @@ def test_ppo_killed_within_an_update_does_it_again(uninterrupted, tiny, tmp_path
     assert adapter_bytes(model, tmp_path, "policy") == uninterrupted[1]
 
 
+# ------------------------------------------------------------------------- PPO: a group baseline
+GROUP = {"group": 4, "lam": 1.0, "value_coef": 0.0}
+
+
+def by_length(texts, rows):
+    """A reward that differs from answer to answer."""
+    return torch.tensor([float(len(text)) for text in texts]), {}
+
+
+def test_the_answers_of_a_group_share_their_prompt(tiny, monkeypatch):
+    """Guards: answers compared with those to another prompt; prompts that come again while others
+    wait."""
+    made = record(monkeypatch, rl, "generate")
+    reward = Rewards(1.0)
+    run(*fresh(tiny), reward, updates=3, epochs=1, **{"batch": 16, **GROUP})
+    asked = []
+    for (texts, rows), making in zip(reward.seen, made, strict=True):
+        assert making.args[2] == [PROMPTS[i] for i in rows]
+        assert len(texts) == 16
+        groups = np.reshape(rows, (4, 4))
+        assert (groups == groups[:, :1]).all()
+        asked += groups[:, 0].tolist()
+    assert len(set(asked)) == 12
+
+
+def test_the_score_of_a_group_is_its_advantage_at_every_token(tiny, monkeypatch):
+    """Guards: a baseline over the whole batch; a penalty of unfinished answers that comes after the
+    comparison; tokens of one answer with different credit."""
+    calls, made = record(monkeypatch, rl, "gae"), record(monkeypatch, rl, "generate")
+    settings = {"batch": 16, "minibatch": 16, "max_new": 4, "no_eos_penalty": 3.0}
+    (row,) = run(*fresh(tiny), by_length, **settings, **GROUP)
+    rewards, _, mask, lam = calls[0].args
+    texts, answers = made[0].result
+    raw, _ = by_length(texts, None)
+    unfinished = torch.tensor([answer[-1] != EOS for answer in answers])
+    assert 0 < unfinished.sum() < 16
+    expected = rl.group_advantages(raw / raw.std() - 3.0 * unfinished, 4)
+    assert torch.allclose(rewards, last_tokens(mask, expected), atol=1e-5)
+    assert lam == 1.0
+    advantages, _ = calls[0].result
+    assert torch.allclose(advantages, expected[:, None] * mask, atol=1e-5)
+    assert row["reward"] == pytest.approx(raw.mean().item(), rel=1e-5)
+    assert row["score"] == pytest.approx(0, abs=1e-5)
+
+
+def test_without_a_critic_the_values_stay_zero_and_the_policy_moves(tiny, tmp_path, monkeypatch):
+    """Guards: a value head that learns although nobody asks it, or moves by weight decay."""
+    looks = record(monkeypatch, rl, "look_back")
+    model, tokenizer = fresh(tiny)
+    unit = str(tmp_path / "unit")
+    log = run(model, tokenizer, by_length, rl.Checkpoint(unit), updates=3, **GROUP)
+    *_, weight, bias = rl.Checkpoint(unit).state["weights"].values()
+    assert weight.shape == (1, 64)
+    assert not weight.any()
+    assert not bias.any()
+    for look in looks:
+        assert not look.result[2].any(), "old values"
+    assert not same(adapter(model, "policy"), adapter(model, "align"))
+    assert log[2]["kl"] != 0
+    assert log[2]["explained_variance"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_reward_that_differs_between_prompts_alone_teaches_a_group_nothing(tiny):
+    """Guards: a prompt of which every answer pays, learnt from as if the answers were good."""
+    model, tokenizer = fresh(tiny)
+    run(model, tokenizer, by_row, updates=2, no_eos_penalty=0.0, beta=0.0, **GROUP)
+    assert same(adapter(model, "policy"), adapter(model, "align"))
+
+
 # --------------------------------------------------------------------- PPO: does it learn anything
 BANDIT = {"batch": 24, "minibatch": 12, "micro_batch": 12, "beta": 0.02}
 
 
-@pytest.fixture(scope="module")
-def bandit(tiny):
+@pytest.fixture(scope="module", params=["critic", "group"])
+def bandit(tiny, request):
     """(log, model, tokenizer) of thirty updates in which one word is worth 1."""
     model, tokenizer = fresh(tiny)
-    log = run(model, tokenizer, says_red, updates=30, max_new=4, **BANDIT)
+    settings = BANDIT | (GROUP if request.param == "group" else {})
+    log = run(model, tokenizer, says_red, updates=30, max_new=4, **settings)
     return log, model, tokenizer
 
 
 def test_the_bandits_reward_rises(bandit):
     """Guards: any sign, mask or index that is wrong somewhere; a policy that rises and stays half
-    way: clipping, whitening or the KL weight gone wrong."""
+    way: clipping, whitening, the KL weight or a baseline gone wrong."""
     log, _, _ = bandit
     assert log[0]["reward"] < 0.4
     assert mean_of(log[17:20], "reward") > 0.8

@@ -209,7 +209,7 @@ def worlds(args) -> None:
         "correction": [m["correction"] for m in metrics],
         "ppo": each_over_worlds([m["ppo"] for m in metrics]),
         "ppo, fifths": [fifths_of_ppo(out) for out in runs],
-        "ppo course": ppo_course(args, runs[0]),
+        "ppo course": ppo_course(runs[0]),
         "time_s": each_over_worlds([m["time_s"] for m in metrics]),
         "peak_memory_mb": each_over_worlds([m["peak_memory_mb"] for m in metrics]),
     }
@@ -357,7 +357,7 @@ def baselines(args) -> None:
     runs = finished_worlds(args)
     rows = {"critic": [policy_figures(out) for out in runs]}
     for variant in VARIANTS:
-        rows[variant] = [policy_figures(taught(args, out, variant)) for out in runs]
+        rows[variant] = [policy_figures(taught(out, variant)) for out in runs]
     value = {variant: each_over_worlds(mine) for variant, mine in rows.items()}
     for variant in VARIANTS:
         differences = []
@@ -368,16 +368,20 @@ def baselines(args) -> None:
 
 
 def begin_again(world: World, out: pathlib.Path, folder: str, copied: tuple, **other) -> curec.Run:
-    """A run folder beside that of a finished run, with other settings and some of its stages."""
+    """A run folder beside that of a finished run, with its config.json, other settings and some of
+    its stages."""
     new = out.with_name(folder)
     (new / "state").mkdir(parents=True, exist_ok=True)
     for name in copied:
         shutil.copytree(out / name, new / name, dirs_exist_ok=True)
         shutil.copy(out / f"state/{name}.pt", new / f"state/{name}.pt")
-    return curec.Run(replace(world.settings, out=str(new), **other))
+    run = curec.Run(replace(world.settings, out=str(new), **other))
+    description = curec.description(run.settings, world.cuts)
+    rl.write_atomically(new / "config.json", json.dumps(description, indent=1))
+    return run
 
 
-def taught(args, out: pathlib.Path, variant: str) -> pathlib.Path:
+def taught(out: pathlib.Path, variant: str) -> pathlib.Path:
     """The folder of a variant's PPO in a finished world: its metrics.json holds what policy_figures
     needs. Data, tiny LLM and judge are those of the world, and so is the adapter `align` where it
     had the same samples."""
@@ -400,7 +404,7 @@ def taught(args, out: pathlib.Path, variant: str) -> pathlib.Path:
     figures = curec.reason_figures(data, llm, judge, reasons)
     for kind, answers in reasons.items():
         figures[kind] |= reward.truth_figures(phrases_of(answers), data.truth)
-    found = {"ppo": run.metrics["ppo"], "reasons": figures, "batch": s.ppo_batch}
+    found = {"ppo": run.metrics["ppo"], "reasons": figures}
     rl.write_atomically(run.folder / "metrics.json", json.dumps(found, indent=1))
     return run.folder
 
@@ -409,12 +413,11 @@ def policy_figures(out: pathlib.Path) -> dict:
     """What PPO of a run taught, and what it took."""
     m = read(out, "metrics.json")
     log = read(out, "ppo.jsonl")
-    batch = m.get("batch") or read(out, "config.json")["settings"]["ppo_batch"]
     row = m["reasons"]["rl"] | {"aligned truth": m["reasons"]["aligned"]["truth_precision"]}
     row |= {"heldout before": m["ppo"]["reward_before"], "heldout after": m["ppo"]["reward_after"]}
-    row["kl"] = m["ppo"]["kl"]
+    row |= {"kl": m["ppo"]["kl"], "entropy at the end": log[-1]["entropy"]}
     row["explained_variance"] = float(np.mean([update["explained_variance"] for update in log]))
-    row["answers"] = len(log) * batch
+    row["answers"] = len(log) * read(out, "config.json")["settings"]["ppo_batch"]
     row["ppo_s"] = stage(out, "ppo", "seconds")
     # a critic's scores are less the rewards of answers of `align` to the same prompts
     row["reference answers"] = row["reference_s"] = 0
@@ -430,7 +433,7 @@ def policy_figures(out: pathlib.Path) -> dict:
     return row
 
 
-def ppo_course(args, out: pathlib.Path) -> dict:
+def ppo_course(out: pathlib.Path) -> dict:
     """PPO of a finished world once more, now with the truth of the answers it samples, which feeds
     nothing: a list of a figure an update each."""
     new = out.with_name(out.name.replace("world", "course"))
@@ -505,7 +508,6 @@ def corrupted_fits(args, out: pathlib.Path) -> dict:
     """{q: {"truth_precision", NDCG@10 of "oracle" and of "oracle-only"}} in a finished world."""
     files = {q: args.folder / f"curve/{out.name}-{q}.json" for q in TRUTHS}
     todo = [q for q in TRUTHS if not files[q].exists()]
-    jobs = {}
     if todo:
         world = World(out)
         s = replace(world.settings, arms="oracle,oracle-only")
@@ -515,6 +517,7 @@ def corrupted_fits(args, out: pathlib.Path) -> dict:
         for q, truth in truths.items():
             patched = replace(world.data, truth=truth)
             inputs[q] = curec.arm_inputs(s, patched, world.encode, {}, None)
+        jobs = {}
         with rec.workers(s.device, 2 * len(todo)) as pool:
             for q, arm in itertools.product(todo, inputs[todo[0]]):
                 job = (rec.fit_arm, arm, world.data, inputs[q][arm], config, s.seed)
