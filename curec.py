@@ -805,33 +805,29 @@ def tables(m):
 
 
 def charts(run):
-    """The course of PPO and the differences of the arms as mermaid charts: {heading: text}."""
+    """The differences of the arms and the course of PPO as mermaid charts: {heading: text}."""
     out = {}
     rows = [row for row in run.metrics["comparisons"] if row["metric"] == "ndcg@10"]
     if rows:
         lines = [[row["ci95"][0] for row in rows], [row["ci95"][1] for row in rows]]
-        names = [f"{row['a']} - {row['b']}" for row in rows]
-        deltas = [row["delta"] for row in rows]
-        heading = "Differences of NDCG@10 (bars) and their 95 % intervals (lines)"
-        out[heading] = chart(names, "NDCG@10", deltas, lines)
-    log = run.folder / "ppo.jsonl"
+        heading = "Differences of NDCG@10, by row of the table above: bars; intervals: lines"
+        out[heading] = chart("row", "a - b", [row["delta"] for row in rows], lines)
     if "ppo" in run.metrics:
-        updates = [json.loads(line) for line in log.read_text().splitlines()]
-        lines = [[row["reward"] for row in updates], [row["kl"] for row in updates]]
-        numbers = [row["update"] for row in updates]
-        out["PPO: reward less its baseline (lower line), KL to align"] = chart(
-            numbers, "nats", [], lines
-        )
+        log = [json.loads(line) for line in D.read_lines(f"{run.folder}/ppo.jsonl")]
+        lines = [[row["reward"] for row in log], [row["kl"] for row in log]]
+        heading = "PPO: reward less its baseline, and the KL to `align`, which starts at 0"
+        out[heading] = chart("update", "nats", [], lines)
     return out
 
 
-def chart(names, unit, bars, lines):
-    """A mermaid chart, which GitHub and many editors draw."""
-    out = ["```mermaid", "xychart-beta", f"  x-axis {json.dumps(list(map(str, names)))}"]
-    out.append(f'  y-axis "{unit}"')
-    for kind, series in [("bar", bars), *(("line", line) for line in lines)]:
-        if series:
-            out.append(f"  {kind} [{', '.join(f'{x:.4f}' for x in series)}]")
+def chart(x_axis, y_axis, bars, lines):
+    """A mermaid chart of equally long series, which GitHub and many editors draw."""
+    series = [("bar", bars)] if bars else []
+    series += [("line", line) for line in lines]
+    out = ["```mermaid", "xychart-beta", f'  x-axis "{x_axis}" 1 --> {len(lines[0])}']
+    out.append(f'  y-axis "{y_axis}"')
+    for kind, values in series:
+        out.append(f"  {kind} [{', '.join(f'{x:.4f}' for x in values)}]")
     return "\n".join([*out, "```"])
 
 
