@@ -836,9 +836,8 @@ def write_report(run, data, lines):
     s = run.settings
     m = run.metrics
     m["time_s"] = run.times | {"total": sum(run.times.values())}
-    m["peak_memory_mb"] = {}
-    for name, who in (("ram", resource.RUSAGE_SELF), ("ram_worker", resource.RUSAGE_CHILDREN)):
-        m["peak_memory_mb"][name] = resource.getrusage(who).ru_maxrss / 1024
+    # of this process: the arms' workers come on top of it
+    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if s.device != "cpu":
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))

@@ -15,7 +15,9 @@ The target item is represented by its reason alone: if the score also saw its ID
 reason would tell it nothing new, and the reward would ignore the reason. In training every item
 gets a new random reason each epoch (some of its phrases), or reasons would become item IDs; the
 task is to pick the chosen item's reason among those of all train items, a softmax. The epoch is
-chosen on held-out users x held-out items.
+chosen on held-out users x held-out items. Most random reasons are wrong, which blurs what is
+learnt; so training comes in rounds: after each the judge chooses the best of some random reasons
+for every item, and the next round learns from these most of the time (hard EM).
 
 Left out: an LLM as judge, preference data in pairs.
 """
@@ -389,8 +391,9 @@ def names_new_driver(named, truth):
 
 def counted_reasons(data, shown):
     """Controls for truth: reasons that counting writes, {control: phrases an item, index 0 empty}.
-    The two phrases that the histories just before the users shown say most often, or those before
-    all train users, or the one of them; the two that most of the catalogue says."""
+    "shared": the two phrases said most often by what users had chosen just before, the users shown
+    or all train users; "most shared": one phrase, by all; "frequent": the two that most items say.
+    """
     out = {"shared, shown": [], "shared, all": [], "most shared": [], "frequent": []}
     for i in range(data.n_items + 1):
         own = data.phrases[i]
