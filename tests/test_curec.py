@@ -179,7 +179,7 @@ def test_metrics_json_keeps_its_names(finished):
     assert set(m["reward"]) == judged
     assert set(m["headroom"]) == {"ndcg@10", "recovered"}
     assert set(m["headroom"]["recovered"]) == {"placebo", "curec"}
-    assert set(m["peak_memory_mb"]) == {"ram", "ram_worker"}
+    assert set(m["peak_memory_mb"]) == {"ram"}
 
 
 def test_metrics_json_of_each_arm(finished):

@@ -67,7 +67,7 @@ VARIANTS = {
     "group": ("group", curec.ALIGNMENT),
     "without tasks": ("critic", replace(curec.ALIGNMENT, reason_share=1.0)),
 }
-TRUTHS = (0.4, 0.55, 0.65, 0.75, 0.85, 0.92, 1.0)  # of the curve; two of five at random: .4
+TRUTHS = (0.4, 0.65, 0.78, 0.9, 1.0)  # of the curve; two of five at random: .4
 
 
 # ----------------------------------------------------------------------------------- finished runs
