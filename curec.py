@@ -55,6 +55,7 @@ ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
 BASELINES, GROUP = ("critic", "group"), 8
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
 TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
+ARM_NAMES = ",".join(arm for arm in ARMS if ARMS[arm].ids) + ",content-only,..."
 
 
 def option(default, group, text, choices=None):
@@ -83,11 +84,11 @@ class Settings:
     ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
     baseline: str = option("critic", "method", "of PPO's advantages", BASELINES)
     ppo_lr: float = option(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
-    windows: int = option(2, "method", "time windows of the correction, equal in train events")
+    windows: int = option(2, "method", "windows of the correction, equal in train events")
     proposals: int = option(0, "method", "for an item and window; 0: 24 for tiny, else 12")
     margin: float = option(0.25, "method", "standard errors that the gain of a correction exceeds")
     method: str = option("curec", "evaluation", "whose arms: CURec's or a relative's", METHODS)
-    arms: str = option("", "evaluation", "instead: all, or some of " + ",".join(ARMS))
+    arms: str = option("", "evaluation", "instead: all, or some of " + ARM_NAMES)
     seeds: int = option(3, "evaluation", "downstream repeats of every arm")
     epochs: int = option(60, "evaluation", "most downstream epochs; validation stops earlier")
     out: str = option("", "run", "run folder; default runs/DATASET")
@@ -119,7 +120,7 @@ def main(run: "Run"):
         encode = reward.load_encoder(s.encoder, s.device)
     if needs["reasons"]:
         train_adapter(run, data, llm, "align", s.align_steps, ALIGNMENT)
-        judge = fit_reward_model(run, data, encode)
+        judge, weights = fit_reward_model(run, data, encode)
         reinforce(run, data, llm, judge, cuts)
         reasons, lines = write_reasons(run, data, llm, judge, cuts)
         run.metrics["reasons"] = reason_figures(data, llm, judge, reasons)
@@ -130,7 +131,7 @@ def main(run: "Run"):
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
     if reasons and data.truth:
-        add_truth(run, data, judge, reasons)
+        add_truth(run.metrics, data, judge, weights, reasons)
     write_report(run, data, lines)
 
 
@@ -235,8 +236,9 @@ def train_adapter(run, data, llm, name, steps, mix):
     rl.restore_adapter(llm[0], s.out, name)
 
 
-def fit_reward_model(run, data, encode) -> reward.Judge:
-    """The reward model, trained, with the states of all train events."""
+def fit_reward_model(run, data, encode):
+    """The reward model, trained, with the states of all train events; its weights before training
+    and after each round."""
     judge = reward.Judge(data, encode, run.settings.seed)
     fit = run.load("reward")
     if fit is None:
@@ -244,7 +246,7 @@ def fit_reward_model(run, data, encode) -> reward.Judge:
         fit = run.save({"rounds": rounds, "weights": weights})
     judge.load_weights(fit["weights"][-1])
     run.metrics["reward"] = fit["rounds"][-1]
-    return judge
+    return judge, fit["weights"]
 
 
 class Question(NamedTuple):
@@ -641,10 +643,9 @@ def train_and_test_arms(run, data, inputs, rank_score):
     run.metrics |= recommender.headroom(run.metrics["arms"])
 
 
-def add_truth(run, data, judge, reasons):
+def add_truth(metrics, data, judge, weights, reasons):
     """Demo only: how true the reasons are, beside those that counting writes, and how well the
     judge knows it. Read after everything else; feeds nothing."""
-    metrics = run.metrics
     truth = data.truth
     named = {}
     for kind, answers in reasons.items():
@@ -658,7 +659,7 @@ def add_truth(run, data, judge, reasons):
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
     row |= recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
     metrics["comparisons"].append(row)
-    metrics["reward"] |= reward.judge_figures(judge, truth, run.load("reward")["weights"])
+    metrics["reward"] |= reward.judge_figures(judge, truth, weights)
 
 
 # ------------------------------------------------------------------------------- the run folder

@@ -98,7 +98,8 @@ def word_means(encode):
         means = []
         for text in texts:
             vectors = []
-            for word in D.words(text):
+            # a text without words is one
+            for word in D.words(text) or [text]:
                 if word not in known:
                     # alone: beside others its last digits would depend on them
                     known[word] = encode([word])[0]
@@ -175,7 +176,8 @@ class Judge:
         for number in range(1, rounds + 1):
             figures.append(self.fit_round(number, chosen, **how))
             weights.append(copy.deepcopy(self.model.state_dict()))
-            chosen = self.choose_reasons(number)
+            if number < rounds:
+                chosen = self.choose_reasons(number)
         return figures, weights
 
     def draw_reasons(self, items, chosen, rng):
