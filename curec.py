@@ -5,7 +5,8 @@ they help an ordinary recommender to rank and to say why.
 
      1. data: a chronological sequence per user -> train | valid (last but one) | test (last)
      2. align: teach a 4-bit LLM with LoRA the form of reasons, and recommendation knowledge
-     3. reward model: train a small sequential recommender that sees an item by its reason alone
+     3. reward model: train a small sequential recommender that sees an item by its reason alone,
+        in rounds, each from reasons that the round before has chosen
      4. PPO: sample reasons, reward them, update the adapter `policy`; `align` is the reference
      5. correction: cut train time into windows; an item starts with a reason from its text alone
      6.    at the end of a window: show the LLM the reason and a third of the item's new choosers
@@ -16,7 +17,7 @@ they help an ordinary recommender to rank and to say why.
 
 An event is a train choice that has a history (see data.Dataset); the people of an item, shown and
 audience, are event numbers. Each stage leaves its result in the run folder, from where --resume
-goes on. The demo's hidden truth is read by `add_truth` and by the arm `oracle` alone.
+goes on. The demo's hidden truth is read by `add_truth` and the arms `oracle` alone.
 """
 
 import argparse
@@ -51,7 +52,7 @@ from recommender import ARMS, METHODS, REASON_TEXTS
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where there is CUDA
 # weak targets: which phrases matter is left to the reward
 ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
-# of an answer's advantage: a value head, or the mean of GROUP answers to the same prompt
+# of an answer's advantage: two answers of `align` and a value head, or the mean of GROUP answers
 BASELINES, GROUP = ("critic", "group"), 8
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
 TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
@@ -260,8 +261,8 @@ class Question(NamedTuple):
 
 def practice_questions(data, cuts, seed):
     """PPO's questions, two an item, as in one-shot reasons (all train choosers, no reason yet) and
-    as in correction (choosers of one window, a random reason): (to train on, of a tenth of the
-    items, held out). Those that show nobody are left out: nothing judges their answers."""
+    as in correction (choosers of one window, a random reason). Returns two lists, to train on and
+    of a tenth of the items, held out. Without people shown nothing judges answers: left out."""
     rng = np.random.default_rng([seed, 47])
     # others than those whose reasons are compared later
     shown, audience = one_shot_people(data, seed + 1)
@@ -816,7 +817,7 @@ def charts(run):
     if "ppo" in run.metrics:
         log = [json.loads(line) for line in D.read_lines(f"{run.folder}/ppo.jsonl")]
         lines = [[row["reward"] for row in log], [row["kl"] for row in log]]
-        heading = "PPO: reward less its baseline, and the KL to `align`, which starts at 0"
+        heading = "PPO: the rewards of ppo.jsonl, and the KL to `align`, which starts at 0"
         out[heading] = chart("update", "nats", [], lines)
     return out
 

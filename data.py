@@ -8,7 +8,8 @@
 
 Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, Amazon files of 2014 and
 2018, a folder of your own. The demo's hidden truth (why each item is chosen) is read by the truth
-figures and by the arm `oracle` alone; what trains a model reads `train`, `events` and `items`.
+figures and by the arms `oracle` and `oracle-only` alone; what trains a model reads `train`,
+`events` and `items`.
 Every random stream is default_rng([seed, salt, ...]), with a salt of its own for each use.
 """
 
@@ -66,7 +67,9 @@ class Dataset:
     seqs: list  # a user: item numbers in time order, (L,) int64
     times: list  # a user: seconds since 1970, (L,) int64
     ratings: list | None = None  # a user: (L,) float; None where the source has none
-    truth: dict | None = None  # demo only: drivers an item, "early" and "late"; "since": when
+    # demo only: drivers an item, "early" and "late"; "since": when; "popularity" of an item and
+    # "follower" of an aspect are for tests/bench alone
+    truth: dict | None = None
     notes: list | tuple = ()  # what was skipped and why
 
     def __post_init__(self):

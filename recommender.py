@@ -358,7 +358,7 @@ class Arm:
 
     texts: tuple = ()  # what its item features are embeddings of, side by side
     against: tuple = ()  # arms that it is compared with, where both run
-    methods: str = ""  # the --method that run it by default
+    methods: str = ""  # the --method that run it by default; demo: beside curec's, on the demo
     ids: bool = True  # False: an item's vector is its features alone
     baseline: Callable | None = None  # counts in place of SASRec
     titles: bool = False  # ID embeddings start as the embeddings of titles

@@ -12,12 +12,12 @@
     audience: other users who chose the item; N: the states of 256 events of the same period
 
 The target item is represented by its reason alone: if the score also saw its ID or its text, the
-reason would tell it nothing new, and the reward would ignore the reason. In training every item
-gets a new random reason each epoch (some of its phrases), or reasons would become item IDs; the
-task is to pick the chosen item's reason among those of all train items, a softmax. The epoch is
-chosen on held-out users x held-out items. Most random reasons are wrong, which blurs what is
-learnt; so training comes in rounds: after each the judge chooses the best of some random reasons
-for every item, and the next round learns from these most of the time (hard EM).
+reason would tell it nothing new, and the reward would ignore the reason. The task of
+training is to pick the chosen item's reason among those of all train items, a softmax. In round 1
+every item gets a new random reason each epoch (some of its phrases), or its reason would become an
+item ID. Later rounds mix (hard EM): in four of five draws the reason that the judge of the round
+before chose, else a random one, so that better reasons teach more and the item's other words still
+occur. That this makes no ID is checked where the epoch is chosen: held-out users x held-out items.
 
 Left out: an LLM as judge, preference data in pairs.
 """
@@ -181,8 +181,8 @@ class Judge:
         return figures, weights
 
     def draw_reasons(self, items, chosen, rng):
-        """A reason for each of these items: its chosen one, or two or three phrases at random. One
-        that stayed the same would become an item ID."""
+        """A reason for each of these items: in most draws the chosen one, where there are, else two
+        or three phrases at random."""
         reasons = []
         for i in items:
             if chosen and rng.random() < CHOSEN_SHARE:
@@ -194,7 +194,8 @@ class Judge:
     def fit_round(self, number, chosen=None, epochs=60, patience=6, per_epoch=20_000):
         """Trains on the train events of users and items that are not held out; the best epoch on
         held-out users x items stays, the untrained model being epoch 0. chosen: a reason an item
-        (index 0 empty). Returns {"auc_heldout", "auc_untrained", "epochs", "best_epoch"}."""
+        (index 0 empty). Returns {"auc_heldout", "auc_untrained", "epochs", "best_epoch"}; the AUCs
+        of different rounds are over different reasons."""
         data = self.data
         torch.manual_seed(self.seed)
         self.model = model = RewardModel(self.items.shape[1])
@@ -248,15 +249,19 @@ class Judge:
         data = self.data
         rng = np.random.default_rng([self.seed, 67, number])
         held_users, _ = held_out(data, self.seed)
-        reasons, people = [], []
-        for i in range(1, data.n_items + 1):
-            events = rng.permutation(data.events_by_item[i])
-            events = events[~held_users[data.events["user"][events]]][:MAX_AUDIENCE]
-            reasons += [D.random_reason(data, i, rng) for _ in range(CANDIDATES)]
-            people += [events] * CANDIDATES
-        liked = mean_of_each(self.lifts(reasons, people, TRAIN_TIME))
-        best = liked.reshape(-1, CANDIDATES).argmax(1)
-        return ["", *np.array(reasons).reshape(-1, CANDIDATES)[np.arange(len(best)), best].tolist()]
+        chosen = [""]
+        # some items at once: the vectors of all reasons of a large catalogue take gigabytes
+        for part in np.split(np.arange(1, data.n_items + 1), range(500, data.n_items, 500)):
+            reasons, people = [], []
+            for i in part:
+                events = rng.permutation(data.events_by_item[i])
+                events = events[~held_users[data.events["user"][events]]][:MAX_AUDIENCE]
+                reasons += [D.random_reason(data, i, rng) for _ in range(CANDIDATES)]
+                people += [events] * CANDIDATES
+            liked = mean_of_each(self.lifts(reasons, people, TRAIN_TIME))
+            best = liked.reshape(-1, CANDIDATES).argmax(1)
+            chosen += [reasons[k * CANDIDATES + j] for k, j in enumerate(best)]
+        return chosen
 
     def choices(self, events, items, vectors):
         """What B events give each of these items, known by a reason each (whitened embeddings):
@@ -398,17 +403,22 @@ def counted_reasons(data, shown):
     """
     out = {"shared, shown": [], "shared, all": [], "most shared": [], "frequent": []}
     for i in range(data.n_items + 1):
-        own = data.phrases[i]
-        people = {"shared, shown": shown[i], "shared, all": data.events_by_item[i]}
-        for name, events in people.items():
-            said = Counter()
-            for e in events:
-                said.update(D.words(data.titles[data.history(e)[-1]]))
-            ranked = sorted(own, key=lambda w: -said[w])
-            out[name].append(ranked[:2])
-        out["most shared"].append(ranked[:1])
-        out["frequent"].append(sorted(own, key=lambda w: -data.document_frequency[w])[:2])
+        by_all = ranked_by_sharing(data, i, data.events_by_item[i])
+        out["shared, shown"].append(ranked_by_sharing(data, i, shown[i])[:2])
+        out["shared, all"].append(by_all[:2])
+        out["most shared"].append(by_all[:1])
+        frequent = sorted(data.phrases[i], key=lambda w: -data.document_frequency[w])
+        out["frequent"].append(frequent[:2])
     return out
+
+
+def ranked_by_sharing(data, item, events):
+    """The item's phrases, first those said most often by what users had chosen just before these
+    events."""
+    said = Counter()
+    for e in events:
+        said.update(D.words(data.titles[data.history(e)[-1]]))
+    return sorted(data.phrases[item], key=lambda w: -said[w])
 
 
 def judge_figures(judge: Judge, truth, weights):
@@ -418,7 +428,9 @@ def judge_figures(judge: Judge, truth, weights):
     names = ["_untrained", *(f"_round_{n}" for n in range(1, len(weights) - 1)), ""]
     for name, weight in zip(names, weights, strict=True):
         judge.load_weights(weight)
-        out["driver_choice" + name] = driver_choice(judge, truth)
+        choice = driver_choice(judge, truth)
+        if choice is not None:
+            out["driver_choice" + name] = choice
         out["best_pairs" + name] = truth_figures(best_pairs(judge, truth), truth)["truth_precision"]
     return out
 
@@ -426,7 +438,7 @@ def judge_figures(judge: Judge, truth, weights):
 def driver_choice(judge: Judge, truth):
     """How often the audience prefers two true drivers to two decoys, of items held out from the
     judge's training, with two or more users held out too; where a driver changed, users of the
-    second half."""
+    second half. None where there are no such items."""
     data = judge.data
     people, pairs, decoys = [], [], []
     rng = np.random.default_rng([judge.seed, 31])
@@ -443,6 +455,8 @@ def driver_choice(judge: Judge, truth):
             pairs.append(D.REASON.format(*late))
             others = rng.permutation([p for p in data.phrases[i] if p not in late])
             decoys.append(D.REASON.format(*others[:2]))
+    if not people:
+        return None
     true = mean_of_each(judge.lifts(pairs, people, TRAIN_TIME))
     false = mean_of_each(judge.lifts(decoys, people, TRAIN_TIME))
     return float(np.mean(true > false))

@@ -459,11 +459,16 @@ class PPOConfig:
     lam: float = 0.95
     value_coef: float = 0.1  # weight of the value loss
     # answers a prompt. More than 1: their mean is the baseline (GRPO, arXiv 2402.03300); without a
-    # critic (value_coef 0, values stay 0) and with lam 1 all tokens then have one advantage
+    # critic (value_coef 0, values stay 0) and with lam 1 all tokens then share one score, less the
+    # KL penalties still to come
     group: int = 1
     sampling: Sampling = Sampling()
     seed: int = 0
     log: str = ""  # a file for the log, a line of JSON an update
+
+    def __post_init__(self):
+        if self.batch % self.group:
+            raise ValueError(f"a batch of {self.batch} is no multiple of groups of {self.group}")
 
 
 def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
@@ -496,7 +501,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         texts, answers = generate(model, tokenizer, asked, sampling)
         finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers]).to(model.device)
         _, mask = pad_ids(answers, model.device)  # (B, R), the EOS included
-        # 2. score them, in units of the first spread there is
+        # 2. score them, in units of the first spread there is; fixed, or it would hide growth
         raw, figures = reward_fn(texts, rows)
         raw = raw.float().to(model.device)
         scale = scale or (1.0 / raw.std().item() if raw.std() > 1e-6 else None)
