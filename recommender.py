@@ -386,7 +386,7 @@ ARMS = {
     "lane": Arm((), ("id", "text-init", "lane-placebo"), "lane", titles=True, preferences="own"),
     "knowledge": Arm((), ("id", "markov"), "knowledge", one_seed=True),
     "oracle": Arm(("item", "truth"), ("content",), "curec"),
-    # what an ID learns from twenty choices hides a reason that is right four times in five: the
+    # what an ID learns from twenty choices hides a reason that is right nine times in ten: the
     # same without IDs, as for a new item, where text has to carry everything
     "content-only": Arm(("item",), (), "demo", ids=False),
     "placebo-only": Arm(("item", "shuffled"), ("content-only",), "demo", ids=False),
