@@ -21,7 +21,7 @@ CHANCE = 0.4  # of the truth: two of an item's five aspects
 NO_REASON = 0.32  # where the arms without reasons stand on the axis of the truth
 COLOURS = {"with IDs": "#1f6fb4", "without IDs": "#d2691e"}
 GREY = "#555555"
-STYLE = {
+LOOK = {
     "svg.hashsalt": "curec",  # ids within the file: else drawn at random
     "svg.fonttype": "none",  # text stays text: a small file
     "font.size": 10,
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, default=results, help="the figures")
     parser.add_argument("--out", type=pathlib.Path, default=HERE.parent, help="a folder")
     args = parser.parse_args()
-    plt.rcParams.update(STYLE)
+    plt.rcParams.update(LOOK)
     known = json.loads(args.json.read_text())
     found = {part: entry["results"] for part, entry in known.items()}
     pictures = {}
