@@ -84,7 +84,7 @@ class Settings:
     ppo_updates: int = option(0, "method", "PPO updates; 0: 60 for tiny, else 20")
     ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
     baseline: str = option("critic", "method", "of PPO's advantages", BASELINES)
-    ppo_lr: float = option(0.0, "method", "PPO learning rate; 0: 1.5e-3 for tiny, else 1e-5")
+    ppo_lr: float = option(0.0, "method", "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
     windows: int = option(2, "method", "windows of the correction, equal in train events")
     proposals: int = option(0, "method", "for an item and window; 0: 24 for tiny, else 12")
     margin: float = option(0.25, "method", "standard errors that the gain of a correction exceeds")
@@ -1029,7 +1029,7 @@ def resolve(s):
         "micro_batch": 16 if tiny else 4,
         "ppo_updates": 60 if tiny else 20,
         "proposals": 24 if tiny else 12,
-        "ppo_lr": 1.5e-3 if tiny else 1e-5,
+        "ppo_lr": 3e-3 if tiny else 1e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
     }
     filled = {name: getattr(s, name) or value for name, value in usual.items()}

@@ -450,7 +450,7 @@ class PPOConfig:
     minibatch: int = 32  # answers a step
     micro_batch: int = 32  # answers a pass with gradients holds
     epochs: int = 2  # passes over an update's answers
-    lr: float = 5e-4
+    lr: float = 5e-4  # of the first update; it falls linearly to 0
     value_lr: float = 1e-2
     beta: float = 0.05  # weight of the per-token KL to `align` ...
     kl_target: float = 6.0  # ... adapted towards so many nats a sequence; 0: fixed
@@ -494,6 +494,8 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         # made of seed and update: no random state needs to be saved
         rng = np.random.default_rng([config.seed, 19, update])
         start = time.perf_counter()
+        # falls to 0: the noise of large steps is gone when the last answers are learnt from
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - update / config.updates)
         # 1. sample answers
         use(model, "policy")
         asked = [prompts[i] for i in rows]
