@@ -21,6 +21,7 @@ goes on. The demo's hidden truth is read by `add_truth` and the arms `oracle` al
 """
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -28,6 +29,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -35,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +57,9 @@ DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where th
 ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
 # of an answer's advantage: two answers of `align` and a value head, or the mean of GROUP answers
 BASELINES, GROUP = ("critic", "group"), 8
+# the mark of a run folder of ours; the adapter that a stage trains
+PROGRAM = "CURec"
+ADAPTERS = {"align": "align", "ppo": "policy", "knowledge": "knowledge"}
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
 TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
 ARM_NAMES = ",".join(arm for arm in ARMS if ARMS[arm].ids) + ",content-only,..."
@@ -70,12 +76,14 @@ class Settings:
     dataset: str = option("demo", "data", "demo | beauty | other Amazon category | folder")
     data_dir: str = option("data", "data", "folder that holds or receives downloaded files")
     ties: str = option("file", "data", "within a timestamp: the files' order or drawn", D.TIES)
-    k_core: int = option(-1, "data", "fewest interactions a user, item; -1: 5 for a folder or 0")
+    k_core: int = option(
+        -1, "data", "fewest interactions a user, item; -1: 5, or 0 for Amazon's 5-cores"
+    )
     limit_items: int = option(0, "data", "keep the N items chosen most, then a 5-core; 0: all")
     limit_users: int = option(0, "data", "then keep N users drawn by seed; 0: all")
     llm: str = option("", "LLM", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]")
     encoder: str = option("", "LLM", "Hugging Face text encoder; default: the LLM's own states")
-    tiny_steps: int = option(0, "LLM", "steps of the tiny LLM; 0: 1000 for demo, else 4000")
+    tiny_steps: int = option(0, "LLM", "steps of the tiny LLM; 0: an item each, 1000 to 4000")
     align_steps: int = option(200, "LLM", "supervised LoRA steps, 32 prompts each")
     temperature: float = option(0.7, "LLM", "of reasons and of PPO's answers; of proposals it is 1")
     max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
@@ -96,29 +104,36 @@ class Settings:
     seed: int = option(0, "run", "seed of everything, the demo world included")
     device: str = option("", "run", "cpu | cuda | cuda:1; default: cuda where there is one")
     quick: bool = option(False, "run", "a tiny run of every stage: its figures mean nothing")
-    resume: bool = option(False, "run", "go on after the last finished unit of work")
+    resume: bool = option(False, "run", "go on after the last finished unit of work, or start")
+    overwrite: bool = option(False, "run", "replace the run that the run folder holds")
     dry_run: bool = option(False, "run", "only print what would be downloaded, asked and learnt")
     debug: bool = option(False, "run", "show the traceback of an error")
     run: str = option("", "look back", "the run folder to look at")
     explain: str = option("", "look back", "USER: top items with their reasons")
+    history: str = option("", "look back", "ID,ID,...: the same for items of yours, oldest first")
     score: str = option("", "look back", "TEXT: the reward of a reason of yours ...")
     item: str = option("", "look back", "ID: ... about this item")
 
 
-def main(run: "Run"):
-    """The whole method."""
+def whole_method(run: "Run"):
+    """From the data to the report."""
     s = run.settings
     needs = needed(s)
     data = load_data(s)
     cuts = window_cuts(data, s.windows)
-    run.open(data, cuts)
+    run.open(data)
     llm = encode = preferences = rank_score = None
     reasons = {}
     lines = []
-    if needs["LLM"]:
+    # what can fail early comes before an older run is cleared
+    if needs["LLM"] and s.llm != "tiny":
+        llm, encode = open_llm(s, s.llm)
+        check_context(s, data, llm)
+    encoder = reward.load_encoder(s.encoder, s.device) if s.encoder else None
+    run.begin(data, cuts)
+    if needs["LLM"] and s.llm == "tiny":
         llm, encode = open_llm(s, llm_path(run, data))
-    if s.encoder:
-        encode = reward.load_encoder(s.encoder, s.device)
+    encode = encoder or encode
     if needs["reasons"]:
         train_adapter(run, data, llm, "align", s.align_steps, ALIGNMENT)
         judge, weights = fit_reward_model(run, data, encode)
@@ -154,8 +169,8 @@ def load_data(s):
     """The data set, large enough for what the arms need."""
     subset = D.Subset(s.ties, s.k_core, s.limit_items, s.limit_users)
     data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
-    if needed(s)["reasons"] and min(len(data.users), data.n_items) < 10:
-        raise D.DataError(f"{data.name}: reasons need at least 10 users and 10 items; see --arms")
+    if needed(s)["reasons"]:
+        data.check_reasons()
     return data
 
 
@@ -166,13 +181,13 @@ def llm_path(run, data):
     if s.llm != "tiny":
         return s.llm
     path = run.load("tiny_llm")
-    if path and os.path.exists(path):
+    if path and rl.is_whole(path):
         return path
     lessons = tiny_lessons(s, data)
     # 9: raise it when the training changes
     digest = hashlib.sha256(json.dumps([lessons, s.seed, 9]).encode()).hexdigest()[:12]
     path = os.path.abspath(f"cache/tiny-{data.name}-{digest}")
-    if not os.path.exists(path):
+    if not rl.is_whole(path):
         texts = [D.item_text(item) for item in data.items[1:]]
         config = rl.TinyConfig(lowercase=s.dataset != "demo", device=s.device)
         rl.train_tiny(path, texts, lessons, D.TAGS, config, s.seed, run.checkpoint())
@@ -182,7 +197,7 @@ def llm_path(run, data):
 def tiny_lessons(s, data):
     """What the tiny LLM is trained on, one after the other: (name, (prompt, answer) pairs, steps).
     For LANE its answers are among all prompts: a model from scratch must learn their form."""
-    steps = s.tiny_steps
+    steps = s.tiny_steps or min(max(1000, data.n_items), 4000)
     rng = np.random.default_rng([s.seed, 41])
     # no more samples than the steps can see
     short = D.alignment_samples(data, min(10_000, 10 * steps), rng, D.Mixture(1.0, people=1))
@@ -208,6 +223,14 @@ def open_llm(s, path):
     encode = functools.partial(rl.encode, *llm, budget=sampling(s).budget)
     # a tiny LLM knows words, and little of sentences
     return llm, reward.word_means(encode) if s.llm == "tiny" else encode
+
+
+def check_context(s, data, llm):
+    """Refuses an LLM whose context is too short for the longest prompts."""
+    prompts = []
+    for i in range(1, data.n_items + 1):
+        prompts.append(D.reason_prompt(data, i, D.REASON.format("x", "y"), data.events_by_item[i]))
+    rl.check_context(*llm, sorted(prompts, key=len)[-20:], s.max_new)
 
 
 def sampling(s) -> rl.Sampling:
@@ -345,8 +368,8 @@ def window_cuts(data, windows):
     """Absolute timestamps c_0 < .. < c_W: window w is [c_w, c_w+1). Quantiles of train events;
     equal times stay together."""
     times = data.events["time"]
-    starts = np.quantile(times, np.arange(windows) / windows, method="lower")
-    return sorted({*map(int, starts), int(times.max()) + 1})
+    starts = np.quantile(times, np.arange(windows) / windows, method="lower").astype(times.dtype)
+    return sorted({*starts.tolist(), (times.max() + 1).item()})
 
 
 def one_shot_people(data, seed):
@@ -618,26 +641,33 @@ def train_and_test_arms(run, data, inputs, rank_score):
     """Trains every arm with every seed and fills the metrics arms, comparisons and headroom.
     rank_score: of the arm `knowledge`, which is no SASRec."""
     s = run.settings
-    ranks = {}
-    jobs = {}
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
-    # before the workers: what it makes `data` remember may not come while data is sent to them
-    slices = recommender.user_slices(data)
-    with recommender.workers(s.device, len(inputs) * s.seeds) as pool:
-        for arm in inputs:
-            for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
-                job = (recommender.fit_arm, arm, data, inputs[arm], config, seed)
-                here = arm == "knowledge" or run.has(f"arm-{arm}.{seed}")
-                jobs[arm, seed] = None if here else pool.submit(*job)
-        fits = {arm: [] for arm in inputs}
-        for (arm, seed), job in jobs.items():
-            fit = run.load(f"arm-{arm}.{seed}", "downstream")
-            if fit is None and arm == "knowledge":
-                fit = run.save(recommender.fit_arm(arm, data, None, config, seed, rank_score))
-            fits[arm].append(fit or run.save(job.result()))
+    fits = {arm: {} for arm in inputs}
+    jobs = []
     for arm in inputs:
-        ranks[arm] = torch.stack([fit["ranks"] for fit in fits[arm]]).numpy()
-        run.metrics["arms"][arm] = recommender.arm_entry(fits[arm], slices)
+        for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
+            job = (arm, data, inputs[arm], config, seed)
+            if arm == "knowledge" or run.has(f"arm-{arm}.{seed}"):
+                fit = run.load(f"arm-{arm}.{seed}", "downstream")
+                fits[arm][seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
+            else:
+                jobs.append(job)
+    start = time.perf_counter()
+    finished = recommender.fit_all(jobs, s.device, len(inputs) * s.seeds)
+    # closed, it ends what is still at work: the first error is not kept waiting
+    with contextlib.closing(finished):
+        for (arm, *_, seed), fit in finished:
+            run.load(f"arm-{arm}.{seed}", "downstream")
+            # it took what has passed since the fit before
+            run.start = start
+            fits[arm][seed] = run.save(fit())
+            start = time.perf_counter()
+    ranks = {}
+    slices = recommender.user_slices(data)
+    for arm in inputs:
+        mine = [fits[arm][seed] for seed in sorted(fits[arm])]
+        ranks[arm] = torch.stack([fit["ranks"] for fit in mine]).numpy()
+        run.metrics["arms"][arm] = recommender.arm_entry(mine, slices)
     if rank_score:
         run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
     run.metrics["comparisons"] = recommender.compare(ranks)
@@ -676,36 +706,55 @@ class Run:
         self.times = {}
         self.metrics = {"dataset": {}, "arms": {}}
 
-    def open(self, data, cuts):
-        """Locks the folder, clears an older run out of it or checks that the one to resume was
-        made with the same settings, and writes config.json."""
+    def open(self, data):
+        """Locks the folder and refuses one that is not ours or holds another run. Nothing in it has
+        changed by then."""
         s = self.settings
-        self.times["load"] = time.perf_counter() - self.start
+        begun = read_config(self.folder)
+        foreign = foreign_files(self.folder, begun)
+        if foreign:
+            raise D.DataError(f"--out {s.out}: {foreign[0]} there is not ours; name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (it goes with the process)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise D.DataError(f"--out {s.out}: another run is at work there; wait") from None
-        config = self.folder / "config.json"
-        begun = json.loads(config.read_text()).get("settings") if config.exists() else None
-        if not begun and (s.resume or config.exists() or (self.folder / "state").exists()):
-            raise D.DataError(f"{s.out}: holds no run of ours; see --out and --resume")
+        if begun and not (s.resume or s.overwrite):
+            raise D.DataError(
+                f"{s.out} holds a run: --resume goes on with it, --overwrite replaces it, "
+                "--out names another folder"
+            )
         if begun and s.resume:
-            # another micro-batch is the same method
-            kept = {name: value for name, value in begun.items() if name != "micro_batch"}
-            other = {name: kept[name] for name in kept if kept[name] != getattr(s, name, None)}
+            other = changed(begun, s, data)
             if other:
-                raise D.DataError(f"--resume: {s.out} was made with {figures(other)}")
-        elif begun:
-            for folder in ("state", "align", "policy", "knowledge"):
-                shutil.rmtree(self.folder / folder, ignore_errors=True)
-            for file in ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md"):
-                (self.folder / file).unlink(missing_ok=True)
+                advice = "give the same again, or --overwrite, or another --out"
+                raise D.DataError(f"--resume: {s.out} was made with {other}; {advice}")
+        self.resumed = bool(begun and s.resume)
+        if s.resume and not begun:
+            print(f"--resume: nothing to go on with in {s.out}; starting")
+
+    def begin(self, data, cuts):
+        """Clears an older run out of the folder, or what is damaged of the run to resume, which is
+        then made again; writes config.json."""
+        s = self.settings
+        self.times["load"] = time.perf_counter() - self.start
         # what a killed run was writing
         for part in [*self.folder.glob("*.[0-9]*.part"), *self.folder.glob("state/*.part")]:
             part.unlink()
-        rl.write_atomically(config, json.dumps(description(s, cuts), indent=1))
+        if self.resumed:
+            for path in (self.folder / "state").glob("*.*"):
+                adapter = ADAPTERS.get(path.name.removesuffix(".pt"))
+                whole = not adapter or rl.is_whole(self.folder / adapter, rl.ADAPTER_FILES)
+                if not whole or rl.read_state(path) is None:
+                    path.unlink()
+        else:
+            for folder in ("state", *ADAPTERS.values()):
+                shutil.rmtree(self.folder / folder, ignore_errors=True)
+            for file in ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md"):
+                (self.folder / file).unlink(missing_ok=True)
+        config = description(s, cuts) | {"data": fingerprint(data)}
+        rl.write_atomically(self.folder / "config.json", json.dumps(config, indent=1))
         sizes = {"users": len(data.users), "items": data.n_items}
         sizes["interactions"] = sum(map(len, data.seqs))
         self.metrics["dataset"] = {"name": data.name, **sizes, "ties": s.ties}
@@ -720,10 +769,11 @@ class Run:
         self.stage = stage
         self.time_as = time_as or stage
         self.start = time.perf_counter()
-        if self.has(stage):
-            return self.finish(torch.load(self.folder / f"state/{stage}.pt", weights_only=True))
-        print(f"[{stage}]")
-        return None
+        kept = rl.read_state(self.folder / f"state/{stage}.pt")
+        if kept is None:
+            print(f"[{stage}]")
+            return None
+        return self.finish(kept)
 
     def save(self, value):
         """Keeps what the stage that was started gave, and gives it back."""
@@ -743,6 +793,58 @@ class Run:
         return rl.Checkpoint(f"{self.folder}/state/{self.stage}.unit")
 
 
+def read_config(folder):
+    """config.json of a run folder; {} where there is none of ours."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text())
+        return config if config["program"] == PROGRAM else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def foreign_files(folder, ours):
+    """What in a run folder no run has written: all in a folder that is not ours, else files in the
+    folders that a new run would clear."""
+    paths = list(folder.glob("*"))
+    if ours:
+        cleared = [folder / name for name in ("state", *ADAPTERS.values())]
+        paths = [path for place in cleared for path in place.rglob("*") if path.is_file()]
+    found = []
+    for path in sorted(paths):
+        name = path.relative_to(folder).as_posix()
+        # a killed run may leave no more than these
+        passing = re.fullmatch(r"\.lock|.*\.[0-9]+\.part", path.name)
+        known = re.fullmatch(r"state/(adapter/.*|.*\.(pt|unit(\.\d)?))|\w+/adapter_.*", name)
+        if not passing and not (ours and known):
+            found.append(path)
+    return found
+
+
+def changed(begun, s, data):
+    """What of a run to resume is not as it was, as text; "" where all is. Places may change: of
+    the data its fingerprint counts, of a model its last name."""
+    kept = begun["settings"]
+    other = {}
+    for name, value in kept.items():
+        now = getattr(s, name, None)
+        if name in ("llm", "encoder"):
+            value, now = Path(value).name, Path(now).name
+        # another micro-batch is the same method
+        if name not in ("dataset", "data_dir", "out", "micro_batch") and value != now:
+            other[name] = kept[name]
+    if begun["data"] != fingerprint(data):
+        return f"other data than {s.dataset} is now"
+    return figures(other)
+
+
+def fingerprint(data):
+    """A short digest of all that a run takes from its data."""
+    columns = [data.seqs, data.times, data.ratings or []]
+    rows = [[row.tolist() for row in column] for column in columns]
+    told = json.dumps([data.items, data.users, rows])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def description(s, cuts):
     """config.json: what it takes to repeat the run."""
     commit = ""
@@ -753,6 +855,7 @@ def description(s, cuts):
     gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
     return {
+        "program": PROGRAM,
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
         "windows": cuts,
         "git_commit": commit or "unknown",
@@ -815,7 +918,7 @@ def charts(run):
         heading = "Differences of NDCG@10, by row of the table above: bars; intervals: lines"
         out[heading] = chart("row", "a - b", [row["delta"] for row in rows], lines)
     if "ppo" in run.metrics:
-        log = [json.loads(line) for line in D.read_lines(f"{run.folder}/ppo.jsonl")]
+        log = rl.read_state(run.folder / "state/ppo.pt")["value"]
         lines = [[row["reward"] for row in log], [row["kl"] for row in log]]
         heading = "PPO: the rewards of ppo.jsonl, and the KL to `align`, which starts at 0"
         out[heading] = chart("update", "nats", [], lines)
@@ -839,7 +942,8 @@ def write_report(run, data, lines):
     m = run.metrics
     m["time_s"] = run.times | {"total": sum(run.times.values())}
     # of this process: the arms' workers come on top of it
-    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if s.device != "cpu":
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
@@ -863,16 +967,17 @@ def write_report(run, data, lines):
 
 
 def timeline_text(line):
-    """How a reason came about, of a line of reasons.jsonl: who came, what they share, what was
-    proposed, and what the audience said."""
+    """How a reason came about, of a line of reasons.jsonl: a line a window says what was proposed,
+    what the audience said, who came and what they share."""
     out = [f"**{line['title']}** ({line['item']}): {line['reason']}"]
     for entry in line["timeline"]:
         day = time.strftime("%Y-%m-%d", time.gmtime(entry["window_end"]))
         verdict = "accepted" if entry["accepted"] else "rejected"
-        rewards = "{reward_before:+.2f} -> {reward_after:+.2f}".format(**entry)
-        people = f"{', '.join(entry['people'])}; they share: {', '.join(entry['shared']) or '-'}"
-        out.append(f"- until {day} came {people}")
-        out.append(f"  - {verdict}: {entry['proposal']} (reward of {entry['judges']}: {rewards})")
+        proposal = entry["proposal"].removeprefix(D.REASON_START)
+        rewards = "{reward_before:+.2f} -> {reward_after:+.2f} for {judges} others".format(**entry)
+        shared = ", ".join(entry["shared"]) or "nothing"
+        came = f"{', '.join(entry['people'])} came, who share {shared}"
+        out.append(f"- until {day} {came}; {verdict}: {proposal} ({rewards})")
     return "\n".join(out)
 
 
@@ -909,37 +1014,64 @@ def dry_run(s):
 
 
 def look(flags):
-    """Looks at the finished run in the folder --run. --explain: a user's top items, each with its
-    reason and that reason's history. --score: the reward of a reason written by hand, part by part,
-    beside that of the item's own."""
-    settings = json.loads(Path(flags.run, "config.json").read_text())["settings"]
-    s = replace(Settings(**settings), out=flags.run)
+    """Looks at the finished run in the folder --run: see explain and score."""
+    config = read_config(flags.run)
+    if not config:
+        raise D.DataError(f"--run {flags.run}: no run of ours is there")
+    # what has moved since may be given again
+    places = {name: getattr(flags, name) for name in ("dataset", "data_dir", "device")}
+    moved = {name: value for name, value in places.items() if value != getattr(Settings(), name)}
+    s = replace(Settings(**config["settings"]), out=flags.run, **moved)
     run = Run(s)
     data = load_data(s)
+    if config["data"] != fingerprint(data):
+        raise D.DataError(f"--run {s.out}: was made with other data than {s.dataset} is now")
     lines = [json.loads(line) for line in D.read_lines(f"{s.out}/reasons.jsonl")]
-    ids = data.users if flags.explain else ["", *(line["item"] for line in lines)]
-    name = flags.explain or flags.item
-    stage = f"arm-curec.{s.seed}" if flags.explain else "reward"
-    kept = run.load(stage)
-    if name not in ids:
-        raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
+    stage = "reward" if flags.score else f"arm-curec.{s.seed}"
+    kept = rl.read_state(f"{s.out}/state/{stage}.pt")
     if kept is None:
         raise D.DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
-    number = ids.index(name)
+    if flags.score:
+        score(run, data, kept["value"]["weights"][-1], lines, flags)
+    else:
+        explain(data, kept["value"]["model"], lines, flags)
+
+
+def numbers(names, ids):
+    """The places of names among ids, of which the first is padding."""
+    for name in names:
+        if name not in ids:
+            raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
+    return [ids.index(name) for name in names]
+
+
+def explain(data, weights, lines, flags):
+    """--explain, --history: the top items after a user's history, or one that was typed, each with
+    its reason and that reason's history."""
     if flags.explain:
-        history = data.seqs[number][:-1]
-        print(f"{name} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-        model = recommender.SASRec(data.n_items, recommender.Inputs(kept["model"]["features"]))
-        model.load_state_dict(kept["model"])
-        best = recommender.top_items(recommender.scorer(model), [history])[0, :5]
-        # 0: nothing is left
-        print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")
-        return
+        (user,) = numbers([flags.explain], ["", *data.users])
+        history = data.seqs[user - 1][:-1]
+    else:
+        typed = [name.strip() for name in flags.history.split(",")]
+        history = np.array(numbers(typed, ["", *(line["item"] for line in lines)]))
+    print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
+    model = recommender.SASRec(data.n_items, recommender.Inputs(weights["features"]))
+    model.load_state_dict(weights)
+    best = recommender.top_items(recommender.scorer(model), [history])[0, :5]
+    # 0: nothing is left
+    print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")
+
+
+def score(run, data, weights, lines, flags):
+    """--score: the reward of a reason written by hand, part by part, beside that of the item's
+    own."""
+    s = run.settings
+    (number,) = numbers([flags.item], ["", *(line["item"] for line in lines)])
     _, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
     judge = reward.Judge(data, encode, s.seed)
-    judge.load_weights(kept["weights"][-1])
+    judge.load_weights(weights)
     people = [[group[number]] for group in one_shot_people(data, s.seed)]
     reasons = [flags.score, lines[number - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
@@ -955,7 +1087,7 @@ def look(flags):
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2}
 QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
 # flags that are no setting of a run
-NOT_KEPT = ("resume", "dry_run", "debug", "run", "explain", "score", "item")
+NOT_KEPT = "resume overwrite dry_run debug run explain history score item".split()
 # the least that is allowed, 0 else
 LEAST = dict.fromkeys("seeds windows epochs".split(), 1)
 LEAST |= {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "align_steps": 1, "knowledge_steps": 1}
@@ -985,10 +1117,14 @@ def parse_args(argv=None):
         flag = "--" + f.name.replace("_", "-")
         groups[group].add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    looked = {name: given[name] for name in ("explain", "item", "run", "score") if name in given}
-    together = ([], ["explain", "run"], ["item", "run", "score"])
+    look_flags = ("explain", "history", "item", "run", "score")
+    looked = {name: given[name] for name in look_flags if name in given}
+    together = ([], ["explain", "run"], ["history", "run"], ["item", "run", "score"])
     if list(looked) not in together or not all(looked.values()):
-        raise D.DataError("--run DIR goes with --explain USER, or with --score TEXT and --item ID")
+        ways = "--explain USER, or --history ID,ID, or --score TEXT and --item ID"
+        raise D.DataError(f"--run DIR goes with {ways}")
+    if given.get("resume") and given.get("overwrite"):
+        raise D.DataError("--resume and --overwrite contradict each other")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
 
@@ -1022,9 +1158,14 @@ def resolve(s):
         if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < 2**31:
             raise D.DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
+    # a folder is found again from elsewhere
+    folders = {}
+    for name, value in (("dataset", s.dataset), ("llm", llm), ("encoder", s.encoder)):
+        is_folder = value not in ("demo", "tiny") and os.path.isdir(value)
+        folders[name] = os.path.abspath(value) if is_folder else value
+    folders["data_dir"] = os.path.abspath(s.data_dir)
     tiny = llm == "tiny"
     usual = {
-        "tiny_steps": 1000 if demo else 4000,
         "max_new": 24 if tiny else 128,
         "micro_batch": 16 if tiny else 4,
         "ppo_updates": 60 if tiny else 20,
@@ -1033,17 +1174,20 @@ def resolve(s):
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
     }
     filled = {name: getattr(s, name) or value for name, value in usual.items()}
-    return replace(s, device=device, llm=llm, arms=",".join(dict.fromkeys(arms)), **filled)
+    return replace(s, device=device, arms=",".join(dict.fromkeys(arms)), **folders, **filled)
 
 
 def stop(number, frame):
     """Ctrl-C: every file is whole at any time, so nothing needs to be put in order."""
-    command = shlex.join(arg for arg in sys.argv if arg != "--resume")
-    print(f"\ninterrupted; go on with: python {command} --resume", file=sys.stderr, flush=True)
+    text = "interrupted"
+    if not {"--run", "--dry-run"} & set(sys.argv):
+        kept = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")]
+        text += f"; go on with: {shlex.join([sys.executable, *kept])} --resume"
+    print(f"\n{text}", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 
-def command_line(argv=None):
+def main(argv=None):
     """Does what the command line says. Returns 0, or 2 after an error in one line."""
     run = s = None
     try:
@@ -1054,15 +1198,16 @@ def command_line(argv=None):
             dry_run(resolve(s))
         else:
             run = Run(resolve(s))
-            main(run)
+            whole_method(run)
         return 0
     except Exception as e:
         if s and s.debug:
             raise
         text = str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e}"
-        if run and not isinstance(e, D.DataError):
+        if run and run.stage != "load" and not isinstance(e, D.DataError):
             text += f" (in stage {run.stage}; what is finished is kept: --resume goes on)"
-        if isinstance(e, MemoryError) or "out of memory" in text:
+        # a worker process that is gone was most likely killed for its memory
+        if isinstance(e, (MemoryError, BrokenProcessPool)) or "out of memory" in text:
             text += "; less memory: --micro-batch 1, a smaller --llm, --max-new or --limit-items"
         print(f"curec.py: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
@@ -1145,7 +1290,9 @@ def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"),
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)
-    # progress in a log file too
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.exit(command_line())
+    # not in a notebook: its kernel must outlive Ctrl-C, and its stdout is no file
+    if hasattr(sys.stdout, "reconfigure"):
+        signal.signal(signal.SIGINT, stop)
+        # progress in a log file too; a title that a terminal cannot print ends no run
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    sys.exit(main())

@@ -6,15 +6,16 @@
     event e      =  a train interaction that has a history: user, position >= 1, item, time
     history(e)   =  what that user had chosen before event e, oldest first
 
-Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, Amazon files of 2014 and
-2018, a folder of your own. The demo's hidden truth (why each item is chosen) is read by the truth
-figures and by the arms `oracle` and `oracle-only` alone; what trains a model reads `train`,
-`events` and `items`.
+Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, Amazon files of 2014,
+2018 and 2023, a folder of your own. The demo's hidden truth (why each item is chosen) is read by
+the truth figures and by the arms `oracle` and `oracle-only` alone; what trains a model reads
+`train`, `events` and `items`.
 Every random stream is default_rng([seed, salt, ...]), with a salt of its own for each use.
 """
 
 import ast
 import csv
+import glob
 import gzip
 import html
 import json
@@ -22,11 +23,14 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 import urllib.request
 import zlib
 from collections import Counter, namedtuple
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import UTC, datetime
+from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import numpy as np
 from tqdm import tqdm
@@ -37,6 +41,8 @@ PROMPT_HISTORY, PEOPLE = 1, 8
 TITLE_WORDS, TEXT_WORDS = 12, 40
 # a word that fewer items have tells which item it is: the reward's encoder never sees it
 MIN_ITEMS = 5
+# a title that more items share, and more than 5 % of them, is none: markup, "unknown"
+MAX_NAMESAKES = 10
 TIES = ("file", "shuffle")  # order within a timestamp
 # LANE's m preferences a user; items of a history that the two relatives show
 PREFERENCES, RELATIVES_HISTORY = 5, 10
@@ -65,12 +71,13 @@ class Dataset:
     items: list  # of dicts: id, title, brand, categories, description; items[0] is padding
     users: list  # source ids
     seqs: list  # a user: item numbers in time order, (L,) int64
-    times: list  # a user: seconds since 1970, (L,) int64
+    times: list  # a user: seconds since 1970, (L,) int64; float64 where a source has fractions
     ratings: list | None = None  # a user: (L,) float; None where the source has none
     # demo only: drivers an item, "early" and "late"; "since": when; "popularity" of an item and
     # "follower" of an aspect are for tests/bench alone
     truth: dict | None = None
     notes: list | tuple = ()  # what was skipped and why
+    fields: list | tuple = ()  # names of the fields that the source's items have
 
     def __post_init__(self):
         self.n_items = len(self.items) - 1
@@ -87,7 +94,7 @@ class Dataset:
         if not rows:
             raise DataError(f"{self.name}: no user has 4 interactions; lower --k-core or limits")
         rows.sort(key=lambda row: row[3])
-        columns = np.array(rows, dtype=np.int64).T
+        columns = map(np.array, zip(*rows, strict=True))
         return dict(zip(("user", "pos", "item", "time"), columns, strict=True))
 
     @cached_property
@@ -139,19 +146,55 @@ class Dataset:
     @cached_property
     def phrases(self):
         """What an item says of itself and a reason may name: its words, each in one form, without
-        masked and common ones (with the masked ones where fewer than two would be left)."""
+        common ones (with masked ones and emoji only where fewer than two would be left)."""
         phrases = [[]]
         for item in self.items[1:]:
             said = [w for w in words(item_text(item)) if w not in self.common_words]
             own = list({stem(w): w for w in said if not w[0].isdigit()}.values())
-            clear = [w for w in own if w not in self.masked_words]
+            clear = [w for w in own if w[0].isalpha() and w not in self.masked_words]
             phrases.append(clear if len(clear) >= 2 else own)
         return phrases
 
+    def check_reasons(self):
+        """Raises DataError where users are few, or most items have too few phrases for a reason."""
+        if min(len(self.users), self.n_items) < 10:
+            raise DataError(f"{self.name}: reasons need at least 10 users and 10 items; see --arms")
+        poor = [i for i in range(1, self.n_items + 1) if len(self.phrases[i]) < 2]
+        if len(poor) > self.n_items / 2:
+            raise DataError(
+                f"{self.name}: {len(poor)} of {self.n_items} items say fewer than two things that "
+                f'a reason could name, such as "{item_text(self.items[poor[0]])[:80]}"; check '
+                f"`title` and `description` (fields found: {listed(self.fields)}), or see --arms"
+            )
+
+
+# accents and vowel signs: they belong to the letter before them
+MARKS = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c)[0] == "M")
+# scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han
+UNSPACED = (
+    "\u0e01-\u0e4e\u0e81-\u0ece\u1000-\u103f\u1780-\u17d3\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
+    "\u3400-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+UNSPACED_LETTER = re.compile(rf"(?=[{UNSPACED}])[^\W\d_][{MARKS}]*")
+# other letters and digits, but no fractions; a flag is two signs, emoji may be coloured or joined
+LETTER = rf"[^\W_\xbc-\xbe{UNSPACED}]"
+FLAG = "[\U0001f1e6-\U0001f1ff]{2}"
+EMOJI = "[\u231a-\u23ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]"
+WORD = re.compile(
+    rf"{LETTER}+(?:[{MARKS}\xad\u200c\u200d'-]+{LETTER}*)*|(?:{UNSPACED_LETTER.pattern})+"
+    rf"|{FLAG}|{EMOJI}(?:[{MARKS}\U0001f3fb-\U0001f3ff]|\u200d{EMOJI})*"
+)
+
 
 def words(text):
-    """The words of a text in lower case."""
-    return re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
+    """The words of a text in lower case. In scripts without spaces each two neighbouring letters
+    are a word; an emoji is one."""
+    text = unicodedata.normalize("NFC", text.lower().replace("\u2019", "'"))
+    found = []
+    for word in WORD.findall(text):
+        letters = UNSPACED_LETTER.findall(word)
+        found += map("".join, pairwise(letters)) if len(letters) > 1 else [word]
+    return found
 
 
 def stem(word):
@@ -404,7 +447,8 @@ class Subset:
     """Which interactions of a source are kept, and in which order."""
 
     ties: str = "file"  # within a timestamp: the source's order, or "shuffle": drawn by seed
-    k_core: int = -1  # fewest interactions of users and items; -1: 5 for a folder, else 0
+    # fewest interactions of users and items; -1: 5, but 0 for Amazon's 5-cores of 2014 and 2018
+    k_core: int = -1
     limit_items: int = 0  # the items with most train interactions, then a 5-core; 0: all
     limit_users: int = 0  # drawn by seed; 0: all
 
@@ -419,11 +463,15 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     if name == "demo":
         return demo(seed, 200, 120) if small else demo(seed)
     skipped = Counter()
-    is_folder = os.path.isdir(name)
-    if is_folder:
-        rows, records = read_folder(name, skipped)
+    if os.path.isdir(name):
+        reviews, described = find_file(name, INTERACTIONS), find_file(name, ITEMS)
     else:
-        rows, records = read_amazon(name, data_dir, skipped)
+        files = amazon_files(name, data_dir)
+        for path, url in files.items():
+            if not os.path.exists(path):
+                download(path, url)
+        reviews, described = files
+    rows = read_interactions(reviews, skipped)
     if subset.ties == "shuffle":
         rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
     rows.sort(key=lambda row: row.time)  # stable: equal times keep their order
@@ -431,7 +479,8 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     for row in rows:
         first.setdefault((row.user, row.item), row)
     skipped["repeated user-item pairs: the first is kept"] = len(rows) - len(first)
-    k_core = subset.k_core if subset.k_core >= 0 else 5 * is_folder
+    default = 0 if "_5.json" in os.path.basename(reviews) else 5
+    k_core = subset.k_core if subset.k_core >= 0 else default
     rows = core(list(first.values()), k_core)
     skipped[f"interactions outside the {k_core}-core: left out"] = len(first) - len(rows)
     if subset.limit_items:
@@ -446,7 +495,7 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
         users = np.random.default_rng([seed, 13]).permutation(sorted({row.user for row in rows}))
         kept = set(users[: subset.limit_users].tolist())
         rows = [row for row in rows if row.user in kept]
-    return from_rows(os.path.basename(os.path.normpath(name)), rows, records, skipped)
+    return from_rows(os.path.basename(os.path.normpath(name)), rows, described, skipped)
 
 
 def by_user(rows):
@@ -468,28 +517,37 @@ def core(rows, k):
     return rows
 
 
-def from_rows(name, rows, records, skipped) -> Dataset:
-    """rows: by time. records: item id -> fields. skipped: what was left out -> how many."""
+def from_rows(name, rows, described, skipped) -> Dataset:
+    """rows: by time. described: path of the items. skipped: what was left out -> how many."""
     groups = by_user(rows)
     users = {user: mine for user, mine in groups.items() if len(mine) >= 3}
     skipped["users with fewer than 3 interactions: left out"] = len(groups) - len(users)
     kept = [row for mine in users.values() for row in mine]
     chosen = sorted({row.item for row in kept})
-    number = {item: i for i, item in enumerate(chosen, 1)}
-    items = [{}, *(item_record(item, records.get(item, {})) for item in chosen)]
-    skipped["items without a title"] = sum(not item["title"] for item in items[1:])
-    notes = [f"{count} {what}" for what, count in skipped.items() if count]
     if not users:
+        notes = [f"{count} {what}" for what, count in skipped.items() if count]
         problem = f"{name}: no user has 3 interactions left; lower --k-core or the limits"
         raise DataError("; ".join([problem, *notes]))
+    records, fields = read_items(described, set(chosen), skipped)
+    number = {item: i for i, item in enumerate(chosen, 1)}
+    items = [{}, *(item_record(item, records.get(item, {})) for item in chosen)]
+    namesakes = Counter(item["title"].lower() for item in items[1:])
+    most = max(MAX_NAMESAKES, len(chosen) // 20)
+    for item in items[1:]:
+        if item["title"] and namesakes[item["title"].lower()] > most:
+            item["title"] = ""
+            skipped[f"titles that more than {most} items share: taken for none"] += 1
+    skipped["items without a title"] = sum(not item["title"] for item in items[1:])
     seqs, times, ratings = [], [], []
+    unit = np.int64 if all(row.time.is_integer() for row in kept) else np.float64
     for mine in users.values():
         seqs.append(np.array([number[row.item] for row in mine]))
-        times.append(np.array([row.time for row in mine]))
+        times.append(np.array([row.time for row in mine], dtype=unit))
         ratings.append(np.array([row.rating for row in mine]))
     if not {row.rating for row in kept} <= {1, 2, 3, 4, 5}:
         ratings = None
-    return Dataset(name, items, list(users), seqs, times, ratings, notes=notes)
+    notes = [f"{count} {what}" for what, count in skipped.items() if count]
+    return Dataset(name, items, list(users), seqs, times, ratings, notes=notes, fields=fields)
 
 
 # ---------------------------------------------------------------------- real data: files and fields
@@ -498,10 +556,39 @@ AMAZON_2014 = (
     "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
     "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
 )
+MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data/"
 AMAZON_2018 = (
-    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}_5.json.gz",
-    "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/metaFiles2/meta_{}.json.gz",
+    MCAULEY + "amazon_v2/categoryFilesSmall/{}_5.json.gz",
+    MCAULEY + "amazon_v2/metaFiles2/meta_{}.json.gz",
 )
+AMAZON_2023 = (
+    MCAULEY + "amazon_2023/raw/review_categories/{}.jsonl.gz",
+    MCAULEY + "amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
+)
+CATEGORIES_2014 = (
+    "Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl "
+    "Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics "
+    "Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store "
+    "Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies "
+    "Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games"
+).split()
+# the files of a folder: the first that is there, or its .gz
+INTERACTIONS = "interactions.csv interactions.tsv interactions.jsonl *.inter ratings.csv".split()
+ITEMS = "items.jsonl items.csv items.tsv *.item movies.csv".split()
+# what sources call a field, the best name first; see plain()
+ITEM = "itemid item parentasin asin movieid productid bookid businessid sku".split()
+FIELDS = {
+    "user": "userid user uid reviewerid customerid".split(),
+    "item": ITEM,
+    "time": "timestamp time unixreviewtime datetime date".split(),
+    "rating": "rating overall stars".split(),
+    "id": ["id", *ITEM],
+    "title": "title name itemname productname movietitle".split(),
+    "brand": "brand store".split(),
+    "categories": "categories category genres genre class maincategory".split(),
+    "description": "description desc features".split(),
+}
+ASIN = re.compile(r"""['"](?:parent_)?asin['"]\s*:\s*['"](.*?)['"]""")
 # characters of a line of a file (more is taken for a decompression bomb), of a word of a text
 MAX_LINE, MAX_WORD = 1 << 20, 60
 # tags and angle brackets of any width (a title must not close our <reason>), control characters
@@ -509,58 +596,112 @@ MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800
 
 
 def amazon_files(name, data_dir):
-    """{path: address} of a category's reviews and items: of 2018 if its reviews are there."""
+    """{path: address} of a category's reviews and items: of the latest edition whose reviews are
+    there, else of the one to download."""
     category = ALIASES.get(name.lower(), name)
     if not re.fullmatch(r"[A-Za-z0-9_]+", category):
         raise DataError(f"{name}: no such folder; it needs interactions.csv and items.jsonl")
-    is_2018 = os.path.exists(os.path.join(data_dir, f"{category}_5.json.gz"))
-    urls = [url.format(category) for url in (AMAZON_2018 if is_2018 else AMAZON_2014)]
-    return {os.path.join(data_dir, os.path.basename(url)): url for url in urls}
+    default = AMAZON_2014 if category in CATEGORIES_2014 else AMAZON_2023
+    for edition in (AMAZON_2023, AMAZON_2018, AMAZON_2014, default):
+        files = {}
+        for url in edition:
+            path = os.path.join(data_dir, os.path.basename(url.format(category)))
+            unpacked = path.removesuffix(".gz")
+            files[unpacked if os.path.exists(unpacked) else path] = url.format(category)
+        if os.path.exists(next(iter(files))):
+            break
+    return files
 
 
-def read_amazon(name, data_dir, skipped):
-    """Rows and {item id: fields} of an Amazon category; downloads what is missing."""
-    files = amazon_files(name, data_dir)
-    for path, url in files.items():
-        if not os.path.exists(path):
-            download(path, url)
-    reviews, meta = files
-    records = map(parse_line, read_lines(reviews))
-    columns = ("reviewerID", "asin", "unixReviewTime", "overall")
-    rows = read_interactions(reviews, records, columns, skipped)
-    return rows, read_items(meta, "asin", {row.item for row in rows}, skipped)
+def find_file(folder, patterns):
+    """The file of a folder that the first of the patterns fits."""
+    for pattern in patterns:
+        path = os.path.join(glob.escape(folder), pattern)
+        found = sorted(glob.glob(path) + glob.glob(path + ".gz"))
+        if len({path.removesuffix(".gz") for path in found}) > 1:
+            raise DataError(f"{folder}: has several files {pattern}; leave one")
+        if found:
+            return found[0]
+    found = glob.glob(os.path.join(glob.escape(folder), "*"))
+    found = listed(sorted(map(os.path.basename, found)))
+    raise DataError(f"{folder}: needs {' or '.join(patterns)}, or one with .gz; found: {found}")
 
 
-def read_folder(folder, skipped):
-    """The same of a folder: interactions.csv (user,item,timestamp[,rating]) and items.jsonl
-    (id,title[,brand,categories,description])."""
-    path = os.path.join(folder, "interactions.csv")
+def listed(names):
+    """Some names out of a file or folder, for a message."""
+    return ", ".join(clean(name)[:30] for name in list(names)[:12]) or "nothing"
+
+
+def read_records(path, chosen=()):
+    """(line number, record) of each line of a file of JSON lines or of a table with a header. Of
+    Amazon's items only the chosen ones and those in doubt."""
+    lines = ((n, line) for n, line in enumerate(read_lines(path), 1) if not line.isspace())
+    name = os.path.basename(path)
+    if ".json" in name:
+        for number, line in lines:
+            # parsing is slow, and Amazon describes ten times the items that were chosen
+            named = ASIN.findall(line) if chosen and name.startswith("meta_") else []
+            if not named or not chosen.isdisjoint(named):
+                yield number, parse_line(line)
+        return
     csv.field_size_limit(MAX_LINE)
-    # a line at a time: a quote that is never closed spoils one line only
-    lines = (next(csv.reader([line], skipinitialspace=True)) for line in read_lines(path))
-    names = next(lines, [])
-    records = (dict(zip(names, cells, strict=False)) for cells in lines)
-    rows = read_interactions(path, records, ("user", "item", "timestamp", "rating"), skipped)
-    described = os.path.join(folder, "items.jsonl")
-    return rows, read_items(described, "id", {row.item for row in rows}, skipped)
+    delimiter = names = None
+    for number, line in lines:
+        delimiter = delimiter or max("\t;,", key=line.count)
+        # a line at a time: a quote that is never closed spoils one line only
+        cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
+        if names:
+            yield number, dict(zip(names, cells, strict=False))
+        names = names or cells
 
 
-def read_interactions(path, records, columns, skipped):
-    """Rows of the readable records. columns: the names of user, item, time and rating."""
-    rows = []
-    needed = "{}, {}, {} (in seconds since 1970) and {} (a number or nothing)".format(*columns)
-    for fields in records:
+@lru_cache
+def plain(name):
+    """A field's name in one form: userId, user_id and RecBole's user_id:token are userid."""
+    return re.sub(r":.*|[\W_]", "", str(name).lower())
+
+
+def pick(fields, name):
+    """A field's value, under the first of its names that has one; else None."""
+    for synonym in FIELDS[name]:
+        value = fields.get(synonym)
+        if value not in (None, "", []):
+            return value
+    return None
+
+
+def read_file(path, parse, needed, skipped, chosen=()):
+    """What parse makes of each record of a file, and the names of the records' fields. A record
+    that parse refuses is skipped and counted."""
+    made, refused, names = [], [], {}
+    for number, record in read_records(path, chosen):
         try:
-            user, item, time, rating = map(fields.get, columns)
-            seconds = int(float(time))
-            if abs(seconds) > 1e12:
-                raise ValueError("not in seconds")
-            rows.append(Row(parse_id(user), parse_id(item), seconds, float(rating or "nan")))
+            fields = {plain(name): value for name, value in record.items()}
+            names |= dict.fromkeys(record)
+            made.append(parse(fields, skipped))
         except (AttributeError, TypeError, ValueError, OverflowError):
-            skipped[f"lines of {path} without {needed}: skipped"] += 1
+            refused.append(number)
+    if refused:
+        what = f"lines of {path} without {needed} (the first: line {refused[0]}): skipped"
+        skipped[what] = len(refused)
+    return made, list(names)
+
+
+def read_interactions(path, skipped):
+    """The rows of a file."""
+    needed = "user, item, timestamp (in seconds or a date) and rating (a number or nothing)"
+    rows, names = read_file(path, parse_row, needed, skipped)
     if not rows:
-        raise DataError(f"{path}: no line has {needed}; is it the right file?")
+        problem = f"no line has {needed}; is it the right file?"
+        raise DataError(f"{path}: {problem} Fields found: {listed(names)}")
     return rows
+
+
+def parse_row(fields, skipped):
+    """The interaction that a record tells of."""
+    user, item, time, rating = (pick(fields, name) for name in Row._fields)
+    rating = float("nan" if rating is None else rating)
+    return Row(parse_id(user), parse_id(item), parse_time(time, skipped), rating)
 
 
 def parse_id(value):
@@ -571,30 +712,45 @@ def parse_id(value):
     return text
 
 
-def read_items(path, key, chosen, skipped):
-    """{item id: fields} of the chosen items; the first of several. key: the name of the id."""
-    records = {}
-    for line in read_lines(path):
-        # parsing is slow, and Amazon describes ten times the items that were chosen
-        asin = re.search(r"""['"]asin['"]\s*:\s*['"](.*?)['"]""", line)
-        if key == "asin" and asin and asin[1] not in chosen:
-            continue
-        try:
-            fields = parse_line(line)
-            records.setdefault(parse_id(fields[key]), fields)
-        except (KeyError, TypeError, ValueError):
-            skipped[f"lines of {path} without a readable {key}: skipped"] += 1
+def parse_time(value, skipped):
+    """Seconds since 1970 of a number, or of an ISO date (of UTC if it names no zone)."""
+    try:
+        time = float(value)
+    except ValueError:
+        date = datetime.fromisoformat(value.strip())
+        time = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    seconds = time
+    # no second of ours is that late: milliseconds, microseconds or nanoseconds
+    for _ in range(3):
+        if abs(seconds) > 1e11:
+            seconds /= 1000
+    if not abs(seconds) <= 1e11:
+        raise ValueError("not a time")
+    skipped["times in milliseconds or finer: converted to seconds"] += seconds != time
+    return seconds
+
+
+def read_items(path, chosen, skipped):
+    """{item id: fields}, the first of several, of the chosen items at least; the fields' names."""
+    described, names = read_file(path, parse_item, "a readable id", skipped, chosen)
+    records = dict(reversed(described))
     if not records.keys() & chosen:
-        raise DataError(f"{path}: describes none of the items chosen; is it the right file?")
-    return records
+        problem = "describes none of the items chosen; is it the right file?"
+        raise DataError(f"{path}: {problem} Fields found: {listed(names)}")
+    return records, names
+
+
+def parse_item(fields, skipped):
+    """(id, fields) of an item."""
+    return parse_id(pick(fields, "id")), fields
 
 
 def item_record(item_id, fields):
     """An item from any source's fields; Amazon's categories are a list of paths, or one path."""
-    path = fields.get("categories") or fields.get("category") or []
+    path = pick(fields, "categories") or []
     path = path if isinstance(path, list) else [path]
     path = path[0] if path and isinstance(path[0], list) else path
-    record = {name: clean(fields.get(name)) for name in ("title", "brand", "description")}
+    record = {name: clean(pick(fields, name)) for name in ("title", "brand", "description")}
     return {"id": item_id, **record, "categories": [c for c in map(clean, path) if c]}
 
 
@@ -603,7 +759,8 @@ def clean(value):
     dropped, words cut at MAX_WORD (one could be a million tokens), "nan" and "None" as empty."""
     parts = value if isinstance(value, list) else [value]
     text = " ".join(str(part) for part in parts if type(part) in (str, int, float))
-    text = MARKUP.sub(" ", html.unescape(html.unescape(text)))
+    text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
+    text = MARKUP.sub(" ", text)
     text = " ".join(word[:MAX_WORD] for word in text.split())
     return "" if text.lower() in ("nan", "none", "null") else text
 
@@ -619,7 +776,7 @@ def parse_line(line):
 
 
 def read_lines(path):
-    """Yields the lines of a text or gzip file that are not blank, with progress."""
+    """Yields the lines of a text or gzip file, with progress."""
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
@@ -627,8 +784,7 @@ def read_lines(path):
             for line in tqdm(lines, path, unit=" lines", leave=False, disable=None, delay=1):
                 if len(line) > MAX_LINE:
                     raise OSError(f"a line is longer than {MAX_LINE:,} characters")
-                if not line.isspace():
-                    yield line
+                yield line
     except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}); mend it or download it again") from e
 

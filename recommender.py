@@ -19,15 +19,17 @@ metrics (they rank models differently: Krichene & Rendle 2020). Sources: SASRec 
 """
 
 import copy
+import functools
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ MIN_STEPS = 250  # no early stopping before: large features can start with a dip
 EVERY = 2  # epochs from one validation to the next: averaged weights change slowly
 SCORES_AT_ONCE = 800_000  # scores ranked in one batch: more leave the processor's cache
 MISS = -1e9  # score of an item that an arm did not consider: behind all others, in no list
+START_SECONDS = 120  # that a worker process may take to import torch on a busy machine
 CUTOFFS = (5, 10, 20, 50)  # k of HR@k and NDCG@k
 
 
@@ -480,25 +483,69 @@ def headroom(entries):
     return out
 
 
-def workers(device, fits):
-    """An executor of fits: on a CPU processes of one thread each, which beat one process of many
-    threads; for few fits and on a GPU one after another."""
+def fit_all(jobs, device, fits):
+    """Yields (job, a function that gives its fit) as they finish; jobs: arguments of fit_arm. On a
+    CPU processes of one thread each train them, which beat one process of many threads; for few
+    fits, on a GPU and where no process can be started this one does, one after another."""
     count = min(4, os.cpu_count(), fits // 3) if device == "cpu" else 1
-    if count > 1:
-        return ProcessPoolExecutor(count, get_context("spawn"), start_worker)
-    return ThreadPoolExecutor(1)
+    pool = start_workers(count) if count > 1 and jobs else None
+    if pool is None:
+        for job in jobs:
+            yield job, functools.partial(fit_arm, *job)
+        return
+    futures = {pool.submit(fit_arm, *job): job for job in jobs}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result
+    finally:
+        stop_workers()
 
 
-def start_worker():
-    """A worker process: one thread, silent on Ctrl-C, gone when its parent is."""
+def start_workers(count):
+    """An executor with so many processes; None where they cannot be started."""
+    ForkingPickler.register(torch.Tensor, by_value)
+    context = get_context("spawn")
+    try:
+        # with a limit on processes or threads any of this raises an error, or waits for ever
+        everyone = context.Barrier(count)
+        pool = ProcessPoolExecutor(count, context, start_worker, [everyone])
+        for ready in [pool.submit(int) for _ in range(count)]:
+            ready.result(timeout=START_SECONDS)
+        return pool
+    except (OSError, RuntimeError):
+        stop_workers()
+        print("note: no process can be started beside this one: the arms train one after another")
+        torch.set_num_threads(1)  # the same sums as a worker's
+        return None
+
+
+def stop_workers():
+    """Ends them at once, also what they are at. Their executor ends with them."""
+    for process in active_children():
+        process.kill()
+
+
+def start_worker(everyone):
+    """A worker process: one thread, silent on Ctrl-C, gone when its parent is; at work when
+    everyone has started."""
 
     def end_with_parent():
         parent_process().join()
         os._exit(1)
 
     torch.set_num_threads(1)
+    # its own is a semaphore of the system, which a kill leaves behind
+    tqdm.set_lock(threading.RLock())
+    ForkingPickler.register(torch.Tensor, by_value)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=end_with_parent, daemon=True).start()
+    everyone.wait()
+
+
+def by_value(tensor):
+    """How a tensor is pickled for another process: torch's own way needs room in /dev/shm, of which
+    a container has 64 MB."""
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 # =============================================================================== a relative: LANE

@@ -68,8 +68,12 @@ def load_encoder(name, device="cpu", batch=64):
     from transformers import AutoModel, AutoTokenizer
 
     # nothing of a hub's that could run: no pickled weights, no code
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
+    # a damaged file raises whatever its parser does
+    except Exception as e:
+        raise OSError(f"the text encoder '{name}' could not be loaded: {e}") from e
     model = model.to(device).eval()
     form = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
 

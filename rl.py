@@ -24,6 +24,7 @@ import re
 import shutil
 import time
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -57,14 +58,47 @@ def write_atomically(path, value):
     os.replace(part, path)
 
 
+def read_state(path):
+    """What torch.save wrote at path; None if the file is missing or, said in a line, damaged."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            # torch itself compares no checksum
+            if file.testzip() is None:
+                return torch.load(path, "cpu", weights_only=True)
+    # a damaged file raises whatever its parser does, one with code in it UnpicklingError
+    except Exception:
+        pass
+    print(f"{path} is damaged: this stage starts again")
+    return None
+
+
+LLM_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def is_whole(folder, names=LLM_FILES):
+    """Are these files there and readable, to a cheap look? Safetensors know their own length."""
+    try:
+        for name in names:
+            if name.endswith(".json"):
+                with open(f"{folder}/{name}", encoding="utf-8") as file:
+                    json.load(file)
+            else:
+                with safetensors.safe_open(f"{folder}/{name}", "pt"):
+                    pass
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return False
+    return True
+
+
 class Checkpoint:
     """What an interrupted loop goes on from: `state`, saved last. Without a path always None."""
 
     def __init__(self, path=""):
         self.path = path
-        self.state = None
-        if path and os.path.exists(path):
-            self.state = torch.load(path, "cpu", weights_only=True)
+        self.state = read_state(path)
 
     def save(self, state):
         if self.path:
@@ -90,6 +124,7 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
         kind = get_tokenizer_config(name).get("tokenizer_class")
         tokenizers = hf.PreTrainedTokenizerFast if kind == "TokenizersBackend" else hf.AutoTokenizer
         tokenizer = tokenizers.from_pretrained(name, trust_remote_code=False)
+        prompt = prompt_ids(tokenizer, "a")
         base = hf.AutoModelForCausalLM.from_pretrained(name, **how)
     # a damaged file raises whatever its parser does
     except Exception as e:
@@ -98,13 +133,6 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
             "takes an interrupted download up again, a gated model needs `hf auth login`, a "
             "damaged file must be deleted. Or give --llm PATH, or --llm tiny."
         ) from e
-    # Granite, Cohere, Gemma 2, Falcon-H1
-    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
-        if getattr(base.config, key, None) not in (None, 1):
-            raise OSError(
-                f"the LLM '{name}' changes its logits after the head ({key}): PPO would train "
-                "another distribution than it samples; choose another --llm"
-            )
     # every dropout 0: sampling, reference and update must be the same function
     for module in base.modules():
         for key, value in list(vars(module).items()):
@@ -124,13 +152,64 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
         if isinstance(module, Linear4bit):
             module.training = True
     # padding is carried in masks, so pad may equal eos
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    size = len(base.get_input_embeddings().weight)
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = tokenizer.eos_token
+    # a chat model ends its turn with a token of its own
+    listed = base.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    base.generation_config.eos_token_id = list({tokenizer.eos_token_id, *listed} - {None})
+    found = flaw(model, tokenizer, prompt)
+    if found:
+        raise OSError(f"the LLM '{name}' {found}; choose another --llm")
     return model, tokenizer
+
+
+@torch.no_grad()
+def flaw(model, tokenizer, prompt):
+    """Why an LLM is of no use although it could be loaded; None of a sound one. prompt: ids."""
+    # Granite, Cohere, Gemma 2, Falcon-H1
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping", "lm_head_multiplier"):
+        if getattr(model.config, key, None) not in (None, 1):
+            why = "PPO would train another distribution than it samples"
+            return f"changes its logits after the head ({key}): {why}"
+    if tokenizer.eos_token is None:
+        return "has a tokenizer without an end token"
+    # no text becomes a special token (Gemma 3's for images has no embedding), but a template may
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = set(tokenizer.get_vocab().values()) - special
+    largest = max(ids.union(prompt, [tokenizer.eos_token_id]))
+    size = len(model.get_input_embeddings().weight)
+    if largest >= size:
+        return f"has {size:,} token embeddings, but its tokenizer gives ids up to {largest:,}"
+    logits = model(input_ids=torch.tensor([prompt], device=model.device)).logits
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    if not all(x.isfinite().all() for x in [logits, *weights]):
+        return "has weights or logits that are NaN or infinite"
+    return None
+
+
+def check_context(model, tokenizer, prompts, max_new):
+    """OSError where a prompt and an answer of max_new tokens are longer than the LLM's context."""
+    llm = causal_lm(model)
+    # models without the figure have no limit
+    context = getattr(llm.config, "max_position_embeddings", None)
+    needed = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts) + max_new
+    if context and needed > context:
+        raise OSError(
+            f"the LLM '{llm.name_or_path}' has a context of {context:,} tokens, the longest prompt "
+            f"with its answer needs {needed:,}; choose another --llm or a smaller --max-new"
+        )
 
 
 def causal_lm(model):
     """The causal LM within its adapters, or without any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def end_tokens(model):
+    """The ids that end an answer; `load` has collected them."""
+    return causal_lm(model).generation_config.eos_token_id
 
 
 def use(model, adapter, trainable=False):
@@ -198,12 +277,16 @@ def prompt_ids(tokenizer, prompt):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
+def text_ids(tokenizer, text):
+    """Token ids of words. None is special: "<eos>" in a title is letters and ends nothing."""
+    return tokenizer(" " + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def answer_ids(tokenizer, answer):
     """Token ids of an answer, EOS after each of its lines: generation stops at the first."""
     ids = []
     for line in answer.split("\n"):
-        ids += tokenizer(" " + line, add_special_tokens=False)["input_ids"]
-        ids.append(tokenizer.eos_token_id)
+        ids += text_ids(tokenizer, line) + [tokenizer.eos_token_id]
     return ids
 
 
@@ -272,7 +355,7 @@ class Sampling:
 
 def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
     """Samples one answer a prompt with the active adapter: (texts, lists of the sampled ids). A
-    list ends with EOS unless max_new cut it off. name: of the progress bar."""
+    list ends with an end token unless max_new cut it off. name: of the progress bar."""
     torch.manual_seed(sampling.seed)
     how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     how["max_new_tokens"] = sampling.max_new
@@ -280,18 +363,19 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
     if name:
         print(f"  {name}: {len(ids):,} answers")
     # for the reward; the policy trains on the sampled ids: to tokenise a text may give others
-    texts = tokenizer.batch_decode(ids)
-    return [text.removesuffix(tokenizer.eos_token).strip() for text in texts], ids
+    ends = end_tokens(model)
+    texts = tokenizer.batch_decode([one[:-1] if one[-1] in ends else one for one in ids])
+    return [text.strip() for text in texts], ids
 
 
 @torch.no_grad()
 def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
-    """The answers to each prompt, lists of ids up to EOS. how: of the GenerationConfig. trie: ids
-    that may follow each list of ids."""
-    eos = tokenizer.eos_token_id
+    """The answers to each prompt, lists of ids up to an end token. how: of the GenerationConfig.
+    trie: ids that may follow each list of ids."""
+    ends = end_tokens(model)
     # replaced as a whole: a checkpoint's own would fill in what is unset (repetition_penalty,
     # top_k = 50), and answers would come from another distribution than PPO trains
-    config = hf.GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, **how)
+    config = hf.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **how)
     causal_lm(model).generation_config = config
     beams = config.num_beams or 1
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
@@ -303,7 +387,7 @@ def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
 
         def allowed(_, seen, start=prompt_length):
             """A beam that has left the trie has probability 0, but has to go on: to EOS."""
-            return list(trie.get(tuple(seen[start:].tolist()), [eos]))
+            return list(trie.get(tuple(seen[start:].tolist()), ends))
 
         made = model.generate(
             input_ids=ids,
@@ -313,9 +397,17 @@ def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
         )
         made = made[:, prompt_length:].view(len(group), beams, -1).tolist()
         for i, answers in zip(group, made, strict=True):
-            # nothing after EOS is real
-            out[i] = [a[: a.index(eos) + 1] if eos in a else a for a in answers]
+            # nothing after an end is real
+            out[i] = [up_to_end(answer, ends) for answer in answers]
     return out
+
+
+def up_to_end(ids, ends):
+    """The ids up to their first end token."""
+    for k, token in enumerate(ids):
+        if token in ends:
+            return ids[: k + 1]
+    return ids
 
 
 def prompt_cache(model, ids, mask, copies=1):
@@ -501,7 +593,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         asked = [prompts[i] for i in rows]
         sampling = replace(config.sampling, seed=int(rng.integers(2**31)))
         texts, answers = generate(model, tokenizer, asked, sampling)
-        finished = torch.tensor([a[-1] == tokenizer.eos_token_id for a in answers]).to(model.device)
+        finished = torch.tensor([a[-1] in end_tokens(model) for a in answers]).to(model.device)
         _, mask = pad_ids(answers, model.device)  # (B, R), the EOS included
         # 2. score them, in units of the first spread there is; fixed, or it would hide growth
         raw, figures = reward_fn(texts, rows)
@@ -621,8 +713,7 @@ def encode(model, tokenizer, texts, budget=32_768):
     """Text embeddings (len(texts), D) on the CPU, of the base model: token means of its input
     embeddings + 0.3 (chosen on the demo) of its last hidden states, each of norm 1. The last layer
     guesses the next word, the first still holds the word (Su et al. 2021, arXiv 2103.15316)."""
-    rows = tokenizer([" " + text for text in texts], add_special_tokens=False)["input_ids"]
-    rows = [row[:256] or [tokenizer.eos_token_id] for row in rows]
+    rows = [text_ids(tokenizer, text)[:256] or [tokenizer.eos_token_id] for text in texts]
     means = torch.empty(len(rows), 2 * causal_lm(model).config.hidden_size)
     groups = by_length([len(row) for row in rows], budget)
     with model.disable_adapter():
@@ -657,6 +748,11 @@ def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint
     """Saves a Qwen2-shaped model and its own byte-level BPE tokenizer in Hugging Face format at
     path. texts: of the tokenizer, beside the last lesson. lessons: (name, (prompt, answer) pairs,
     steps). tags: markup kept as single tokens."""
+    # two runs may make the same model at once
+    part = f"{path}.{os.getpid()}.part"
+    # a folder that cannot be written to is found out before the training
+    os.makedirs(part, exist_ok=True)
+    shutil.rmtree(part)
     bpe = ByteLevelBPETokenizer(lowercase=config.lowercase)
     read = itertools.chain(texts, *lessons[-1][1])
     size = config.vocab - len(tags)
@@ -677,11 +773,10 @@ def train_tiny(path, texts, lessons, tags, config, seed=0, checkpoint=Checkpoint
         how = SupervisedConfig(steps, config.batch, lr=config.lr, seed=seed)
         unit = Checkpoint(f"{checkpoint.path}.{k}" if checkpoint.path else "")
         supervise(model, tokenizer, samples, how, f"tiny LLM, {name}", unit)
-    # two runs may make the same model at once
-    part = f"{path}.{os.getpid()}.part"
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
-    if not os.path.exists(path):
+    if not is_whole(path):
+        shutil.rmtree(path, ignore_errors=True)
         os.replace(part, path)
     shutil.rmtree(part, ignore_errors=True)
 

@@ -120,7 +120,7 @@ def finished(tmp_path_factory):
     """One finished run. Nobody may write into its folder: see `copied`."""
     cwd, out, err = tmp_path_factory.mktemp("finished"), io.StringIO(), io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = curec.command_line(SMALL)
+        status = curec.main(SMALL)
     assert status == 0, err.getvalue()
     return Finished(cwd, cwd / "runs/demo", out.getvalue(), err.getvalue())
 
@@ -151,7 +151,7 @@ def test_a_run_folder_holds_these_files(finished):
 
 def test_config_json_says_how_to_repeat_the_run(finished):
     config = json_of(finished.folder / "config.json")
-    assert set(config) >= {"settings", "windows", "git_commit", "versions"}
+    assert set(config) >= {"program", "settings", "data", "windows", "git_commit", "versions"}
     assert set(config["versions"]) >= {"torch", "transformers", "peft", "numpy"}
     assert config["settings"]["tiny_steps"] == 20
     assert config["settings"]["llm"] == "tiny"
@@ -384,7 +384,7 @@ def test_a_run_without_reasons_reports_its_arms(fresh, capsys):
     fresh.mkdir(parents=True)
     (fresh / ".lock").touch()
     arms = ["--arms", "popularity,id", "--seeds", "2", "--seed", "3"]
-    assert curec.command_line([*QUICK, *arms]) == 0
+    assert curec.main([*QUICK, *arms]) == 0
     report, m = (fresh / "report.md").read_text(), json_of(fresh / "metrics.json")
     assert "| id |" in capsys.readouterr().out
     assert "| id |" in report
@@ -405,7 +405,7 @@ def test_a_new_row_of_arms_is_all_that_a_new_arm_takes(copied, monkeypatch, caps
     arms, config = "content,mine,oracle", json_of(copied / "config.json")
     config["settings"]["arms"] = arms
     (copied / "config.json").write_text(json.dumps(config))
-    assert curec.command_line([*SMALL, "--arms", arms, "--resume"]) == 0
+    assert curec.main([*SMALL, "--arms", arms, "--resume"]) == 0
     m, report = json_of(copied / "metrics.json"), (copied / "report.md").read_text()
     assert list(m["arms"]) == ["content", "mine", "oracle"]
     assert ("mine", "content") in {(c["a"], c["b"]) for c in m["comparisons"]}
@@ -430,7 +430,7 @@ def test_a_group_baseline_runs_through_and_asks_no_reference(copied, capsys):
     for stage in "reference ppo after rl curec bestof arm-placebo.0 arm-curec.0".split():
         (copied / f"state/{stage}.pt").unlink()
     flags = ["--baseline", "group", "--ppo-batch", "16"]
-    assert curec.command_line([*SMALL, *flags, "--resume"]) == 0, capsys.readouterr().err
+    assert curec.main([*SMALL, *flags, "--resume"]) == 0, capsys.readouterr().err
     assert "reference" not in capsys.readouterr().out
     assert not (copied / "state/reference.pt").exists()
     (row,) = json_lines(copied / "ppo.jsonl")
@@ -444,7 +444,7 @@ def test_a_group_baseline_runs_through_and_asks_no_reference(copied, capsys):
 # ---------------------------------------------------------------------- a look at a finished run
 def test_explain_shows_items_reasons_and_their_history(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished.cwd)
-    assert curec.command_line(["--run", "runs/demo", "--explain", "user3"]) == 0
+    assert curec.main(["--run", "runs/demo", "--explain", "user3"]) == 0
     said = capsys.readouterr().out
     assert "user3 chose:" in said
     assert len(re.findall(r"\*\* \(D\d{4}\): people choose", said)) == 5
@@ -452,11 +452,54 @@ def test_explain_shows_items_reasons_and_their_history(finished, monkeypatch, ca
     assert "-inf" not in said
 
 
+def test_a_typed_history_is_explained_as_a_users(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished.cwd)
+    shop = D.load("demo", small=True)
+    history = [shop.items[i]["id"] for i in shop.seqs[3][:-1]]
+    said = []
+    for flags in (["--explain", "user3"], ["--history", ", ".join(history)]):
+        assert curec.main(["--run", "runs/demo", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[1] == said[0].replace("user3 chose", "you chose")
+
+
+def test_an_explanation_is_a_line_a_window(finished):
+    """Guards: a reader who has to find the news among repeated words."""
+    for line in json_lines(finished.folder / "reasons.jsonl"):
+        first, *rest = curec.timeline_text(line).splitlines()
+        assert first.count(line["title"]) == 1
+        assert len(rest) == len(line["timeline"])
+        assert all(D.REASON_START not in text for text in rest)
+
+
+def test_a_look_from_another_folder_finds_the_data(own_run, tmp_path, monkeypatch, capsys):
+    """Guards: a question to the internet for reviews_base_5.json.gz."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert curec.main(["--run", "../runs/few", "--history", "i1,i2"]) == 0
+    # moved since
+    (tmp_path / "few").rename(tmp_path / "moved")
+    look = ["--run", "../runs/few", "--history", "i1,i2"]
+    assert curec.main(look) == 2
+    assert "few" in capsys.readouterr().err
+    assert curec.main([*look, "--dataset", "../moved"]) == 0
+
+
+def test_a_look_at_data_that_changed_is_refused(own_run, tmp_path, capsys):
+    """Guards: items that carry another item's reason."""
+    items = tmp_path / "few/items.jsonl"
+    items.write_text(items.read_text().replace("wheels", "anchor"))
+    assert curec.main(["--run", "runs/few", "--history", "i1,i2"]) == 2
+    said = capsys.readouterr().err
+    assert "other data" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_explain_recommends_nothing_that_was_chosen(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished.cwd)
     shop = D.load("demo", small=True)
     for user in range(5):
-        assert curec.command_line(["--run", "runs/demo", "--explain", f"user{user}"]) == 0
+        assert curec.main(["--run", "runs/demo", "--explain", f"user{user}"]) == 0
         shown = re.findall(r"\((D\d{4})\)", capsys.readouterr().out)
         chosen = {shop.items[i]["id"] for i in shop.seqs[user][:-1]}
         assert len(shown) == 5
@@ -479,7 +522,7 @@ def test_score_prints_the_reward_of_a_reason_written_by_hand(finished, monkeypat
 
     def rewards(text):
         args = ["--run", "runs/demo", "--score", text, "--item", line["item"]]
-        assert curec.command_line(args) == 0
+        assert curec.main(args) == 0
         said = capsys.readouterr().out
         assert line["title"] in said
         rows = [row.strip("| ").split(" | ") for row in said.splitlines() if row.startswith("|")]
@@ -502,6 +545,7 @@ def test_score_prints_the_reward_of_a_reason_written_by_hand(finished, monkeypat
     ("args", "hints"),
     [
         (["--explain", "nobody"], ["nobody", "user1"]),
+        (["--history", "D0001,nothing"], ["nothing", "D0002"]),
         (["--score", "x", "--item", "D9999"], ["D9999", "D0001"]),
         (["--score", "x"], ["--item"]),
         (["--item", "D0001"], ["--score"]),
@@ -509,7 +553,7 @@ def test_score_prints_the_reward_of_a_reason_written_by_hand(finished, monkeypat
 )
 def test_a_look_at_what_is_not_there_ends_in_one_line(finished, monkeypatch, capsys, args, hints):
     monkeypatch.chdir(finished.cwd)
-    assert curec.command_line(["--run", "runs/demo", *args]) == 2
+    assert curec.main(["--run", "runs/demo", *args]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     for hint in hints:
@@ -518,7 +562,7 @@ def test_a_look_at_what_is_not_there_ends_in_one_line(finished, monkeypatch, cap
 
 def test_a_look_needs_a_finished_run_with_the_arm_curec(copied, capsys):
     (copied / "state/arm-curec.0.pt").unlink()
-    assert curec.command_line(["--run", "runs/demo", "--explain", "user3"]) == 2
+    assert curec.main(["--run", "runs/demo", "--explain", "user3"]) == 2
     said = capsys.readouterr().err
     assert "arm-curec.0 is missing" in said
     assert len(said.splitlines()) == 1
@@ -531,9 +575,9 @@ def test_a_look_changes_no_file(copied):
         return {p: p.stat().st_mtime_ns for p in copied.rglob("*") if p.is_file()}
 
     before = state()
-    assert curec.command_line(["--run", "runs/demo", "--explain", "user3"]) == 0
+    assert curec.main(["--run", "runs/demo", "--explain", "user3"]) == 0
     score = ["--score", "people choose it for grip and calm", "--item", "D0003"]
-    assert curec.command_line(["--run", "runs/demo", *score]) == 0
+    assert curec.main(["--run", "runs/demo", *score]) == 0
     assert state() == before
 
 
@@ -555,7 +599,7 @@ def answers_printed(said, *names):
 
 def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert curec.command_line([*SMALL, "--dry-run"]) == 0
+    assert curec.main([*SMALL, "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
     assert list(asked_at_most(capsys.readouterr().out)) == ["reasons"]
 
@@ -563,7 +607,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
 def test_a_dry_run_tells_as_many_answers_as_are_asked(finished, capsys):
     """Guards: counts that are not those of the run. No line of the run tells what PPO itself
     samples: one update of 12."""
-    assert curec.command_line([*SMALL, "--dry-run"]) == 0
+    assert curec.main([*SMALL, "--dry-run"]) == 0
     most = asked_at_most(capsys.readouterr().out)["reasons"]
     names = ("held-out", "reference", "reasons", "first", "correction", "best of")
     asked = answers_printed(finished.out, *names) + 12
@@ -580,7 +624,7 @@ def test_a_dry_run_lists_downloads_and_asks_no_network(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(D.urllib.request, "urlopen", refuse)
     args = ["--dataset", "beauty", "--dry-run", "--llm", "somebody/some-1.5B", "--device", "cpu"]
-    assert curec.command_line(args) == 0
+    assert curec.main(args) == 0
     said = capsys.readouterr().out
     assert "reviews_Beauty_5.json.gz" in said
     assert "meta_Beauty.json.gz" in said
@@ -608,19 +652,21 @@ BAD_FLAGS = [
     ("--dataset beauty --arms oracle", "oracle"),
     ("--device tpu", "--device"),
     ("--device cuda:99", "--device"),
-    ("--resume --out nowhere", "--resume"),
+    ("--resume --overwrite", "contradict"),
     ("--run runs/x", "--explain"),
     ("--run= --explain u", "--run"),
     ("--run=", "--run"),
     ("--run runs/x --explain=", "--explain"),
-    ("--run nowhere --explain u", "config.json"),
+    ("--run runs/x --history=", "--history"),
+    ("--run nowhere --explain u", "no run of ours"),
+    ("--run nowhere --history a,b", "no run of ours"),
 ]
 
 
 @pytest.mark.parametrize(("args", "hint"), BAD_FLAGS)
 def test_bad_flags_end_in_one_line_and_status_2(args, hint, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert curec.command_line(args.split()) == 2
+    assert curec.main(args.split()) == 2
     said = capsys.readouterr().err
     assert hint in said
     assert len(said.splitlines()) == 1
@@ -667,7 +713,7 @@ def test_what_ppo_and_correction_may_cost_depends_on_the_llm():
 def help_text(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
-        curec.command_line(["--help"])
+        curec.main(["--help"])
     assert end.value.code == 0
     return capsys.readouterr().out
 
@@ -707,12 +753,12 @@ def test_any_command_line_is_taken_or_refused(flags):
         args.append(name if value is None else f"{name}={value}")
     main, dry_run, look = (Recorder(lambda s: None) for _ in range(3))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(err):
-        patch.setattr(curec, "main", main)
+        patch.setattr(curec, "whole_method", main)
         patch.setattr(curec, "dry_run", dry_run)
         patch.setattr(curec, "look", look)
         patch.setattr(sys, "stdout", None)
         try:
-            status = curec.command_line(args)
+            status = curec.main(args)
         except SystemExit as end:
             status = end.code
     calls = len(main.calls) + len(dry_run.calls) + len(look.calls)
@@ -728,14 +774,14 @@ def test_errors_are_told_in_one_line_and_shown_with_debug(monkeypatch, capsys):
     def broken(run):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(curec, "main", broken)
-    assert curec.command_line(["--device", "cpu"]) == 2
+    monkeypatch.setattr(curec, "whole_method", broken)
+    assert curec.main(["--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("curec.py: error: KeyError: 'a bug' (in stage load")
     assert "--resume" in said
     assert len(said.splitlines()) == 1
     with pytest.raises(KeyError):
-        curec.command_line(["--device", "cpu", "--debug"])
+        curec.main(["--device", "cpu", "--debug"])
 
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -746,6 +792,7 @@ OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
     [
         (torch.OutOfMemoryError(OUT_OF_MEMORY), True),
         (MemoryError(), True),
+        (curec.BrokenProcessPool("terminated abruptly"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
     ],
 )
@@ -757,8 +804,8 @@ def test_out_of_memory_is_told_from_other_errors(error, is_memory, tmp_path, mon
         raise error
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(curec, "main", full)
-    assert curec.command_line(["--device", "cpu"]) == 2
+    monkeypatch.setattr(curec, "whole_method", full)
+    assert curec.main(["--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert "stage align" in said
@@ -781,7 +828,7 @@ def test_out_of_memory_in_ppo_loses_no_finished_update(fresh, monkeypatch, capsy
     update_policy, update = rl.update_policy, Recorder(full)
     monkeypatch.setattr(rl, "update_policy", update)
     args = [*SMALL, "--ppo-updates", "3", "--ppo-batch", "9"]
-    assert curec.command_line(args) == 2
+    assert curec.main(args) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
     assert "stage ppo" in said
@@ -790,7 +837,7 @@ def test_out_of_memory_in_ppo_loses_no_finished_update(fresh, monkeypatch, capsy
     assert len(before) == 2
     assert (fresh / "state/ppo.unit").exists()
     monkeypatch.setattr(curec, "write_reasons", far_enough)
-    assert curec.command_line([*args, "--resume", "--micro-batch", "8"]) == 2
+    assert curec.main([*args, "--resume", "--micro-batch", "8"]) == 2
     assert "far enough" in capsys.readouterr().err
     after = (fresh / "ppo.jsonl").read_text().splitlines()
     assert after[:2] == before
@@ -818,7 +865,7 @@ def test_missing_files_say_what_to_put_where(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(D.urllib.request, "urlopen", offline)
     monkeypatch.chdir(tmp_path)
-    assert curec.command_line(["--dataset", "beauty", "--arms", "id", "--device", "cpu"]) == 2
+    assert curec.main(["--dataset", "beauty", "--arms", "id", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     for hint in ("reviews_Beauty_5.json.gz", "https://", "--data-dir"):
         assert hint in said
@@ -839,13 +886,38 @@ def write_small_world(folder, people):
             file.write(json.dumps({"id": f"i{i}", "title": title}) + "\n")
 
 
+@pytest.fixture
+def own_run(finished, tmp_path, monkeypatch):
+    """What a look needs of a finished run on a folder of 12 people, in runs/few; its reasons are
+    made up."""
+    write_small_world(tmp_path / "few", 12)
+    (tmp_path / "cache").symlink_to(finished.cwd / "cache")
+    monkeypatch.chdir(tmp_path)
+    args = ["--dataset", "few", "--k-core", "0", "--device", "cpu", "--epochs", "1"]
+    s = curec.resolve(curec.parse_args([*args, "--arms", "curec", "--seeds", "1"]))
+    data = curec.load_data(s)
+    run = curec.Run(s)
+    run.open(data)
+    run.begin(data, curec.window_cuts(data, s.windows))
+    vectors = torch.randn(data.n_items + 1, 8, generator=torch.Generator().manual_seed(0))
+    inputs = recommender.Inputs(vectors)
+    run.load("arm-curec.0")
+    run.save(recommender.fit_arm("curec", data, inputs, recommender.TrainConfig(epochs=1), 0))
+    lines = []
+    for item in data.items[1:]:
+        line = {"item": item["id"], "title": item["title"], "reason": "r", "timeline": []}
+        lines.append(json.dumps(line) + "\n")
+    (run.folder / "reasons.jsonl").write_text("".join(lines))
+    return run.folder
+
+
 @pytest.mark.parametrize("people", [1, 4])
 def test_too_few_people_are_refused_before_an_llm_is_trained(people, tmp_path, monkeypatch, capsys):
     """Guards: a PPO that looks for ever for a prompt to train on, means of nothing."""
     write_small_world(tmp_path / "few", people)
     monkeypatch.chdir(tmp_path)
     args = [*QUICK, "--dataset", "few", "--k-core", "0", "--arms", "content,curec"]
-    assert curec.command_line(args) == 2
+    assert curec.main(args) == 2
     said = capsys.readouterr().err
     assert "at least 10 users" in said
     assert len(said.splitlines()) == 1
@@ -859,10 +931,10 @@ def test_a_folder_of_few_people_ends_in_a_report(seed, tmp_path, monkeypatch, ca
     write_small_world(tmp_path / "few", 12)
     monkeypatch.chdir(tmp_path)
     args = [*QUICK, "--dataset", "few", "--k-core", "0", "--arms", "content,curec"]
-    assert curec.command_line([*args, "--seed", str(seed)]) == 0, capsys.readouterr().err
+    assert curec.main([*args, "--seed", str(seed)]) == 0, capsys.readouterr().err
     assert "NaN" not in (tmp_path / "runs/few/metrics.json").read_text()
     capsys.readouterr()
-    assert curec.command_line(["--run", "runs/few", "--explain", "u3"]) == 0
+    assert curec.main(["--run", "runs/few", "--explain", "u3"]) == 0
     said = capsys.readouterr().out
     assert "-inf" not in said
     assert said.count("** (i") == 11 - 8, "what is left"
@@ -873,7 +945,8 @@ def open_run(world, folder, **settings):
     """A Run whose folder was locked, cleared or checked."""
     s = curec.resolve(curec.Settings(out=str(folder), **DEMO_CPU, **settings))
     run = curec.Run(s)
-    run.open(world, curec.window_cuts(world, s.windows))
+    run.open(world)
+    run.begin(world, curec.window_cuts(world, s.windows))
     return run
 
 
@@ -886,7 +959,7 @@ def test_resume_after_some_stages_were_lost_makes_the_same_bytes(finished, copie
         (copied / file).unlink()
     (copied / "state/ppo.pt.4711.part").write_text("of a process that was killed")
     kept = {p: p.stat().st_mtime_ns for p in copied.glob("state/*.pt")}
-    assert curec.command_line([*SMALL, "--resume"]) == 0
+    assert curec.main([*SMALL, "--resume"]) == 0
     assert bench_kill.outcome(copied) == bench_kill.outcome(finished.folder)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert list(copied.rglob("*.part")) == []
@@ -900,7 +973,7 @@ def test_resume_after_some_stages_were_lost_makes_the_same_bytes(finished, copie
 @pytest.mark.parametrize("stage", "tiny_llm align reward reference aligned rl curec bestof".split())
 def test_resume_without_any_one_stage_makes_the_same_bytes(finished, copied, stage):
     (copied / f"state/{stage}.pt").unlink()
-    assert curec.command_line([*SMALL, "--resume"]) == 0
+    assert curec.main([*SMALL, "--resume"]) == 0
     assert bench_kill.outcome(copied) == bench_kill.outcome(finished.folder)
 
 
@@ -911,7 +984,7 @@ def test_resume_without_any_one_stage_makes_the_same_bytes(finished, copied, sta
 def test_resume_refuses_other_settings(copied, capsys, args, hint):
     """Guards: one run folder with the halves of two runs."""
     before = bench_kill.outcome(copied)
-    assert curec.command_line([*SMALL, *args, "--resume"]) == 2
+    assert curec.main([*SMALL, *args, "--resume"]) == 2
     said = capsys.readouterr().err
     assert hint in said
     assert len(said.splitlines()) == 1
@@ -922,7 +995,7 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone(copied, capsys):
     """Guards: hours of work deleted by a mistyped --dataset."""
     before = sorted(copied.rglob("*"))
     args = ["--dataset", "no_such_folder/here", "--data-dir", "nowhere", "--out", "runs/demo"]
-    assert curec.command_line([*args, "--device", "cpu"]) == 2
+    assert curec.main([*args, "--device", "cpu"]) == 2
     assert len(capsys.readouterr().err.splitlines()) >= 1
     assert sorted(copied.rglob("*")) == before
 
@@ -932,30 +1005,184 @@ def test_a_new_run_clears_the_older_one_and_nothing_else(copied, world):
     (copied / "sub").mkdir()
     for name in ("own.txt", "own.part", "sub/9.part", "sub/metrics.json"):
         (copied / name).write_text("mine")
-    open_run(world, copied)
+    open_run(world, copied, overwrite=True)
     left = {str(p.relative_to(copied)) for p in copied.rglob("*")}
     own = {"own.txt", "own.part", "sub", "sub/9.part", "sub/metrics.json"}
     assert left == own | {".lock", "config.json"}
 
 
-@pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize("file", ["config.json", "state/weights.pt"])
-def test_a_foreign_folder_is_refused_and_left_alone(tmp_path, world, file, resume):
-    """Guards: somebody's model, or somebody's state, deleted as if it were an older run."""
-    (tmp_path / "align").mkdir()
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text('{"model_type": "qwen2"}')
-    with pytest.raises(D.DataError, match="holds no run of ours"):
-        open_run(world, tmp_path, resume=resume)
-    assert (tmp_path / "align").exists()
-    assert (tmp_path / file).read_text() == '{"model_type": "qwen2"}'
+def files_of(folder):
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+SETTINGS = '{"settings": {"dataset": "demo"}}'
+FOREIGN = [
+    ("config.json", '{"model_type": "qwen2"}'),
+    ("config.json", SETTINGS),
+    ("config.json", "settings"),
+    ("config.json", '["settings"]'),
+    ("state/weights.pt", "mine"),
+    ("policy/mywork.txt", "mine"),
+    ("report.md", "mine"),
+    ("sub/thesis.tex", "mine"),
+]
+
+
+@pytest.mark.parametrize("flag", ["", "--resume", "--overwrite"])
+@pytest.mark.parametrize(("file", "text"), FOREIGN)
+def test_a_foreign_folder_is_refused_and_left_alone(fresh, capsys, file, text, flag):
+    """Guards: somebody's model, state or report deleted as if it were an older run."""
+    (fresh / file).parent.mkdir(parents=True, exist_ok=True)
+    (fresh / file).write_text(text)
+    before = files_of(fresh)
+    assert curec.main([*SMALL, *flag.split()]) == 2
+    said = capsys.readouterr().err
+    assert f"{file.split('/')[0]} there is not ours" in said
+    assert len(said.splitlines()) == 1
+    assert files_of(fresh) == before
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("file", ["policy/mywork.txt", "state/notes.md", "align/sub/data.csv"])
+def test_somebodys_file_among_ours_is_named(copied, capsys, file, flag):
+    """Guards: a file that goes with the folder in which it was put."""
+    (copied / file).parent.mkdir(exist_ok=True)
+    (copied / file).write_text("mine")
+    before = files_of(copied)
+    assert curec.main([*SMALL, flag]) == 2
+    assert file in capsys.readouterr().err
+    assert files_of(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        ([], "--overwrite replaces it"),
+        (["--overwrite", "--llm", "no/such-llm"], "no/such-llm"),
+        (["--overwrite", "--encoder", "no/such-encoder"], "no/such-encoder"),
+        (["--overwrite", "--arms", "id", "--dataset", "no_such_folder/x"], "no_such_folder"),
+        (["--overwrite", "--arms", "magic"], "magic"),
+        (["--llm", "no/such-llm"], "no"),
+    ],
+)
+def test_a_finished_run_outlives_a_run_that_cannot_start(copied, capsys, args, hint, monkeypatch):
+    """Guards: hours of work deleted by a mistyped name, or by the same command given twice."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before = files_of(copied)
+    assert curec.main([*SMALL, "--out", "runs/demo", *args]) == 2
+    said = capsys.readouterr().err
+    assert hint in said
+    assert len(said.splitlines()) == 1
+    assert "--resume goes on)" not in said
+    assert files_of(copied) == before
+
+
+def test_two_folders_of_one_name_do_not_share_a_run(tmp_path, monkeypatch, capsys):
+    """Guards: the second shop erases the first one's run, or goes on with it."""
+    monkeypatch.chdir(tmp_path)
+    for parent, people in (("A", 12), ("B", 13)):
+        (tmp_path / parent).mkdir()
+        write_small_world(tmp_path / parent / "shop", people)
+    args = ["--k-core", "0", "--arms", "popularity", "--device", "cpu"]
+    assert curec.main(["--dataset", "A/shop", *args]) == 0
+    before = files_of(tmp_path / "runs/shop")
+    for flags, hint in (([], "--out"), (["--resume"], "other data")):
+        assert curec.main(["--dataset", "B/shop", *args, *flags]) == 2
+        assert hint in capsys.readouterr().err
+    assert files_of(tmp_path / "runs/shop") == before
+    assert curec.main(["--dataset", "B/shop", *args, "--overwrite"]) == 0
+
+
+def test_resume_starts_where_there_is_nothing_to_go_on_with(fresh, capsys):
+    """Guards: a job that is started again by a scheduler and needs two commands."""
+    args = [*QUICK, "--arms", "popularity", "--resume"]
+    assert curec.main(args) == 0
+    assert "nothing to go on with" in capsys.readouterr().out
+    kept = (fresh / "state/arm-popularity.0.pt").stat().st_mtime_ns
+    assert curec.main(args) == 0
+    assert "nothing to go on with" not in capsys.readouterr().out
+    assert (fresh / "state/arm-popularity.0.pt").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("change", ["title", "item", "time"])
+def test_resume_refuses_data_that_changed(tmp_path, monkeypatch, capsys, change):
+    """Guards: reasons of one catalogue on another, twenty lines about tensor sizes."""
+    monkeypatch.chdir(tmp_path)
+    write_small_world(tmp_path / "few", 12)
+    args = ["--dataset", "few", "--k-core", "0", "--arms", "popularity", "--device", "cpu"]
+    assert curec.main(args) == 0
+    items, rows = tmp_path / "few/items.jsonl", tmp_path / "few/interactions.csv"
+    if change == "title":
+        items.write_text(items.read_text().replace("wheels", "anchor"))
+    elif change == "item":
+        rows.write_text(rows.read_text() + "u1,new,99\n")
+    else:
+        rows.write_text(rows.read_text().replace("u1,i1,0", "u1,i1,7"))
+    capsys.readouterr()
+    assert curec.main([*args, "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "other data" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_resume_does_not_mind_how_places_are_spelt(tmp_path, monkeypatch, capsys):
+    """Guards: a run refused because its folder moved."""
+    monkeypatch.chdir(tmp_path)
+    write_small_world(tmp_path / "few", 12)
+    args = ["--k-core", "0", "--arms", "popularity", "--device", "cpu"]
+    assert curec.main(["--dataset", "few", *args, "--out", "runs/base"]) == 0
+    again = ["--dataset", str(tmp_path / "few"), *args, "--resume"]
+    for out in ("./runs/base", str(tmp_path / "runs/base")):
+        assert curec.main([*again, "--out", out]) == 0, capsys.readouterr().err
+    (tmp_path / "runs/base").rename(tmp_path / "moved")
+    assert curec.main([*again, "--out", "moved"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"", b"half"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "state/ppo.pt",
+        "state/arm-content.0.pt",
+        "state/tiny_llm.pt",
+        "policy/adapter_model.safetensors",
+        "align/adapter_config.json",
+    ],
+)
+def test_what_is_damaged_is_made_again(finished, copied, capsys, file, damage):
+    """Guards: an EOFError that names no file, a run that is stuck for good."""
+    (copied / file).write_bytes(damage)
+    assert curec.main([*SMALL, "--resume"]) == 0, capsys.readouterr().err
+    assert bench_kill.outcome(copied) == bench_kill.outcome(finished.folder)
+
+
+@pytest.mark.parametrize("lost", ["all", "model.safetensors", "tokenizer.json"])
+def test_a_cache_that_was_deleted_is_made_again(finished, copied, capsys, lost):
+    cache = copied.parents[1] / "cache"
+    cache.unlink()
+    if lost != "all":
+        shutil.copytree(finished.cwd / "cache", cache)
+        next(cache.glob(f"*/{lost}")).write_bytes(b"half")
+    (copied / "state/aligned.pt").unlink()
+    assert curec.main([*SMALL, "--resume"]) == 0, capsys.readouterr().err
+    assert bench_kill.outcome(copied) == bench_kill.outcome(finished.folder)
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    monkeypatch.setattr(rl, "supervise", None)
+    assert curec.main(SMALL) == 2
+    said = capsys.readouterr().err
+    assert "cache" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_a_run_folder_in_use_refuses_a_second_process(fresh, capsys):
     """Guards: two runs that write one folder; a lock that outlives a killed run."""
     first = start_process(fresh.parents[1], *SMALL, until="runs/demo/config.json")
     try:
-        assert curec.command_line(SMALL) == 2
+        assert curec.main(SMALL) == 2
         said = capsys.readouterr().err
         assert "another run is at work there" in said
         assert len(said.splitlines()) == 1
@@ -964,7 +1191,7 @@ def test_a_run_folder_in_use_refuses_a_second_process(fresh, capsys):
     finally:
         first.kill()
         first.communicate()
-    assert curec.command_line([*QUICK, "--arms", "popularity"]) == 0
+    assert curec.main([*QUICK, "--arms", "popularity", "--overwrite"]) == 0
 
 
 # ------------------------------------------------------------------------- correction, in process
@@ -1316,7 +1543,7 @@ def test_truth_feeds_nothing(finished, fresh, monkeypatch):
         return dataclasses.replace(shop, truth=truth_of_other_items(shop))
 
     monkeypatch.setattr(D, "demo", permuted)
-    assert curec.command_line(SMALL) == 0
+    assert curec.main(SMALL) == 0
     before, after = bench_kill.outcome(finished.folder), bench_kill.outcome(fresh)
     a, b = json.loads(before.pop("metrics.json")), json.loads(after.pop("metrics.json"))
     assert before == after
@@ -1397,10 +1624,14 @@ def test_a_tiny_llm_embeds_words_and_another_one_texts(finished):
         assert torch.allclose(one, mean, atol=1e-5) == by_words
 
 
-@pytest.mark.parametrize(("dataset", "steps"), [("demo", 1000), ("beauty", 4000)])
-def test_the_tiny_llm_gets_more_steps_for_a_real_catalogue(dataset, steps):
-    s = curec.resolve(curec.Settings(dataset=dataset, device="cpu"))
-    assert s.tiny_steps == steps
+@pytest.mark.parametrize(("items", "steps"), [(120, 1000), (1400, 1400), (4500, 4000)])
+def test_the_tiny_llms_steps_follow_the_catalogue(items, steps):
+    """Guards: a small shop that waits for the steps of a large one."""
+    shop = D.demo(0, n_users=60, n_items=items)
+    s = settled("demo")
+    assert sum(share for _, _, share in curec.tiny_lessons(s, shop)) == steps
+    given = dataclasses.replace(s, tiny_steps=100)
+    assert sum(share for _, _, share in curec.tiny_lessons(given, shop)) == 100
 
 
 # ------------------------------------------------------------------------------ the two relatives
@@ -1592,7 +1823,7 @@ def relatives(finished, tmp_path_factory):
     for method in ("lane", "knowledge"):
         out = io.StringIO()
         with contextlib.chdir(cwd), contextlib.redirect_stdout(out):
-            status = curec.command_line([*QUICK, "--method", method, "--out", f"runs/{method}"])
+            status = curec.main([*QUICK, "--method", method, "--out", f"runs/{method}"])
         assert status == 0
         runs[method] = cwd / "runs" / method, out.getvalue()
     return runs
@@ -1626,9 +1857,9 @@ def test_all_arms_run_together_and_are_taken_up_again(relatives, fresh):
     relative that is done again, or otherwise; the cost of an arm without its own training. (With
     LANE the tiny LLM is another one: knowledge is compared with a run of these two alone.)"""
     args = [*QUICK, "--arms", "curec,text-init,lane,knowledge"]
-    assert curec.command_line(args) == 0
+    assert curec.main(args) == 0
     two = [*QUICK, "--arms", "lane,knowledge", "--out", "runs/two"]
-    assert curec.command_line(two) == 0
+    assert curec.main(two) == 0
     first = json_of(fresh / "metrics.json")
     alone = json_of(relatives["lane"][0] / "metrics.json")["arms"]
     pair = json_of(fresh.parent / "two/metrics.json")["arms"]
@@ -1638,7 +1869,7 @@ def test_all_arms_run_together_and_are_taken_up_again(relatives, fresh):
     kept = {name: (fresh / "state" / name).stat().st_mtime_ns for name in STAGES_OF_RELATIVES}
     for name in ("state/arm-lane.0.pt", "state/arm-knowledge.0.pt", "metrics.json"):
         (fresh / name).unlink()
-    assert curec.command_line([*args, "--resume"]) == 0
+    assert curec.main([*args, "--resume"]) == 0
     again = json_of(fresh / "metrics.json")
     for arm, entry in first["arms"].items():
         assert again["arms"][arm]["test"] == entry["test"]
@@ -1715,8 +1946,61 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, until):
     _, said = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in said
+    assert f"go on with: {sys.executable} " in said
     assert re.search(r"--out 'runs/a b' --resume$", said, re.M)
     assert said.count("--resume") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        ("--dataset demo --overwrite", "curec.py --dataset demo --resume"),
+        ("--run runs/demo --explain user3", "interrupted"),
+        ("--dry-run", "interrupted"),
+    ],
+)
+def test_ctrl_c_offers_a_command_that_goes_on(monkeypatch, capsys, args, hint):
+    """Guards: --resume offered where nothing was begun; another interpreter than the one in use;
+    --overwrite, which would begin anew."""
+    monkeypatch.setattr(sys, "argv", ["curec.py", *args.split()])
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    curec.stop(signal.SIGINT, None)
+    said = capsys.readouterr().err
+    assert said.strip().endswith(hint)
+    assert (sys.executable in said) == ("--resume" in hint)
+
+
+def test_a_notebook_runs_it(finished, tmp_path):
+    """Guards: 'OutStream' object has no attribute 'reconfigure'; Ctrl-C that ends the kernel."""
+    code = "import io, runpy, signal, sys; sys.stdout = io.StringIO(); before = signal.getsignal(2)"
+    code += f"; sys.argv = ['curec.py', '--dry-run', *{QUICK}]; sys.path.insert(0, {str(ROOT)!r})"
+    run = f"    runpy.run_path({str(ROOT / 'curec.py')!r}, run_name='__main__')"
+    end = "    assert e.code == 0 and signal.getsignal(2) == before"
+    text = "\n".join([code, "try:", run, "except SystemExit as e:", end])
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, env=ENV, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_terminal_that_cannot_print_a_title_ends_no_look(own_run, monkeypatch):
+    lines = [line | {"title": "Жар 🎧"} for line in json_lines(own_run / "reasons.jsonl")]
+    (own_run / "reasons.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setitem(ENV, "PYTHONIOENCODING", "ascii")
+    args = ["--run", "runs/few", "--history", "i1"]
+    done = run_process(*args, cwd=own_run.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "??? ?" in done.stdout
+
+
+@pytest.mark.parametrize(("system", "unit"), [("linux", 2**10), ("darwin", 2**20)])
+def test_peak_memory_is_in_megabytes(tmp_path, world, monkeypatch, system, unit):
+    """Guards: bytes taken for KiB on macOS."""
+    usage = SimpleNamespace(ru_maxrss=500 * unit)
+    monkeypatch.setattr(curec.resource, "getrusage", lambda who: usage)
+    run = open_run(world, tmp_path / "run")
+    run.metrics["comparisons"] = []
+    monkeypatch.setattr(curec.sys, "platform", system)
+    curec.write_report(run, world, [])
+    assert json_of(tmp_path / "run/metrics.json")["peak_memory_mb"]["ram"] == 500
 
 
 def one_line_of_a_full_disk(cwd, *args, largest):
@@ -1820,7 +2104,7 @@ def test_the_scan_of_the_source_looks_at_calls():
     names = []
     for path in MODULES:
         names += [ast.unparse(call.func) for call in nodes(path, ast.Call)]
-    assert names.count("torch.load") >= 2
+    assert names.count("torch.load") >= 1
     assert sum("from_pretrained" in name for name in names) >= 4
 
 

@@ -4,16 +4,24 @@ pytest tests/test_recommender.py              some seconds; -m slow: worker proc
 """
 
 import dataclasses
+import functools
 import inspect
 import io
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children
+from multiprocessing.context import SpawnProcess
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
+from threading import Event, RLock, Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 
+import curec
 import recommender as rec
 
 
@@ -1105,12 +1114,206 @@ def test_a_fit_is_kept_on_disk_as_plain_tensors_and_figures():
 
 
 # ------------------------------------------------------------------------------- worker processes
-def test_small_runs_and_cuda_need_no_worker_processes(monkeypatch):
-    """Guards: a pool for a run that is too small for it, or several processes on one GPU."""
+def some_jobs(*arms):
+    """Arguments of fit_arm for each of these arms."""
+    data, inputs = ring(), rec.Inputs(features_of(12))
+    return [(arm, data, inputs, config(epochs=1), 0) for arm in arms]
+
+
+def assert_same_fit(fit, expected):
+    assert fit["audit"] == expected["audit"]
+    for name in ("ranks", "valid_ranks"):
+        assert torch.equal(fit[name], expected[name])
+    assert_same_weights(dict(fit["model"]), dict(expected["model"]))
+
+
+@pytest.fixture
+def two_cores(monkeypatch):
     monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
-    for device, fits in (("cpu", 5), ("cuda", 99)):
-        with rec.workers(device, fits) as pool:
-            assert isinstance(pool, ThreadPoolExecutor)
+
+
+@pytest.mark.parametrize(("device", "fits"), [("cpu", 5), ("cuda", 99)])
+def test_small_runs_and_cuda_need_no_worker_processes(device, fits, monkeypatch, two_cores):
+    """Guards: processes for a run that is too small for them, or several processes on one GPU."""
+    monkeypatch.delattr(rec, "start_workers")
+    jobs = some_jobs("markov", "popularity")
+    assert [job for job, _ in rec.fit_all(jobs, device, fits)] == jobs
+
+
+class Tell:
+    """Data that cannot be used: the error says by whom."""
+
+    @property
+    def n_items(self):
+        raise ValueError(os.getpid(), torch.get_num_threads(), type(rec.tqdm.get_lock()))
+
+
+class Kill:
+    """Data that ends who uses it, as the kernel does where memory is short."""
+
+    @property
+    def n_items(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def from_worker():
+    """(job, function that gives its fit) from a worker process: two good jobs, one that ends in an
+    error, one that ends the process, one behind it. No file can grow, as on a full disk; nor can
+    shared memory, which is files in /dev/shm. (So few items need one thread only.)"""
+    data = ring()
+    large = rec.Inputs(features_of(12, size=2000), ids=False)
+    lane = rec.Inputs(None, features_of(12, size=16), told(len(data.train)))
+    jobs = [("content-only", data, large, config(), 1), ("lane", data, lane, config(), 2)]
+    jobs += [("id", bad, large, config(), 0) for bad in (Tell(), Kill(), data)]
+    start_workers = rec.start_workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "3")
+        patch.setattr(rec.os, "cpu_count", lambda: 2)
+        # one is enough to see
+        patch.setattr(rec, "start_workers", lambda count: start_workers(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        try:
+            done = list(rec.fit_all(jobs, "cpu", 6))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [job[:2] for job, _ in done] == [job[:2] for job in jobs]
+    return done
+
+
+def test_arms_in_worker_processes_equal_those_in_this_process(from_worker):
+    """Guards: workers that draw other random numbers; tensors that need room in /dev/shm, of which
+    a container has 64 MB."""
+    for job, fit in from_worker[:2]:
+        assert_same_fit(fit(), rec.fit_arm(*job))
+
+
+def test_an_error_in_a_worker_process_is_told_with_its_place(from_worker):
+    """Guards: also workers of many threads each, and locks that a killed one leaves behind."""
+    _, fit = from_worker[2]
+    with pytest.raises(ValueError) as error:
+        fit()
+    process, threads, lock = error.value.args
+    assert process != os.getpid()
+    assert threads == 1
+    assert lock is type(RLock())
+    assert "in n_items" in str(error.value.__cause__)
+
+
+def test_a_killed_worker_is_an_error_of_its_arm_and_of_those_behind_it(from_worker):
+    """Guards: an arm that is waited for for ever, or left out, after the kernel's OOM killer."""
+    for _, fit in from_worker[3:]:
+        with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
+            fit()
+
+
+def no_more(*args, **settings):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
+
+def assert_workers_end():
+    for process in active_children():
+        process.join(20)
+    assert active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (SemLock, "__init__", no_more),
+        (SpawnProcess, "start", no_more),
+        (Thread, "start", no_thread),
+        # as of workers that wait for ever
+        (rec, "START_SECONDS", 0.1),
+    ],
+)
+def test_where_no_worker_can_be_started_the_arms_train_in_this_process(
+    owner, name, value, monkeypatch, two_cores, capsys
+):
+    """Guards: an error, or a run that waits for ever, where a limit, as of `ulimit -u`, forbids
+    processes or threads."""
+    jobs = some_jobs("popularity", "id")
+    torch.set_num_threads(2)
+    with monkeypatch.context() as limit:
+        limit.setattr(owner, name, value)
+        done = list(rec.fit_all(jobs, "cpu", 6))
+    assert capsys.readouterr().out.count("no process can be started") == 1
+    assert torch.get_num_threads() == 1
+    assert [job for job, _ in done] == jobs
+    assert_same_fit(done[1][1](), rec.fit_arm(*jobs[1]))
+    assert_workers_end()
+
+
+@pytest.mark.slow
+def test_no_worker_is_at_work_before_all_have_started(monkeypatch):
+    """Guards: a worker that cannot start when another has begun: an error, for which all end."""
+    start, started = SpawnProcess.start, []
+
+    def start_and_stop_the_second(process):
+        start(process)
+        started.append(process)
+        if len(started) == 2:
+            os.kill(process.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_stop_the_second)
+    # more than the first needs
+    monkeypatch.setattr(rec, "START_SECONDS", 30)
+    assert rec.start_workers(2) is None
+    assert len(started) == 2
+    assert_workers_end()
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_the_first_error_ends_the_arms_at_once_and_what_is_finished_is_kept(
+    cores, monkeypatch, tmp_path
+):
+    """Guards: an arm that fails in its first second and is reported after all others, or under the
+    name of another; finished arms that go with it."""
+    fit_arm, stopped = rec.fit_arm, Event()
+
+    def second_fails(*job):
+        if job[-1] == 0:
+            return fit_arm(*job)
+        if job[-1] == 1:
+            raise ValueError("a bug")
+        stopped.wait(60)
+
+    monkeypatch.setattr(rec, "fit_arm", second_fails)
+    monkeypatch.setattr(rec.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(rec, "start_workers", lambda count: ThreadPoolExecutor(1))
+    monkeypatch.setattr(rec, "stop_workers", stopped.set)
+    run = curec.Run(SimpleNamespace(out=tmp_path, device="cpu", seed=0, seeds=6, epochs=1))
+    (tmp_path / "state").mkdir()
+    with pytest.raises(ValueError, match="a bug"):
+        curec.train_and_test_arms(run, ring(), {"id": rec.Inputs()}, None)
+    assert stopped.is_set() == (cores == 2)
+    assert [file.name for file in (tmp_path / "state").iterdir()] == ["arm-id.0.pt"]
+    assert run.stage == "arm-id.1"
+
+
+def test_fits_are_compared_in_the_order_of_their_seeds(monkeypatch, tmp_path):
+    """Guards: seeds in the order in which they happened to finish; a finished fit made again."""
+
+    def backwards(jobs, device, fits):
+        for job in reversed(jobs):
+            yield job, functools.partial(rec.fit_arm, *job)
+
+    monkeypatch.setattr(rec, "fit_all", backwards)
+    settings = SimpleNamespace(out=tmp_path, device="cpu", seed=4, seeds=3, epochs=1)
+    (tmp_path / "state").mkdir()
+    entries = []
+    for _ in range(2):
+        run = curec.Run(settings)
+        curec.train_and_test_arms(run, ring(), {"id": rec.Inputs()}, None)
+        entries.append(run.metrics["arms"]["id"])
+        (tmp_path / "state/arm-id.5.pt").unlink()
+    assert entries[0]["seeds"] == entries[1]["seeds"] == [4, 5, 6]
+    assert entries[0]["test"] == entries[1]["test"]
 
 
 def bars_disabled():
@@ -1127,42 +1330,23 @@ def bars_disabled():
     return told
 
 
-def test_bars_are_shown_on_a_terminal_only():
-    """Guards: bars in a log file, or none at all."""
+def test_bars_are_shown_on_a_terminal_only_and_by_no_worker(monkeypatch):
+    """Guards: bars in a log file, or none at all; several workers' bars on top of one another."""
     assert bars_disabled() == [None]
-
-
-@pytest.mark.slow
-def test_arms_in_worker_processes_equal_those_in_this_process(monkeypatch):
-    """Guards: workers that draw other random numbers. (So few items need one thread only.)"""
-    monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
-    job = ("id", ring(), rec.Inputs(features_of(12)), config(), 1)
-    with rec.workers("cpu", 6) as pool:
-        assert pool.submit(os.getpid).result() != os.getpid()
-        assert pool.submit(torch.get_num_threads).result() == 1
-        far = pool.submit(rec.fit_arm, *job).result()
-    near = rec.fit_arm(*job)
-    assert torch.equal(far["ranks"], near["ranks"])
-    assert far["audit"] == near["audit"]
-    assert_same_weights(dict(far["model"]), dict(near["model"]))
-
-
-@pytest.mark.slow
-def test_worker_processes_show_no_bars(monkeypatch):
-    """Guards: the bars of several workers on top of one another on a terminal."""
-    monkeypatch.setattr(rec.os, "cpu_count", lambda: 2)
-    with rec.workers("cpu", 6) as pool:
-        assert pool.submit(bars_disabled).result() == [True]
+    monkeypatch.setattr(rec, "parent_process", object)
+    assert bars_disabled() == [True]
 
 
 PARENT = """
 import os, sys, time
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 import recommender
+from test_recommender import config, ring
 if __name__ == "__main__":
-    recommender.os.cpu_count = lambda: 2
-    pool = recommender.workers("cpu", 6)
+    pool = recommender.start_workers(1)
     print(pool.submit(os.getpid).result(), flush=True)
+    endless = config(epochs=10**9, patience=10**9)
+    pool.submit(recommender.fit_arm, "id", ring(), recommender.Inputs(), endless, 0)
     time.sleep(300)
 """
 
@@ -1180,9 +1364,11 @@ def is_running(process):
 def test_a_worker_ends_when_its_parent_is_gone(tmp_path):
     """Guards: processes left behind by a killed run, each with half a gigabyte."""
     code = tmp_path / "parent.py"
-    code.write_text(PARENT.format(folder=str(Path(rec.__file__).parent)))
+    folders = [str(Path(file).parent) for file in (rec.__file__, __file__)]
+    code.write_text(PARENT.format(folders=folders))
     with subprocess.Popen([sys.executable, code], stdout=subprocess.PIPE, text=True) as parent:
         worker = int(parent.stdout.readline())
+        assert is_running(worker)
         parent.kill()
     assert worker != parent.pid
     deadline = time.monotonic() + 120

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import huggingface_hub
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers as hf
@@ -341,9 +342,59 @@ class Evil:
 def test_a_checkpoint_runs_no_code(tmp_path):
     """Guards: a run folder from somebody else that does as it likes here."""
     torch.save(Evil(str(tmp_path / "made")), tmp_path / "unit")
-    with pytest.raises(Exception, match="(?i)weights.only"):
-        rl.Checkpoint(str(tmp_path / "unit"))
+    assert rl.Checkpoint(str(tmp_path / "unit")).state is None
     assert not (tmp_path / "made").exists()
+
+
+def cut(whole):
+    return whole[: len(whole) // 2]
+
+
+def emptied(whole):
+    return b""
+
+
+def of_something_else(whole):
+    return b"somebody's notes"
+
+
+def with_another_byte(whole):
+    """Of the right length, as after a fault of the disk; the byte is a weight's."""
+    at = whole.index(b"\x00\x00\xc0\x40")
+    return whole[:at] + b"\xff" + whole[at + 1 :]
+
+
+DAMAGES = [cut, emptied, of_something_else]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, with_another_byte])
+def test_a_damaged_checkpoint_starts_again_and_says_so(damage, tmp_path, capsys):
+    """Guards: an EOFError without a file's name, at every resume again; weights that are not those
+    that were saved."""
+    path = tmp_path / "unit"
+    rl.Checkpoint(str(path)).save({"weights": torch.full((100,), 6.0)})
+    path.write_bytes(damage(path.read_bytes()))
+    checkpoint = rl.Checkpoint(str(path))
+    assert checkpoint.state is None
+    assert capsys.readouterr().out == f"{path} is damaged: this stage starts again\n"
+    checkpoint.save({"step": 1})
+    assert rl.read_state(str(path)) == {"step": 1}
+    assert rl.read_state(str(tmp_path / "missing")) is None
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", rl.LLM_FILES)
+@pytest.mark.parametrize("damage", [*DAMAGES, None])
+def test_a_model_folder_is_whole_or_not(damage, name, tiny, tmp_path):
+    """Guards: half of a model, cut off by a full disk or tidied away, taken for one (None: the file
+    is gone)."""
+    assert rl.is_whole(tiny)
+    path = shutil.copytree(tiny, tmp_path / "llm")
+    whole = (path / name).read_bytes()
+    (path / name).unlink()
+    if damage:
+        (path / name).write_bytes(damage(whole))
+    assert not rl.is_whole(str(path))
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -607,6 +658,113 @@ def test_a_tokenizers_own_code_is_never_run(tiny, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
+def refused(path, wanted):
+    """Is the model refused, in one line that names it?"""
+    with pytest.raises(OSError, match=f"the LLM '{path}' {wanted}; choose another --llm") as error:
+        rl.load(str(path))
+    assert "\n" not in str(error.value)
+
+
+def full(tiny, folder):
+    """(tokenizer, path) of a copy of the tiny model of whose embeddings none is free."""
+    path = shutil.copytree(tiny, folder / "llm")
+    tokenizer = hf.PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer.add_tokens([f"word{i}" for i in range(320 - len(tokenizer))])
+    return tokenizer, path
+
+
+@pytest.mark.parametrize("kind", ["word", "eos", "template"])
+def test_a_token_without_an_embedding_is_refused(kind, tiny, tmp_path):
+    """Guards: an IndexError in the middle of a stage, for a tokenizer that was given more tokens
+    than the model."""
+    tokenizer, path = full(tiny, tmp_path)
+    if kind == "eos":
+        tokenizer.add_special_tokens({"eos_token": "<end>"})
+    elif kind == "word":
+        tokenizer.add_tokens(["<think>"])
+    else:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+        tokenizer.chat_template = "<turn>{{ messages[0].content }}"
+    tokenizer.save_pretrained(path)
+    refused(path, "has 320 token embeddings, but its tokenizer gives ids up to 320")
+
+
+@pytest.mark.parametrize("name", ["pad_token", "mask_token"])
+def test_a_special_token_without_an_embedding_is_no_hindrance(name, tiny, tmp_path):
+    """Guards: a working model refused (Gemma 3 has a token for images, Llama was often given one
+    for padding); an IndexError where rows are padded, or for such a text in a title."""
+    tokenizer, path = full(tiny, tmp_path)
+    tokenizer.add_special_tokens({name: "[X]"})
+    tokenizer.save_pretrained(path)
+    model, tokenizer = fresh(str(path))
+    assert tokenizer("[X]")["input_ids"] == [320]
+    assert tokenizer.pad_token_id < 320
+    run(model, tokenizer)
+    assert rl.encode(model, tokenizer, ["red [X]"]).isfinite().all()
+    rl.use(model, "align", trainable=True)
+    how = rl.SupervisedConfig(steps=1, batch=2)
+    assert np.isfinite(rl.supervise(model, tokenizer, [("red [X]", "old [X]")], how))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tiny, tmp_path):
+    """Guards: a TypeError from the first answer."""
+    path = shutil.copytree(tiny, tmp_path / "llm")
+    hf.PreTrainedTokenizerFast(tokenizer_file=f"{tiny}/tokenizer.json").save_pretrained(path)
+    refused(path, "has a tokenizer without an end token")
+
+
+@pytest.mark.parametrize("template", ["{% for m in %}", "{{ raise_exception('no') }}"])
+def test_a_broken_chat_template_says_what_to_do(template, tiny, tmp_path):
+    """Guards: a traceback from within a template, after hours of other stages."""
+    path = shutil.copytree(tiny, tmp_path / "llm")
+    (path / "chat_template.jinja").write_text(template)
+    with pytest.raises(OSError, match="(?s)could not be loaded.*Or give --llm PATH"):
+        rl.load(str(path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_finite_are_refused(name, value, tiny, tmp_path):
+    """Guards: an error in linear algebra, two stages later, for a training that had diverged. The
+    last value of a weight: in an embedding that of a token which no prompt may have."""
+    path = shutil.copytree(tiny, tmp_path / "llm")
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    weights[name].view(-1)[-1] = value
+    safetensors.torch.save_file(weights, path / "model.safetensors", {"format": "pt"})
+    refused(path, "has weights or logits that are NaN or infinite")
+
+
+def test_an_unused_embedding_that_is_not_finite_is_refused(tmp_path, tiny):
+    """Guards: the same where no logit shows it: the head has weights of its own."""
+    untrained(qwen2(tie_word_embeddings=False), tiny, tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    weights["model.embed_tokens.weight"][-1] = float("nan")
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, "has weights or logits that are NaN or infinite")
+
+
+@pytest.mark.parametrize("config", [gpt2(), qwen2(max_position_embeddings=256)], ids=model_type)
+def test_a_prompt_longer_than_the_context_is_refused(config, tiny, tmp_path):
+    """Guards: an IndexError at the first long history, or an answer after positions that the model
+    has never seen."""
+    model, tokenizer = untrained(config, tiny, tmp_path)
+    prompt = "red old " * 120
+    room = 256 - len(rl.prompt_ids(tokenizer, prompt))
+    rl.check_context(model, tokenizer, ["red", prompt], room)
+    assert len(sample(model, tokenizer, [prompt], max_new=room)[1][0]) > 0
+    wanted = "context of 256 tokens.* needs 257; choose another --llm or a smaller --max-new"
+    with pytest.raises(OSError, match=f"{tmp_path}.*{wanted}"):
+        rl.check_context(model, tokenizer, [prompt, "red"], room + 1)
+
+
+def test_a_model_without_a_limit_takes_any_prompt(tiny, tmp_path):
+    """Guards: a refusal for want of a figure that not every config has."""
+    model, tokenizer = untrained(hf.BloomConfig(**BLOOM), tiny, tmp_path)
+    rl.check_context(model, tokenizer, ["red"], 10**9)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -750,6 +908,21 @@ def test_restore_returns_the_saved_weights_to_their_adapter_only(tiny, tmp_path)
     assert same(adapter(model, "policy"), before)
     assert same(adapter(model, "align"), shifted)
     assert all(layer.training for layer in layers_4bit(model))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_found(damage, shared, tmp_path):
+    """Guards: no way to know that the stage must be done again."""
+    model, _ = shared
+    folder = tmp_path / "align"
+    assert not rl.is_whole(folder, rl.ADAPTER_FILES)
+    rl.save_adapter(model, str(tmp_path), "align")
+    assert rl.is_whole(folder, rl.ADAPTER_FILES)
+    for name in rl.ADAPTER_FILES:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(damage(whole))
+        assert not rl.is_whole(folder, rl.ADAPTER_FILES), name
+        (folder / name).write_bytes(whole)
 
 
 def test_add_policy_copies_exactly_and_shares_nothing(tiny):
@@ -941,6 +1114,15 @@ def test_every_line_of_an_answer_ends_with_eos(shared):
     assert rl.answer_ids(tokenizer, "red green\nblue") == first + second
     assert second.count(EOS) == 1
     assert second[-1] == EOS
+
+
+def test_a_title_cannot_end_an_answer(shared):
+    """Guards: an answer that stops within a title; a title that beam search never finds."""
+    _, tokenizer = shared
+    ids = rl.answer_ids(tokenizer, "red <eos> old <pad>")
+    assert ids.index(EOS) == len(ids) - 1
+    assert 0 not in ids
+    assert tokenizer.decode(ids) == " red <eos> old <pad><eos>"
 
 
 @pytest.mark.parametrize("n, batch", [(7, 3), (3, 8), (5, 5)])
@@ -1210,11 +1392,31 @@ def test_a_tiny_llm_in_lower_case_reads_a_title_as_its_reason_says_it(tmp_path):
 
 def test_a_tiny_llm_made_by_another_run_is_kept(tmp_path):
     """Guards: a model that changes while somebody reads it; a folder that is left over."""
-    (tmp_path / "llm").mkdir()
-    (tmp_path / "llm" / "theirs").write_text("a model")
     small_tiny(tmp_path / "llm", [("one", pairs(9), 1)], vocab=300)
-    assert folder_bytes(tmp_path / "llm") == {"theirs": b"a model"}
+    theirs = folder_bytes(tmp_path / "llm")
+    small_tiny(tmp_path / "llm", [("one", pairs(9), 2)], vocab=300)
+    assert folder_bytes(tmp_path / "llm") == theirs
     assert [folder.name for folder in tmp_path.iterdir()] == ["llm"]
+
+
+@pytest.mark.parametrize("name", rl.LLM_FILES)
+def test_half_of_a_tiny_llm_is_made_again(name, tmp_path):
+    """Guards: a broken folder in the cache that every run stumbles over."""
+    small_tiny(tmp_path / "llm", [("one", pairs(9), 1)], vocab=300)
+    whole = folder_bytes(tmp_path / "llm")
+    (tmp_path / "llm" / name).write_bytes(cut(whole[name]))
+    small_tiny(tmp_path / "llm", [("one", pairs(9), 1)], vocab=300)
+    assert folder_bytes(tmp_path / "llm") == whole
+    assert [folder.name for folder in tmp_path.iterdir()] == ["llm"]
+
+
+def test_a_cache_that_cannot_be_written_is_found_out_before_the_training(tmp_path, monkeypatch):
+    """Guards: a tiny LLM trained to its end for nothing."""
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    passes = record(monkeypatch, rl, "micro_batches")
+    with pytest.raises(OSError, match=str(tmp_path / "cache")):
+        small_tiny(tmp_path / "cache" / "llm", [("one", pairs(9), 1)], vocab=300)
+    assert passes == []
 
 
 def test_a_new_tiny_llm_copies_and_looks_one_token_back():
@@ -1311,6 +1513,44 @@ def test_answers_end_at_eos(shared):
         assert text == tokenizer.decode(words).strip()
         assert "<eos>" not in text
         assert "<pad>" not in text
+
+
+RED = "\u0120red"  # the token of " red"
+
+
+@pytest.mark.parametrize(
+    "file, listed",
+    [
+        ("generation_config.json", ["<eos>", RED]),
+        ("generation_config.json", RED),
+        ("config.json", [RED, "<eos>"]),
+    ],
+    ids=["two", "another than the tokenizer's", "two in config.json"],
+)
+def test_every_end_token_ends_an_answer(file, listed, tiny, tmp_path, monkeypatch):
+    """Guards: a chat model's <end_of_turn>, which its config alone lists, said until max_new; such
+    an end left in the text; an answer with it taken for unfinished. Here a word is an end."""
+    path = shutil.copytree(tiny, tmp_path / "llm")
+    names = hf.PreTrainedTokenizerFast.from_pretrained(path)
+    ends = set(names.convert_tokens_to_ids(["<eos>", RED]))
+    (path / "generation_config.json").unlink()
+    settings = json.loads((path / file).read_text()) if file == "config.json" else {}
+    settings["eos_token_id"] = names.convert_tokens_to_ids(listed)
+    (path / file).write_text(json.dumps(settings))
+    model, tokenizer = fresh(str(path))
+    made = record(monkeypatch, rl, "generate")
+    (row,) = run(model, tokenizer, batch=48, max_new=2)
+    sample(model, tokenizer, PROMPTS * 2, max_new=6, seed=1)
+    for call in made:
+        texts, answers = call.result
+        assert {answer[-1] for answer in answers} >= ends
+        for text, answer in zip(texts, answers, strict=True):
+            assert not ends & set(answer[:-1])
+            words = answer[:-1] if answer[-1] in ends else answer
+            assert text == tokenizer.decode(words).strip()
+    finished = np.mean([answer[-1] in ends for answer in made[0].result[1]])
+    assert 0 < finished < 1
+    assert row["eos_rate"] == pytest.approx(finished)
 
 
 def test_samples_are_decided_by_their_seed(shared):

@@ -77,11 +77,9 @@ def finished_run(args, seed: int) -> pathlib.Path:
     out = args.folder / f"world-{seed}"
     if not (out / "metrics.json").exists():
         command = [sys.executable, str(HERE.parents[2] / "curec.py"), "--dataset", "demo"]
-        command += ["--seed", str(seed), "--out", str(out)]
+        command += ["--seed", str(seed), "--out", str(out), "--resume"]
         if args.quick:
             command.append("--quick")
-        if (out / "config.json").exists():
-            command.append("--resume")
         subprocess.run(command, check=True)
     return out
 
@@ -517,18 +515,14 @@ def corrupted_fits(args, out: pathlib.Path) -> dict:
         for q, truth in truths.items():
             patched = replace(world.data, truth=truth)
             inputs[q] = curec.arm_inputs(s, patched, world.encode, {}, None)
-        jobs = {}
-        with rec.workers(s.device, 2 * len(todo)) as pool:
-            for q, arm in itertools.product(todo, inputs[todo[0]]):
-                job = (rec.fit_arm, arm, world.data, inputs[q][arm], config, s.seed)
-                jobs[q, arm] = pool.submit(*job)
-            for q in todo:
-                found = reward.truth_figures(truths[q]["late"], world.data.truth)
-                row = {"truth_precision": found["truth_precision"]}
-                for arm in inputs[q]:
-                    rank = jobs[q, arm].result()["ranks"].numpy()
-                    row[arm] = float(rec.metrics(rank)["ndcg@10"].mean())
-                rl.write_atomically(files[q], json.dumps(row, indent=1))
+        for q in todo:
+            found = reward.truth_figures(truths[q]["late"], world.data.truth)
+            row = {"truth_precision": found["truth_precision"]}
+            jobs = [(arm, world.data, inputs[q][arm], config, s.seed) for arm in inputs[q]]
+            for (arm, *_), fit in rec.fit_all(jobs, s.device, 2 * len(todo)):
+                rank = fit()["ranks"].numpy()
+                row[arm] = float(rec.metrics(rank)["ndcg@10"].mean())
+            rl.write_atomically(files[q], json.dumps(row, indent=1))
     return {q: json.loads(file.read_text()) for q, file in files.items()}
 
 
