@@ -571,8 +571,14 @@ def write_reasons(run, data, llm, judge, cuts):
     reasons["bestof"] = best_of(run, data, llm, judge, windows, first)
     run.metrics["correction"] = rows
     for i, item in enumerate(data.items[1:], 1):
+        # a reason of an item that says nothing is made up
+        if len(data.phrases[i]) < 2:
+            timelines[i] = []
+            for answers in reasons.values():
+                answers[i] = ""
         said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
-        line = {"item": item["id"], "title": item["title"], "aligned": said["aligned"]}
+        title = item["title"] or item["id"]
+        line = {"item": item["id"], "title": title, "aligned": said["aligned"]}
         lines.append(line | {"rl": said["rl"], "timeline": timelines[i], "reason": said["curec"]})
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
     rl.write_atomically(f"{s.out}/reasons.jsonl", "".join(texts))
@@ -713,7 +719,10 @@ class Run:
         begun = read_config(self.folder)
         foreign = foreign_files(self.folder, begun)
         if foreign:
-            raise D.DataError(f"--out {s.out}: {foreign[0]} there is not ours; name another folder")
+            why = "" if begun else " (there is no whole config.json of ours)"
+            raise D.DataError(
+                f"--out {s.out}: {foreign[0]} there is not ours{why}; name another folder"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (it goes with the process)
         try:
@@ -832,7 +841,7 @@ def changed(begun, s, data):
         # another micro-batch is the same method
         if name not in ("dataset", "data_dir", "out", "micro_batch") and value != now:
             other[name] = kept[name]
-    if begun["data"] != fingerprint(data):
+    if not other and begun["data"] != fingerprint(data):
         return f"other data than {s.dataset} is now"
     return figures(other)
 
@@ -996,6 +1005,7 @@ def dry_run(s):
     if absent:
         return
     data = load_data(s)
+    print(f"{len(data.users)} users, {data.n_items} items", *data.notes, sep="\n  note: ")
     train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
     words = np.mean([len(q.prompt.split()) for q in train + held_out])
     drawn = s.ppo_updates * s.ppo_batch
@@ -1026,7 +1036,7 @@ def look(flags):
     data = load_data(s)
     if config["data"] != fingerprint(data):
         raise D.DataError(f"--run {s.out}: was made with other data than {s.dataset} is now")
-    lines = [json.loads(line) for line in D.read_lines(f"{s.out}/reasons.jsonl")]
+    lines = read_reasons(s, data)
     stage = "reward" if flags.score else f"arm-curec.{s.seed}"
     kept = rl.read_state(f"{s.out}/state/{stage}.pt")
     if kept is None:
@@ -1035,6 +1045,19 @@ def look(flags):
         score(run, data, kept["value"]["weights"][-1], lines, flags)
     else:
         explain(data, kept["value"]["model"], lines, flags)
+
+
+def read_reasons(s, data):
+    """The lines of reasons.jsonl in the order of the items."""
+    try:
+        lines = map(json.loads, Path(s.out, "reasons.jsonl").read_text().splitlines())
+        by_item = {line["item"]: line for line in lines}
+        return [by_item[item["id"]] for item in data.items[1:]]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise D.DataError(
+            f"{s.out}/reasons.jsonl: missing or damaged; the run's command with --resume ends the "
+            "run, or writes the file again (of arms with reasons)"
+        ) from None
 
 
 def numbers(names, ids):
@@ -1080,7 +1103,8 @@ def score(run, data, weights, lines, flags):
     for k, reason in enumerate(reasons):
         parts = ("total", "shown", "audience", "grounded", "format_ok")
         rows.append({"reason": reason} | {part: getattr(found, part)[k].item() for part in parts})
-    print(D.item_text(data.items[number]), markdown(rows), sep="\n\n")
+    judges = "judged by {} people shown and an audience of {}".format(*(len(p[0]) for p in people))
+    print(D.item_text(data.items[number]), judges, markdown(rows), sep="\n\n")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -1111,6 +1135,8 @@ def parse_args(argv=None):
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         kind = {"type": f.type, "choices": f.metadata["choices"]}
+        if f.type in (int, float):
+            kind["metavar"] = "N"
         if f.type is bool:
             kind = {"action": "store_true"}
         text = f.metadata["help"].replace("%", "%%")
@@ -1200,6 +1226,9 @@ def main(argv=None):
             run = Run(resolve(s))
             whole_method(run)
         return 0
+    except BrokenPipeError:
+        # `| head` reads no more
+        os._exit(128 + signal.SIGPIPE)
     except Exception as e:
         if s and s.debug:
             raise

@@ -119,7 +119,7 @@ class Dataset:
         titles = [""]
         seen = Counter()
         for item in self.items[1:]:
-            title = " ".join((item["title"] or "untitled").split()[:TITLE_WORDS])
+            title = " ".join((item["title"] or item["id"]).split()[:TITLE_WORDS])
             seen[title.lower()] += 1
             number = seen[title.lower()]
             titles.append(f"{title} ({number})" if number > 1 else title)
@@ -159,12 +159,17 @@ class Dataset:
         """Raises DataError where users are few, or most items have too few phrases for a reason."""
         if min(len(self.users), self.n_items) < 10:
             raise DataError(f"{self.name}: reasons need at least 10 users and 10 items; see --arms")
-        poor = [i for i in range(1, self.n_items + 1) if len(self.phrases[i]) < 2]
+        poor = []
+        for i in range(1, self.n_items + 1):
+            seen = mask_identity(self, " ".join(self.phrases[i]))
+            if len(self.phrases[i]) < 2 or seen == "item":
+                poor.append(i)
         if len(poor) > self.n_items / 2:
             raise DataError(
-                f"{self.name}: {len(poor)} of {self.n_items} items say fewer than two things that "
-                f'a reason could name, such as "{item_text(self.items[poor[0]])[:80]}"; check '
-                f"`title` and `description` (fields found: {listed(self.fields)}), or see --arms"
+                f"{self.name}: {len(poor)} of {self.n_items} items say nothing that a reason could "
+                f'name and {MIN_ITEMS} items share, such as "{item_text(self.items[poor[0]])[:80]}"'
+                f"; check `title` and `description` (fields found: {listed(self.fields)}), or see "
+                "--arms"
             )
 
 
@@ -547,6 +552,10 @@ def from_rows(name, rows, described, skipped) -> Dataset:
     if not {row.rating for row in kept} <= {1, 2, 3, 4, 5}:
         ratings = None
     notes = [f"{count} {what}" for what, count in skipped.items() if count]
+    early, late = min(row.time for row in kept), max(row.time for row in kept)
+    # years and days as numbers
+    if 1900 <= early <= late <= 2100 or 19_000_101 <= early <= late <= 21_001_231:
+        notes.append("times look like dates, but numbers are seconds since 1970: write 2020-09-13")
     return Dataset(name, items, list(users), seqs, times, ratings, notes=notes, fields=fields)
 
 

@@ -891,17 +891,38 @@ def test_items_that_say_too_little_for_reasons_are_an_error(tmp_path, case):
     items, example, fields = POOR[case]
     rows = [(f"u{u}", f"i{(u + k) % 12:03d}", k) for u in range(12) for k in range(6)]
     dataset = load(folder(tmp_path, rows, items=items))
-    with pytest.raises(data.DataError, match="say fewer than two things.*see --arms") as error:
+    with pytest.raises(
+        data.DataError, match="say nothing that a reason could name.*see --arms"
+    ) as error:
         dataset.check_reasons()
     assert example in str(error.value)
     assert f"`description` (fields found: {fields})" in str(error.value)
     assert "\n" not in str(error.value)
 
 
+def test_words_that_no_other_item_says_are_too_little(tmp_path):
+    """Guards: a judge that sees no word, since each would tell which item it is; its rewards are
+    all 0, and PPO learns noise."""
+    titles = ["sea love war ice", "gold moon", "sun iron", "silk rose", "wolf tree"] * 3
+    with pytest.raises(data.DataError, match="that a reason could name and 5 items share"):
+        load(catalogue(tmp_path, titles)).check_reasons()
+
+
+@pytest.mark.parametrize(
+    ("first", "is_noted"), [(20200913, True), (2001, True), (0, False), (1600000000, False)]
+)
+def test_dates_as_numbers_are_doubted(tmp_path, first, is_noted):
+    """Guards: days or years taken for seconds without a word."""
+    rows = [(f"u{u}", f"i{(u + k) % 12:03d}", first + k) for u in range(12) for k in range(6)]
+    items = [{"id": f"i{i:03d}", "title": WARM[i % len(WARM)]} for i in range(12)]
+    dataset = load(folder(tmp_path, rows, items=items))
+    assert any("look like dates" in note for note in dataset.notes) == is_noted
+
+
 def test_half_of_the_items_may_say_too_little(tmp_path, world):
     """Guards: a shop refused for some poor items."""
     world.check_reasons()
-    load(catalogue(tmp_path, ["7"] * 6 + WARM[:6])).check_reasons()
+    load(catalogue(tmp_path, ["7"] * 6 + ["warm soft"] * 6)).check_reasons()
 
 
 def test_equal_titles_get_a_number():
@@ -909,7 +930,7 @@ def test_equal_titles_get_a_number():
     dataset = data.demo(3, 60, 40)
     for i, title in enumerate(["Comb", "comb", "Soap", "COMB", ""], 1):
         dataset.items[i]["title"] = title
-    expected = ["Comb", "comb (2)", "Soap", "COMB (3)", "untitled"]
+    expected = ["Comb", "comb (2)", "Soap", "COMB (3)", dataset.items[5]["id"]]
     assert dataset.titles[1:6] == expected
     assert len({title.lower() for title in dataset.titles[1:]}) == dataset.n_items
 

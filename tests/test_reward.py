@@ -143,7 +143,7 @@ def test_an_encoder_with_code_of_its_own_is_refused(tmp_path):
     classes = {"AutoConfig": "mine.C", "AutoModel": "mine.M"}
     config = json.loads(path.read_text()) | {"model_type": "mine", "auto_map": classes}
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="custom code"):
+    with pytest.raises(OSError, match="custom code"):
         reward.load_encoder(str(tmp_path))
     assert not ran.exists()
 
