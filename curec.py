@@ -60,6 +60,10 @@ BASELINES, GROUP = ("critic", "group"), 8
 # the mark of a run folder of ours; the adapter that a stage trains
 PROGRAM = "CURec"
 ADAPTERS = {"align": "align", "ppo": "policy", "knowledge": "knowledge"}
+OUTPUTS = ("config.json", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")
+# names of files in its subfolders, and of files that a killed run was writing
+OURS = re.compile(r"state/(adapter/.*|[\w.-]+\.(pt|unit(\.\d)?))|\w+/adapter_(config|model)\.\w+")
+PART = re.compile(rf"({'|'.join(OUTPUTS)}|[\w.-]+\.(pt|unit(\.\d)?))\.\d+\.part")
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
 TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones have 0.16
 ARM_NAMES = ",".join(arm for arm in ARMS if ARMS[arm].ids) + ",content-only,..."
@@ -83,7 +87,9 @@ class Settings:
     limit_users: int = option(0, "data", "then keep N users drawn by seed; 0: all")
     llm: str = option("", "LLM", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]")
     encoder: str = option("", "LLM", "Hugging Face text encoder; default: the LLM's own states")
-    tiny_steps: int = option(0, "LLM", "steps of the tiny LLM; 0: an item each, 1000 to 4000")
+    tiny_steps: int = option(
+        0, "LLM", "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most"
+    )
     align_steps: int = option(200, "LLM", "supervised LoRA steps, 32 prompts each")
     temperature: float = option(0.7, "LLM", "of reasons and of PPO's answers; of proposals it is 1")
     max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
@@ -129,7 +135,10 @@ def whole_method(run: "Run"):
     if needs["LLM"] and s.llm != "tiny":
         llm, encode = open_llm(s, s.llm)
         check_context(s, data, llm)
+    # the encoder given counts, whatever the LLM's own is
     encoder = reward.load_encoder(s.encoder, s.device) if s.encoder else None
+    if needs["LLM"] and s.llm == "tiny":
+        check_cache()
     run.begin(data, cuts)
     if needs["LLM"] and s.llm == "tiny":
         llm, encode = open_llm(s, llm_path(run, data))
@@ -230,7 +239,17 @@ def check_context(s, data, llm):
     prompts = []
     for i in range(1, data.n_items + 1):
         prompts.append(D.reason_prompt(data, i, D.REASON.format("x", "y"), data.events_by_item[i]))
-    rl.check_context(*llm, sorted(prompts, key=len)[-20:], s.max_new)
+    if needed(s)["preferences"] or needed(s)["knowledge"]:
+        prompts += [D.history_question(data, seq, "prefer") for seq in data.train]
+    rl.check_context(*llm, sorted(prompts, key=len)[-20:], max(64, s.max_new))
+
+
+def check_cache():
+    """Refuses a working directory that could not take the tiny LLM."""
+    with contextlib.suppress(OSError):
+        os.makedirs("cache", exist_ok=True)
+    if not os.path.isdir("cache") or not os.access("cache", os.W_OK):
+        raise D.DataError("cache/ cannot be written: start it in a folder that you may write to")
 
 
 def sampling(s) -> rl.Sampling:
@@ -713,8 +732,8 @@ class Run:
         self.metrics = {"dataset": {}, "arms": {}}
 
     def open(self, data):
-        """Locks the folder and refuses one that is not ours or holds another run. Nothing in it has
-        changed by then."""
+        """Locks the folder and refuses one that is not ours or holds another run; changes nothing
+        that is there."""
         s = self.settings
         begun = read_config(self.folder)
         foreign = foreign_files(self.folder, begun)
@@ -724,7 +743,7 @@ class Run:
                 f"--out {s.out}: {foreign[0]} there is not ours{why}; name another folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (it goes with the process)
+        self.lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (it goes with the process)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -748,21 +767,23 @@ class Run:
         then made again; writes config.json."""
         s = self.settings
         self.times["load"] = time.perf_counter() - self.start
-        # what a killed run was writing
-        for part in [*self.folder.glob("*.[0-9]*.part"), *self.folder.glob("state/*.part")]:
-            part.unlink()
+        config = description(s, cuts) | {"data": fingerprint(data)}
+        for part in [*self.folder.glob("*.part"), *self.folder.glob("state/*.part")]:
+            if PART.fullmatch(part.name):
+                part.unlink()
         if self.resumed:
             for path in (self.folder / "state").glob("*.*"):
                 adapter = ADAPTERS.get(path.name.removesuffix(".pt"))
                 whole = not adapter or rl.is_whole(self.folder / adapter, rl.ADAPTER_FILES)
+                if not whole:
+                    print(f"{self.folder / adapter} is damaged: this stage starts again")
                 if not whole or rl.read_state(path) is None:
                     path.unlink()
         else:
             for folder in ("state", *ADAPTERS.values()):
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
-            for file in ("metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md"):
+            for file in OUTPUTS:
                 (self.folder / file).unlink(missing_ok=True)
-        config = description(s, cuts) | {"data": fingerprint(data)}
         rl.write_atomically(self.folder / "config.json", json.dumps(config, indent=1))
         sizes = {"users": len(data.users), "items": data.n_items}
         sizes["interactions"] = sum(map(len, data.seqs))
@@ -806,9 +827,10 @@ def read_config(folder):
     """config.json of a run folder; {} where there is none of ours."""
     try:
         config = json.loads(Path(folder, "config.json").read_text())
-        return config if config["program"] == PROGRAM else {}
+        ours = config["program"] == PROGRAM and {"settings", "data"} <= set(config)
     except (OSError, ValueError, TypeError, KeyError):
-        return {}
+        ours = False
+    return config if ours else {}
 
 
 def foreign_files(folder, ours):
@@ -817,26 +839,25 @@ def foreign_files(folder, ours):
     paths = list(folder.glob("*"))
     if ours:
         cleared = [folder / name for name in ("state", *ADAPTERS.values())]
-        paths = [path for place in cleared for path in place.rglob("*") if path.is_file()]
+        paths = [path for place in cleared for path in place.rglob("*")]
+        paths = [path for path in paths if path.is_symlink() or path.is_file()]
     found = []
     for path in sorted(paths):
-        name = path.relative_to(folder).as_posix()
         # a killed run may leave no more than these
-        passing = re.fullmatch(r"\.lock|.*\.[0-9]+\.part", path.name)
-        known = re.fullmatch(r"state/(adapter/.*|.*\.(pt|unit(\.\d)?))|\w+/adapter_.*", name)
-        if not passing and not (ours and known):
+        passing = path.name == ".lock" or PART.fullmatch(path.name)
+        if not passing and not (ours and OURS.fullmatch(path.relative_to(folder).as_posix())):
             found.append(path)
     return found
 
 
 def changed(begun, s, data):
     """What of a run to resume is not as it was, as text; "" where all is. Places may change: of
-    the data its fingerprint counts, of a model its last name."""
+    the data its fingerprint counts, of a folder with a model its name."""
     kept = begun["settings"]
     other = {}
     for name, value in kept.items():
         now = getattr(s, name, None)
-        if name in ("llm", "encoder"):
+        if name in ("llm", "encoder") and os.path.isabs(value) and os.path.isabs(now):
             value, now = Path(value).name, Path(now).name
         # another micro-batch is the same method
         if name not in ("dataset", "data_dir", "out", "micro_batch") and value != now:
@@ -860,7 +881,8 @@ def description(s, cuts):
     if shutil.which("git"):
         git = "git describe --always --dirty --abbrev=40 --exclude=*".split()
         here = Path(__file__).resolve().parent
-        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
+        with contextlib.suppress(OSError):
+            commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
     packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
     return {
@@ -1032,6 +1054,13 @@ def look(flags):
     places = {name: getattr(flags, name) for name in ("dataset", "data_dir", "device")}
     moved = {name: value for name, value in places.items() if value != getattr(Settings(), name)}
     s = replace(Settings(**config["settings"]), out=flags.run, **moved)
+    if not os.path.isdir(s.data_dir):
+        s = replace(s, data_dir=flags.data_dir)
+    if s.dataset != "demo" and not os.path.isdir(s.dataset):
+        named = os.path.isabs(s.dataset)
+        files = [s.dataset] if named else D.amazon_files(s.dataset, s.data_dir)
+        if not all(map(os.path.exists, files)):
+            raise D.DataError(f"{next(iter(files))}: has moved; give --dataset or --data-dir")
     run = Run(s)
     data = load_data(s)
     if config["data"] != fingerprint(data):
@@ -1063,7 +1092,7 @@ def read_reasons(s, data):
 def numbers(names, ids):
     """The places of names among ids, of which the first is padding."""
     for name in names:
-        if name not in ids:
+        if not name or name not in ids:
             raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
     return [ids.index(name) for name in names]
 
@@ -1075,7 +1104,7 @@ def explain(data, weights, lines, flags):
         (user,) = numbers([flags.explain], ["", *data.users])
         history = data.seqs[user - 1][:-1]
     else:
-        typed = [name.strip() for name in flags.history.split(",")]
+        typed = [name.strip() for name in flags.history.split(",") if name.strip()]
         history = np.array(numbers(typed, ["", *(line["item"] for line in lines)]))
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
     model = recommender.SASRec(data.n_items, recommender.Inputs(weights["features"]))
@@ -1206,7 +1235,7 @@ def resolve(s):
 def stop(number, frame):
     """Ctrl-C: every file is whole at any time, so nothing needs to be put in order."""
     text = "interrupted"
-    if not {"--run", "--dry-run"} & set(sys.argv):
+    if not any(arg.startswith(("--run", "--dry-run")) for arg in sys.argv):
         kept = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")]
         text += f"; go on with: {shlex.join([sys.executable, *kept])} --resume"
     print(f"\n{text}", file=sys.stderr, flush=True)
@@ -1216,6 +1245,9 @@ def stop(number, frame):
 def main(argv=None):
     """Does what the command line says. Returns 0, or 2 after an error in one line."""
     run = s = None
+    if hasattr(sys.stdout, "reconfigure"):
+        # a title that a terminal cannot print ends no run; progress in a log file too
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         s = parse_args(argv)
         if s.run:
@@ -1322,6 +1354,4 @@ if __name__ == "__main__":
     # not in a notebook: its kernel must outlive Ctrl-C, and its stdout is no file
     if hasattr(sys.stdout, "reconfigure"):
         signal.signal(signal.SIGINT, stop)
-        # progress in a log file too; a title that a terminal cannot print ends no run
-        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     sys.exit(main())

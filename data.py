@@ -41,7 +41,7 @@ PROMPT_HISTORY, PEOPLE = 1, 8
 TITLE_WORDS, TEXT_WORDS = 12, 40
 # a word that fewer items have tells which item it is: the reward's encoder never sees it
 MIN_ITEMS = 5
-# a title that more items share, and more than 5 % of them, is none: markup, "unknown"
+# a title or description that more items share, and more than 5 % of them, is none: markup
 MAX_NAMESAKES = 10
 TIES = ("file", "shuffle")  # order within a timestamp
 # LANE's m preferences a user; items of a history that the two relatives show
@@ -144,6 +144,11 @@ class Dataset:
         return {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
 
     @cached_property
+    def hidden_words(self):
+        """What the reward's encoder does not see."""
+        return self.masked_words | self.common_words
+
+    @cached_property
     def phrases(self):
         """What an item says of itself and a reason may name: its words, each in one form, without
         common ones (with masked ones and emoji only where fewer than two would be left)."""
@@ -164,6 +169,9 @@ class Dataset:
             seen = mask_identity(self, " ".join(self.phrases[i]))
             if len(self.phrases[i]) < 2 or seen == "item":
                 poor.append(i)
+        silent = sum(len(phrases) < 2 for phrases in self.phrases[1:])
+        if silent:
+            self.notes = [*self.notes, f"{silent} items say too little: they get no reason"]
         if len(poor) > self.n_items / 2:
             raise DataError(
                 f"{self.name}: {len(poor)} of {self.n_items} items say nothing that a reason could "
@@ -186,7 +194,7 @@ LETTER = rf"[^\W_\xbc-\xbe{UNSPACED}]"
 FLAG = "[\U0001f1e6-\U0001f1ff]{2}"
 EMOJI = "[\u231a-\u23ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]"
 WORD = re.compile(
-    rf"{LETTER}+(?:[{MARKS}\xad\u200c\u200d'-]+{LETTER}*)*|(?:{UNSPACED_LETTER.pattern})+"
+    rf"{LETTER}(?:{LETTER}|[{MARKS}\xad]|[\u200c\u200d'-]+(?={LETTER}))*|(?:{UNSPACED_LETTER.pattern})+"
     rf"|{FLAG}|{EMOJI}(?:[{MARKS}\U0001f3fb-\U0001f3ff]|\u200d{EMOJI})*"
 )
 
@@ -338,8 +346,7 @@ def grounded(data, item, reason):
 def mask_identity(data, text):
     """What the reward's encoder reads of a text: its words without brands, numbers, common ones
     and those of few items; sorted, or a causal encoder would pay "A and B" unlike "B and A"."""
-    hidden = data.masked_words | data.common_words
-    kept = [w for w in words(text) if w not in hidden and not w[0].isdigit()]
+    kept = [w for w in words(text) if w not in data.hidden_words and not w[0].isdigit()]
     return " ".join(sorted(kept)) or "item"
 
 
@@ -536,12 +543,13 @@ def from_rows(name, rows, described, skipped) -> Dataset:
     records, fields = read_items(described, set(chosen), skipped)
     number = {item: i for i, item in enumerate(chosen, 1)}
     items = [{}, *(item_record(item, records.get(item, {})) for item in chosen)]
-    namesakes = Counter(item["title"].lower() for item in items[1:])
     most = max(MAX_NAMESAKES, len(chosen) // 20)
-    for item in items[1:]:
-        if item["title"] and namesakes[item["title"].lower()] > most:
-            item["title"] = ""
-            skipped[f"titles that more than {most} items share: taken for none"] += 1
+    for field in ("title", "description"):
+        namesakes = Counter(item[field].lower() for item in items[1:])
+        for item in items[1:]:
+            if item[field] and namesakes[item[field].lower()] > most:
+                item[field] = ""
+                skipped[f"{field}s that more than {most} items share: taken for none"] += 1
     skipped["items without a title"] = sum(not item["title"] for item in items[1:])
     seqs, times, ratings = [], [], []
     unit = np.int64 if all(row.time.is_integer() for row in kept) else np.float64
@@ -589,10 +597,10 @@ ITEM = "itemid item parentasin asin movieid productid bookid businessid sku".spl
 FIELDS = {
     "user": "userid user uid reviewerid customerid".split(),
     "item": ITEM,
-    "time": "timestamp time unixreviewtime datetime date".split(),
-    "rating": "rating overall stars".split(),
+    "time": "timestamp time unixreviewtime datetime date reviewdate".split(),
+    "rating": "rating overall stars starrating".split(),
     "id": ["id", *ITEM],
-    "title": "title name itemname productname movietitle".split(),
+    "title": "title name itemname productname producttitle movietitle".split(),
     "brand": "brand store".split(),
     "categories": "categories category genres genre class maincategory".split(),
     "description": "description desc features".split(),
@@ -600,6 +608,7 @@ FIELDS = {
 ASIN = re.compile(r"""['"](?:parent_)?asin['"]\s*:\s*['"](.*?)['"]""")
 # characters of a line of a file (more is taken for a decompression bomb), of a word of a text
 MAX_LINE, MAX_WORD = 1 << 20, 60
+LATEST = 1e11  # seconds since 1970, of the year 5138
 # tags and angle brackets of any width (a title must not close our <reason>), control characters
 MARKUP = re.compile(r"<[^<>]*>|[<>\uff1c\uff1e\ufe64\ufe65\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -687,7 +696,7 @@ def read_file(path, parse, needed, skipped, chosen=()):
         try:
             fields = {plain(name): value for name, value in record.items()}
             names |= dict.fromkeys(record)
-            made.append(parse(fields, skipped))
+            made.append(parse(fields))
         except (AttributeError, TypeError, ValueError, OverflowError):
             refused.append(number)
     if refused:
@@ -698,19 +707,30 @@ def read_file(path, parse, needed, skipped, chosen=()):
 
 def read_interactions(path, skipped):
     """The rows of a file."""
-    needed = "user, item, timestamp (in seconds or a date) and rating (a number or nothing)"
+    needed = "user, item, timestamp (in seconds or a date)"
     rows, names = read_file(path, parse_row, needed, skipped)
     if not rows:
         problem = f"no line has {needed}; is it the right file?"
         raise DataError(f"{path}: {problem} Fields found: {listed(names)}")
-    return rows
+    # one unit a file: no second of ours is that late
+    unit, middle = 1, np.median([abs(row.time) for row in rows])
+    while middle / unit > LATEST:
+        unit *= 1000
+    in_seconds = [row._replace(time=row.time / unit) for row in rows]
+    kept = [row for row in in_seconds if abs(row.time) <= LATEST]
+    skipped["times in milliseconds or finer: converted to seconds"] = len(kept) * (unit > 1)
+    skipped[f"lines of {path} with a time of another unit: skipped"] = len(rows) - len(kept)
+    return kept
 
 
-def parse_row(fields, skipped):
+def parse_row(fields):
     """The interaction that a record tells of."""
     user, item, time, rating = (pick(fields, name) for name in Row._fields)
-    rating = float("nan" if rating is None else rating)
-    return Row(parse_id(user), parse_id(item), parse_time(time, skipped), rating)
+    try:
+        rating = float(rating)
+    except (TypeError, ValueError):
+        rating = float("nan")
+    return Row(parse_id(user), parse_id(item), parse_time(time), rating)
 
 
 def parse_id(value):
@@ -721,22 +741,16 @@ def parse_id(value):
     return text
 
 
-def parse_time(value, skipped):
-    """Seconds since 1970 of a number, or of an ISO date (of UTC if it names no zone)."""
+def parse_time(value):
+    """A number, or the seconds since 1970 of an ISO date (of UTC if it names no zone)."""
     try:
         time = float(value)
     except ValueError:
-        date = datetime.fromisoformat(value.strip())
+        date = datetime.fromisoformat(value.strip().replace("/", "-").removesuffix(" UTC"))
         time = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-    seconds = time
-    # no second of ours is that late: milliseconds, microseconds or nanoseconds
-    for _ in range(3):
-        if abs(seconds) > 1e11:
-            seconds /= 1000
-    if not abs(seconds) <= 1e11:
+    if not abs(time) < 1e20:
         raise ValueError("not a time")
-    skipped["times in milliseconds or finer: converted to seconds"] += seconds != time
-    return seconds
+    return time
 
 
 def read_items(path, chosen, skipped):
@@ -749,7 +763,7 @@ def read_items(path, chosen, skipped):
     return records, names
 
 
-def parse_item(fields, skipped):
+def parse_item(fields):
     """(id, fields) of an item."""
     return parse_id(pick(fields, "id")), fields
 

@@ -75,7 +75,8 @@ def load_encoder(name, device="cpu", batch=64):
     except Exception as e:
         raise OSError(f"the text encoder '{name}' could not be loaded: {e}") from e
     model = model.to(device).eval()
-    form = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    longest = min(128, getattr(model.config, "max_position_embeddings", 128))
+    form = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
 
     @torch.no_grad()
     def encode(texts):
@@ -90,6 +91,12 @@ def load_encoder(name, device="cpu", batch=64):
             out[rows] = (states.sum(1) / mask.sum(1)).float().cpu()
         return out
 
+    try:
+        sound = encode(["a word", "and some more words"]).isfinite().all()
+    except (IndexError, RuntimeError, ValueError) as e:
+        raise OSError(f"the text encoder '{name}' cannot encode a text: {e}") from e
+    if not sound:
+        raise OSError(f"the text encoder '{name}' has weights that are NaN or infinite")
     return encode
 
 

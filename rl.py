@@ -67,6 +67,9 @@ def read_state(path):
             # torch itself compares no checksum
             if file.testzip() is None:
                 return torch.load(path, "cpu", weights_only=True)
+    # it may be whole, and cannot be read now
+    except (OSError, MemoryError):
+        raise
     # a damaged file raises whatever its parser does, one with code in it UnpicklingError
     except Exception:
         pass
@@ -193,7 +196,7 @@ def check_context(model, tokenizer, prompts, max_new):
     """OSError where a prompt and an answer of max_new tokens are longer than the LLM's context."""
     llm = causal_lm(model)
     # models without the figure have no limit
-    context = getattr(llm.config, "max_position_embeddings", None)
+    context = getattr(llm.config.get_text_config(), "max_position_embeddings", None)
     needed = max(len(prompt_ids(tokenizer, prompt)) for prompt in prompts) + max_new
     if context and needed > context:
         raise OSError(
@@ -542,7 +545,7 @@ class PPOConfig:
     minibatch: int = 32  # answers a step
     micro_batch: int = 32  # answers a pass with gradients holds
     epochs: int = 2  # passes over an update's answers
-    lr: float = 5e-4  # of the first update; it falls linearly to 0
+    lr: float = 5e-4  # at first; it falls linearly to 0, and with it the noise of large steps
     value_lr: float = 1e-2
     beta: float = 0.05  # weight of the per-token KL to `align` ...
     kl_target: float = 6.0  # ... adapted towards so many nats a sequence; 0: fixed
@@ -586,7 +589,6 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         # made of seed and update: no random state needs to be saved
         rng = np.random.default_rng([config.seed, 19, update])
         start = time.perf_counter()
-        # falls to 0: the noise of large steps is gone when the last answers are learnt from
         optimizer.param_groups[0]["lr"] = config.lr * (1 - update / config.updates)
         # 1. sample answers
         use(model, "policy")

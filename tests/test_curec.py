@@ -457,7 +457,7 @@ def test_a_typed_history_is_explained_as_a_users(finished, monkeypatch, capsys):
     shop = D.load("demo", small=True)
     history = [shop.items[i]["id"] for i in shop.seqs[3][:-1]]
     said = []
-    for flags in (["--explain", "user3"], ["--history", ", ".join(history)]):
+    for flags in (["--explain", "user3"], ["--history", ", ,".join(history) + ","]):
         assert curec.main(["--run", "runs/demo", *flags]) == 0
         said.append(capsys.readouterr().out)
     assert said[1] == said[0].replace("user3 chose", "you chose")
@@ -1027,11 +1027,11 @@ def test_a_run_that_cannot_start_leaves_the_old_one_alone(copied, capsys):
 def test_a_new_run_clears_the_older_one_and_nothing_else(copied, world):
     """Guards: figures of an older run beside the new ones; other people's files."""
     (copied / "sub").mkdir()
-    for name in ("own.txt", "own.part", "sub/9.part", "sub/metrics.json"):
+    for name in ("own.txt", "own.part", "thesis.2024.part", "sub/9.part", "sub/metrics.json"):
         (copied / name).write_text("mine")
     open_run(world, copied, overwrite=True)
     left = {str(p.relative_to(copied)) for p in copied.rglob("*")}
-    own = {"own.txt", "own.part", "sub", "sub/9.part", "sub/metrics.json"}
+    own = {"own.txt", "own.part", "thesis.2024.part", "sub", "sub/9.part", "sub/metrics.json"}
     assert left == own | {".lock", "config.json"}
 
 
@@ -1041,6 +1041,8 @@ def files_of(folder):
 
 SETTINGS = '{"settings": {"dataset": "demo"}}'
 FOREIGN = [
+    ("config.json", '{"program": "CURec"}'),
+    ("backup.7z.1.part", "mine"),
     ("config.json", '{"model_type": "qwen2"}'),
     ("config.json", SETTINGS),
     ("config.json", "settings"),
@@ -1067,7 +1069,16 @@ def test_a_foreign_folder_is_refused_and_left_alone(fresh, capsys, file, text, f
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
-@pytest.mark.parametrize("file", ["policy/mywork.txt", "state/notes.md", "align/sub/data.csv"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "policy/mywork.txt",
+        "policy/adapter_notes.txt",
+        "state/notes.md",
+        "state/sub/mine.pt",
+        "align/sub/data.csv",
+    ],
+)
 def test_somebodys_file_among_ours_is_named(copied, capsys, file, flag):
     """Guards: a file that goes with the folder in which it was put."""
     (copied / file).parent.mkdir(exist_ok=True)
@@ -1190,6 +1201,28 @@ def test_a_cache_that_was_deleted_is_made_again(finished, copied, capsys, lost):
     (copied / "state/aligned.pt").unlink()
     assert curec.main([*SMALL, "--resume"]) == 0, capsys.readouterr().err
     assert bench_kill.outcome(copied) == bench_kill.outcome(finished.folder)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_older_run(copied, capsys):
+    """Guards: a run cleared for one that cannot start."""
+    cache = copied.parents[1] / "cache"
+    cache.unlink()
+    cache.write_text("a file, where a folder should be")
+    before = files_of(copied)
+    assert curec.main([*SMALL, "--overwrite"]) == 2
+    assert "cache/ cannot be written" in capsys.readouterr().err
+    assert files_of(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "is_same"),
+    [("/a/model", "/b/model", True), ("Qwen/x", "unsloth/x", False), ("tiny", "/my/tiny", False)],
+)
+def test_another_llm_is_another_run(world, was, now, is_same):
+    """Guards: one run folder with the reasons of two models."""
+    s = settled("demo", llm=was)
+    begun = {"settings": dataclasses.asdict(s), "data": curec.fingerprint(world)}
+    assert bool(curec.changed(begun, dataclasses.replace(s, llm=now), world)) != is_same
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_training(tmp_path, monkeypatch, capsys):

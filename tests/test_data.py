@@ -796,7 +796,21 @@ def test_words_of_any_script_are_whole(case):
 @given(st.text(st.characters(max_codepoint=127)))
 def test_words_of_ascii_are_letters_and_digits(text):
     """Guards: other words than those behind every published figure."""
-    assert data.words(text) == re.findall(r"[a-z0-9][a-z0-9'-]*", text.lower())
+    expected = re.findall(r"[a-z0-9](?:[a-z0-9]|['-]+(?=[a-z0-9]))*", text.lower())
+    assert data.words(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("'Calm' tea, dogs' bed", ["calm", "tea", "dogs", "bed"]),
+        ("pre- and after-sun", ["pre", "and", "after-sun"]),
+        ("L\u2019Or \u2018soft\u2019", ["l'or", "\u2018soft".lstrip("\u2018")]),
+    ],
+)
+def test_quotation_marks_and_dashes_are_no_part_of_a_word(text, words):
+    """Guards: 'calm' beside calm, one of them ungrounded."""
+    assert data.words(text) == words
 
 
 # three of six words make a title
@@ -869,6 +883,18 @@ def test_a_title_that_many_items_share_is_none(tmp_path, title, n_items, n_same,
         most = max(10, n_items // 20)
         note = f"{n_same} titles that more than {most} items share: taken for none"
         assert dataset.notes == [note, f"{n_same} items without a title"]
+
+
+def test_a_description_that_many_items_share_is_none(tmp_path):
+    """Guards: 'people choose it for free and shipping'."""
+    items = []
+    for i in range(40):
+        described = "Free shipping on orders today" if i < 20 else f"soft thing {i}"
+        items.append({"id": f"i{i:03d}", "title": f"comb {i}", "description": described})
+    rows = [(f"u{u}", f"i{(u + k) % 40:03d}", k) for u in range(40) for k in range(6)]
+    dataset = load(folder(tmp_path, rows, items=items))
+    assert "20 descriptions that more than 10 items share: taken for none" in dataset.notes
+    assert sum(not item["description"] for item in dataset.items[1:]) == 20
 
 
 def renamed(titles, name):
@@ -1238,6 +1264,24 @@ def test_times_become_seconds_and_keep_their_order(tmp_path, case):
     assert dataset.events["time"].dtype == seconds.dtype
     assert dataset.events["time"].tolist() == [seconds[1]] * 3
     assert dataset.notes == ([f"{converted} {CONVERTED}"] if converted else [])
+
+
+def test_milliseconds_since_the_start_of_a_log_keep_their_order(tmp_path):
+    """Guards: a unit chosen line by line, which puts the first days behind the last."""
+    times = [0, 2 * 10**11, 3 * 10**11, 4 * 10**11, 5 * 10**11]
+    assert stamped(tmp_path, times).times[0].tolist() == [t / 1000 for t in times]
+
+
+@pytest.mark.parametrize("odd", ["2019/05/03", "2019-05-03 12:00:00 UTC"])
+def test_dates_of_other_tools_are_read(odd):
+    assert data.parse_time(odd) in (NOON, NOON - 43_200)
+
+
+@pytest.mark.parametrize("rating", ["N/A", "4,5", "", None])
+def test_a_rating_that_is_no_number_costs_no_interaction(rating):
+    row = data.parse_row({"user": "a", "item": "b", "time": "1", "rating": rating})
+    assert row[:3] == ("a", "b", 1)
+    assert np.isnan(row.rating)
 
 
 def test_times_between_0_and_1_keep_their_order(tmp_path):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import data as D
@@ -146,6 +147,19 @@ def test_an_encoder_with_code_of_its_own_is_refused(tmp_path):
     with pytest.raises(OSError, match="custom code"):
         reward.load_encoder(str(tmp_path))
     assert not ran.exists()
+
+
+def test_an_encoder_with_broken_weights_is_refused_when_loaded(tmp_path):
+    """Guards: an error of linear algebra after hours of training."""
+    tiny_encoder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    for name, weight in weights.items():
+        if "word_embeddings" in name:
+            weight[:] = torch.nan
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    with pytest.raises(OSError, match="NaN"):
+        reward.load_encoder(str(tmp_path))
 
 
 def test_whitening_centres_and_keeps_unit_scale():
