@@ -194,7 +194,8 @@ LETTER = rf"[^\W_\xbc-\xbe{UNSPACED}]"
 FLAG = "[\U0001f1e6-\U0001f1ff]{2}"
 EMOJI = "[\u231a-\u23ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]"
 WORD = re.compile(
-    rf"{LETTER}(?:{LETTER}|[{MARKS}\xad]|[\u200c\u200d'-]+(?={LETTER}))*|(?:{UNSPACED_LETTER.pattern})+"
+    rf"{LETTER}(?:{LETTER}|[{MARKS}\xad]|[\u200c\u200d'-]+(?={LETTER}))*"
+    rf"|(?:{UNSPACED_LETTER.pattern})+"
     rf"|{FLAG}|{EMOJI}(?:[{MARKS}\U0001f3fb-\U0001f3ff]|\u200d{EMOJI})*"
 )
 
@@ -550,6 +551,8 @@ def from_rows(name, rows, described, skipped) -> Dataset:
             if item[field] and namesakes[item[field].lower()] > most:
                 item[field] = ""
                 skipped[f"{field}s that more than {most} items share: taken for none"] += 1
+    broken = ["\ufffd" in item["title"] + item["description"] for item in items[1:]]
+    skipped["items with letters that are no UTF-8"] = sum(broken)
     skipped["items without a title"] = sum(not item["title"] for item in items[1:])
     seqs, times, ratings = [], [], []
     unit = np.int64 if all(row.time.is_integer() for row in kept) else np.float64
