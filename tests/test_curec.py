@@ -1173,15 +1173,14 @@ def test_resume_does_not_mind_how_places_are_spelt(tmp_path, monkeypatch, capsys
     assert curec.main([*again, "--out", "moved"]) == 0, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [b"", b"half"])
 @pytest.mark.parametrize(
-    "file",
+    ("file", "damage"),
     [
-        "state/ppo.pt",
-        "state/arm-content.0.pt",
-        "state/tiny_llm.pt",
-        "policy/adapter_model.safetensors",
-        "align/adapter_config.json",
+        ("state/ppo.pt", b""),
+        ("state/arm-content.0.pt", b"half"),
+        ("state/tiny_llm.pt", b""),
+        ("policy/adapter_model.safetensors", b"half"),
+        ("align/adapter_config.json", b""),
     ],
 )
 def test_what_is_damaged_is_made_again(finished, copied, capsys, file, damage):
