@@ -672,11 +672,12 @@ def train_and_test_arms(run, data, inputs, rank_score):
     for arm in inputs:
         for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
             job = (arm, data, inputs[arm], config, seed)
-            if arm == "knowledge" or run.has(f"arm-{arm}.{seed}"):
-                fit = run.load(f"arm-{arm}.{seed}", "downstream")
-                fits[arm][seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
-            else:
+            if arm != "knowledge" and not run.has(f"arm-{arm}.{seed}"):
                 jobs.append(job)
+                continue
+            fit = run.load(f"arm-{arm}.{seed}", "downstream")
+            # it is no SASRec, and was trained already
+            fits[arm][seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
     start = time.perf_counter()
     finished = recommender.fit_all(jobs, s.device, len(inputs) * s.seeds)
     # closed, it ends what is still at work: the first error is not kept waiting
