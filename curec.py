@@ -95,7 +95,9 @@ class Settings:
     max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
     micro_batch: int = option(0, "LLM", "rows a pass; lower to save memory; 0: 16 for tiny or 4")
     knowledge_steps: int = option(600, "LLM", "supervised LoRA steps of the arm knowledge")
-    ppo_updates: int = option(0, "method", "PPO updates; 0: 60 for tiny, else 20")
+    ppo_updates: int = option(
+        0, "method", "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue"
+    )
     ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
     baseline: str = option("critic", "method", "of PPO's advantages", BASELINES)
     ppo_lr: float = option(0.0, "method", "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
@@ -323,12 +325,20 @@ def practice_questions(data, cuts, seed):
     return train, [questions[k] for k in order if questions[k].item in held_items]
 
 
+def ppo_updates(s, questions):
+    """The number of PPO updates; on its own at most so many that a question is asked 15 times:
+    asked more often, its good answers are learnt by heart."""
+    usual = 60 if s.llm == "tiny" else 20
+    return s.ppo_updates or min(usual, 1 + 15 * len(questions) // s.ppo_batch)
+
+
 def reinforce(run, data, llm, judge, cuts):
     """PPO on the adapter `policy`. The score of an answer is its reward less the mean
     reward of two answers of `align` to the same prompt; with --baseline group the reward alone."""
     s = run.settings
     train, held_out = practice_questions(data, cuts, s.seed)
-    train = train[: s.ppo_updates * s.ppo_batch]  # more is never drawn
+    updates = ppo_updates(s, train)
+    train = train[: updates * s.ppo_batch]  # more is never drawn
     held_out = held_out or train
     rl.add_policy(llm[0])
 
@@ -358,7 +368,7 @@ def reinforce(run, data, llm, judge, cuts):
     log = run.load("ppo", "ppo")
     if log is None:
         sizes = {"batch": s.ppo_batch, "minibatch": s.ppo_batch // 3, "micro_batch": s.micro_batch}
-        config = rl.PPOConfig(s.ppo_updates, **sizes, lr=s.ppo_lr, seed=s.seed)
+        config = rl.PPOConfig(updates, **sizes, lr=s.ppo_lr, seed=s.seed)
         config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
         if s.baseline == "group":
             config = replace(config, group=GROUP, lam=1.0, value_coef=0.0)
@@ -1031,7 +1041,7 @@ def dry_run(s):
     print(f"{len(data.users)} users, {data.n_items} items", *data.notes, sep="\n  note: ")
     train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
     words = np.mean([len(q.prompt.split()) for q in train + held_out])
-    drawn = s.ppo_updates * s.ppo_batch
+    drawn = ppo_updates(s, train) * s.ppo_batch
     asked = drawn + 2 * min(drawn, len(train)) + 2 * len(held_out)
     asked += (3 + 2 * s.windows * s.proposals) * data.n_items
     # prompts learnt, most answers
@@ -1224,7 +1234,6 @@ def resolve(s):
     usual = {
         "max_new": 24 if tiny else 128,
         "micro_batch": 16 if tiny else 4,
-        "ppo_updates": 60 if tiny else 20,
         "proposals": 24 if tiny else 12,
         "ppo_lr": 3e-3 if tiny else 1e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
@@ -1352,7 +1361,7 @@ def teach_knowledge(run, data, llm, tasks=("rank", "rate", "mim", "mlm", "bpr"),
 
 
 if __name__ == "__main__":
-    # not in a notebook: its kernel must outlive Ctrl-C, and its stdout is no file
-    if hasattr(sys.stdout, "reconfigure"):
+    # not in a notebook, whose kernel must outlive Ctrl-C
+    if "IPython" not in sys.modules:
         signal.signal(signal.SIGINT, stop)
     sys.exit(main())

@@ -757,10 +757,12 @@ def parse_time(value):
 
 
 def read_items(path, chosen, skipped):
-    """{item id: fields}, the first of several, of the chosen items at least; the fields' names."""
+    """{item id: fields} of the chosen items, the first of several; the fields' names."""
     described, names = read_file(path, parse_item, "a readable id", skipped, chosen)
+    described = [(item, fields) for item, fields in described if item in chosen]
     records = dict(reversed(described))
-    if not records.keys() & chosen:
+    skipped["items described again: the first is kept"] = len(described) - len(records)
+    if not records:
         problem = "describes none of the items chosen; is it the right file?"
         raise DataError(f"{path}: {problem} Fields found: {listed(names)}")
     return records, names

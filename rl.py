@@ -571,12 +571,10 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     (B,), {figures to log}); returns the log, a dict an update, which config.log holds as well."""
     use(model, "policy", trainable=True)
     lora = [p for p in model.parameters() if p.requires_grad]
-    # values are a linear function of the policy's own states, in float32; they start at 0, unbiased
-    head = nn.Linear(model.config.hidden_size, 1).to(model.device)
-    own = [nn.init.zeros_(parameter) for parameter in head.parameters()]
-    groups = [{"params": lora, "lr": config.lr}, {"params": own, "lr": config.value_lr}]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0)
-    weights = nn.ParameterList(lora + own)
+    head = value_head(model)
+    optimizer = torch.optim.AdamW(lora, lr=config.lr, eps=1e-5, weight_decay=0.0)
+    optimizer.add_param_group({"params": head.parameters(), "lr": config.value_lr})
+    weights = nn.ParameterList([*lora, *head.parameters()])
     begun = checkpoint.state or {"log": [], "beta": config.beta, "scale": None}
     log, beta, scale = (begun[key] for key in ("log", "beta", "scale"))
     if checkpoint.state:
@@ -630,6 +628,14 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
     use(model, "policy")
     return log
+
+
+def value_head(model):
+    """Values as a linear function of the policy's own states, in float32; 0 at first: unbiased."""
+    head = nn.Linear(model.config.hidden_size, 1).to(model.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def adapted_beta(beta, kl, target):

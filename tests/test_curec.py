@@ -723,14 +723,28 @@ def test_arms_without_ids_run_on_real_data_where_they_are_asked_for():
     assert not {"oracle", "oracle-only"} & set(everything)
 
 
-def test_what_ppo_and_correction_may_cost_depends_on_the_llm():
-    """Guards: sixty updates of a large LLM by default, or of a tiny one too few; 0 as a number of
-    updates."""
-    tiny, large = settled("demo"), settled("beauty", llm="somebody/some-1.5B")
-    assert (tiny.ppo_updates, tiny.proposals) == (60, 24)
-    assert (large.ppo_updates, large.proposals) == (20, 12)
-    own = settled("demo", ppo_updates=3, proposals=5)
-    assert (own.ppo_updates, own.proposals) == (3, 5)
+@pytest.mark.parametrize(
+    ("given", "questions", "updates"),
+    [
+        ({}, 900, 60),  # the demo's
+        ({}, 253, 20),
+        ({}, 10, 1),
+        ({"llm": "somebody/some-1.5B"}, 900, 20),
+        ({"llm": "somebody/some-1.5B"}, 100, 8),
+        ({"ppo_updates": 90}, 10, 90),
+    ],
+)
+def test_ppo_updates_follow_llm_and_catalogue(given, questions, updates):
+    """Guards: sixty updates of a large LLM by default; a small shop that waits for those of a large
+    one, and learns its few questions by heart; a number asked for that is not kept to."""
+    assert curec.ppo_updates(settled("demo", **given), [None] * questions) == updates
+
+
+def test_proposals_depend_on_the_llm():
+    """Guards: as many proposals of a large LLM by default as of a tiny one."""
+    assert settled("demo").proposals == 24
+    assert settled("beauty", llm="somebody/some-1.5B").proposals == 12
+    assert settled("demo", proposals=5).proposals == 5
 
 
 @pytest.fixture
@@ -2041,6 +2055,7 @@ def test_ctrl_c_offers_a_command_that_goes_on(monkeypatch, capsys, args, hint):
 def test_a_notebook_runs_it(finished, tmp_path):
     """Guards: 'OutStream' object has no attribute 'reconfigure'; Ctrl-C that ends the kernel."""
     code = "import io, runpy, signal, sys; sys.stdout = io.StringIO(); before = signal.getsignal(2)"
+    code += "; sys.modules['IPython'] = sys"
     code += f"; sys.argv = ['curec.py', '--dry-run', *{QUICK}]; sys.path.insert(0, {str(ROOT)!r})"
     run = f"    runpy.run_path({str(ROOT / 'curec.py')!r}, run_name='__main__')"
     end = "    assert e.code == 0 and signal.getsignal(2) == before"

@@ -1574,6 +1574,7 @@ def test_an_item_described_twice_keeps_the_first_and_one_not_described_is_counte
     assert item_named(dataset, "i1")["title"] == "Soft warm thing 1"
     assert item_named(dataset, "i4")["title"] == ""
     assert "1 items without a title" in dataset.notes
+    assert "1 items described again: the first is kept" in dataset.notes
 
 
 def test_values_of_any_kind_become_text_or_nothing(tmp_path):
