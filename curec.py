@@ -1084,7 +1084,7 @@ def look(flags):
     if flags.score:
         score(run, data, kept["value"]["weights"][-1], lines, flags)
     else:
-        explain(data, kept["value"]["model"], lines, flags)
+        explain(data, kept["value"], lines, flags)
 
 
 def read_reasons(s, data):
@@ -1108,9 +1108,9 @@ def numbers(names, ids):
     return [ids.index(name) for name in names]
 
 
-def explain(data, weights, lines, flags):
+def explain(data, fit, lines, flags):
     """--explain, --history: the top items after a user's history, or one that was typed, each with
-    its reason and that reason's history."""
+    its reason and that reason's history. fit: see recommender.fit_arm."""
     if flags.explain:
         (user,) = numbers([flags.explain], ["", *data.users])
         history = data.seqs[user - 1][:-1]
@@ -1118,9 +1118,11 @@ def explain(data, weights, lines, flags):
         typed = [name.strip() for name in flags.history.split(",") if name.strip()]
         history = np.array(numbers(typed, ["", *(line["item"] for line in lines)]))
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-    model = recommender.SASRec(data.n_items, recommender.Inputs(weights["features"]))
-    model.load_state_dict(weights)
-    best = recommender.top_items(recommender.scorer(model), [history])[0, :5]
+    model = recommender.SASRec(data.n_items, recommender.Inputs(fit["model"]["features"]))
+    model.load_state_dict(fit["model"])
+    score = recommender.scorer(model)
+    score = recommender.with_transitions(score, data, fit["transition_weight"])
+    best = recommender.top_items(score, [history])[0, :5]
     # 0: nothing is left
     print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")
 
