@@ -82,8 +82,7 @@ class Dataset:
     def __post_init__(self):
         self.n_items = len(self.items) - 1
         self.train = [s[:-2] for s in self.seqs]
-        self.valid = np.array([s[-2] for s in self.seqs])
-        self.test = np.array([s[-1] for s in self.seqs])
+        self.valid, self.test = np.array([s[-2:] for s in self.seqs]).T
 
     @cached_property
     def events(self):
@@ -94,8 +93,8 @@ class Dataset:
         if not rows:
             raise DataError(f"{self.name}: no user has 4 interactions; lower --k-core or limits")
         rows.sort(key=lambda row: row[3])
-        columns = map(np.array, zip(*rows, strict=True))
-        return dict(zip(("user", "pos", "item", "time"), columns, strict=True))
+        user, pos, item, time = map(np.array, zip(*rows, strict=True))
+        return {"user": user, "pos": pos, "item": item, "time": time}
 
     @cached_property
     def events_by_item(self):
@@ -557,14 +556,11 @@ AMAZON_2014 = (
     "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
     "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
 )
-MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data/"
-AMAZON_2018 = (
-    MCAULEY + "amazon_v2/categoryFilesSmall/{}_5.json.gz",
-    MCAULEY + "amazon_v2/metaFiles2/meta_{}.json.gz",
-)
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_"
+AMAZON_2018 = (UCSD + "v2/categoryFilesSmall/{}_5.json.gz", UCSD + "v2/metaFiles2/meta_{}.json.gz")
 AMAZON_2023 = (
-    MCAULEY + "amazon_2023/raw/review_categories/{}.jsonl.gz",
-    MCAULEY + "amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
+    UCSD + "2023/raw/review_categories/{}.jsonl.gz",
+    UCSD + "2023/raw/meta_categories/meta_{}.jsonl.gz",
 )
 CATEGORIES_2014 = (
     "Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl "
@@ -636,10 +632,9 @@ def listed(names):
 def read_records(path, chosen=()):
     """(line number, record) of each line of a file of JSON lines or of a table with a header. Of
     Amazon's items only the chosen ones and those in doubt."""
-    lines = ((n, line) for n, line in enumerate(read_lines(path), 1) if not line.isspace())
     name = os.path.basename(path)
     if ".json" in name:
-        for number, line in lines:
+        for number, line in read_lines(path):
             # parsing is slow, and Amazon describes ten times the items that were chosen
             named = ASIN.findall(line) if chosen and name.startswith("meta_") else []
             if not named or not chosen.isdisjoint(named):
@@ -647,7 +642,7 @@ def read_records(path, chosen=()):
         return
     csv.field_size_limit(MAX_LINE)
     delimiter = names = None
-    for number, line in lines:
+    for number, line in read_lines(path):
         delimiter = delimiter or max("\t;,", key=line.count)
         # a line at a time: a quote that is never closed spoils one line only
         cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
@@ -782,15 +777,17 @@ def parse_line(line):
 
 
 def read_lines(path):
-    """Yields the lines of a text or gzip file, with progress."""
+    """Yields the lines of a text or gzip file that are not blank, numbered, with progress."""
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             lines = iter(lambda: file.readline(MAX_LINE + 1), "")
-            for line in tqdm(lines, path, unit=" lines", leave=False, disable=None, delay=1):
+            lines = tqdm(lines, path, unit=" lines", leave=False, disable=None, delay=1)
+            for number, line in enumerate(lines, 1):
                 if len(line) > MAX_LINE:
                     raise OSError(f"a line is longer than {MAX_LINE:,} characters")
-                yield line
+                if not line.isspace():
+                    yield number, line
     except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}); mend it or download it again") from e
 
@@ -850,7 +847,7 @@ def lane_samples(data, n, rng):
         past = seq[: rng.integers(1, len(seq) + 1)]
         said = Counter(w for i in past[-RELATIVES_HISTORY:] for w in data.phrases[i])
         # in alphabetical order: a model that has learnt to go on in it repeats nothing
-        names = sorted(w for w, _ in said.most_common(PREFERENCES))
+        names = sorted(dict(said.most_common(PREFERENCES)))
         if len(names) == PREFERENCES:
             question = history_question(data, past, "prefer")
             samples.append((question, json.dumps({"preferences": names})))
