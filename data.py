@@ -15,7 +15,6 @@ Every random stream is default_rng([seed, salt, ...]), with a salt of its own fo
 
 import ast
 import csv
-import glob
 import gzip
 import html
 import json
@@ -30,7 +29,9 @@ from collections import Counter, namedtuple
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
+from glob import glob
 from itertools import pairwise
+from os.path import basename, exists, isdir, join
 
 import numpy as np
 from tqdm import tqdm
@@ -210,7 +211,7 @@ def stem(word):
 
 def item_text(item):
     """All that an item says of itself, one line of at most TEXT_WORDS words."""
-    brand = "by " + item["brand"] if item["brand"] else ""
+    brand = f"by {item['brand']}" if item["brand"] else ""
     parts = [item["title"], brand, ", ".join(item["categories"][-2:]), item["description"]]
     said = " . ".join(filter(None, parts)).split()
     return " ".join(said[:TEXT_WORDS]) or "no description"
@@ -345,8 +346,8 @@ def mask_identity(data, text):
 def random_reason(data, item, rng, size=2):
     """A grounded reason that names phrases of the item drawn at random."""
     own = data.phrases[item]
-    drawn = sorted(rng.permutation(len(own))[:size])
-    return REASON_START + (" and ".join(own[i] for i in drawn) or "itself")
+    drawn = sorted(rng.permutation(own)[:size], key=own.index)
+    return REASON_START + (" and ".join(drawn) or "itself")
 
 
 def shared_phrases(data, item, events):
@@ -406,7 +407,7 @@ def reason_sample(data, item, events, rng, current="", follow=1.0):
     random: which of them matter is left to the reward. Phrases stand in the item's order."""
     own = data.phrases[item]
     shared = sorted(shared_phrases(data, item, events)[:2], key=own.index)
-    thought = "most shared " + " and ".join(shared) if shared else "nothing shared"
+    thought = f"most shared {' and '.join(shared)}" if shared else "nothing shared"
     kept = shared if rng.random() < follow else []
     named = list(dict.fromkeys([*kept, *rng.permutation(own)]))[:2]
     answer = ANSWER.format(thought, REASON.format(*sorted(named, key=own.index)))
@@ -466,12 +467,12 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     if name == "demo":
         return demo(seed, 200, 120) if small else demo(seed)
     skipped = Counter()
-    if os.path.isdir(name):
+    if isdir(name):
         reviews, described = find_file(name, INTERACTIONS), find_file(name, ITEMS)
     else:
         files = amazon_files(name, data_dir)
         for path, url in files.items():
-            if not os.path.exists(path):
+            if not exists(path):
                 download(path, url)
         reviews, described = files
     rows = read_interactions(reviews, skipped)
@@ -482,7 +483,7 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     for row in rows:
         first.setdefault((row.user, row.item), row)
     skipped["repeated user-item pairs: the first is kept"] = len(rows) - len(first)
-    default = 0 if "_5.json" in os.path.basename(reviews) else 5
+    default = 0 if "_5.json" in basename(reviews) else 5
     k_core = subset.k_core if subset.k_core >= 0 else default
     rows = core(first.values(), k_core)
     skipped[f"interactions outside the {k_core}-core: left out"] = len(first) - len(rows)
@@ -498,7 +499,7 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
         users = np.random.default_rng([seed, 13]).permutation(sorted({row.user for row in rows}))
         kept = set(users[: subset.limit_users])
         rows = [row for row in rows if row.user in kept]
-    return from_rows(os.path.basename(os.path.normpath(name)), rows, described, skipped)
+    return from_rows(basename(os.path.normpath(name)), rows, described, skipped)
 
 
 def core(rows, k):
@@ -562,28 +563,28 @@ AMAZON_2023 = (
     UCSD + "2023/raw/review_categories/{}.jsonl.gz",
     UCSD + "2023/raw/meta_categories/meta_{}.jsonl.gz",
 )
-CATEGORIES_2014 = (
-    "Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl "
-    "Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics "
-    "Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store "
-    "Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies "
-    "Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games"
-).split()
+CATEGORIES_2014 = """
+    Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl
+    Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics
+    Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store
+    Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies
+    Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games
+""".split()
 # the files of a folder: the first that is there, or its .gz
 INTERACTIONS = "interactions.csv interactions.tsv interactions.jsonl *.inter ratings.csv".split()
 ITEMS = "items.jsonl items.csv items.tsv *.item movies.csv".split()
 # what sources call a field, the best name first; see plain()
-ITEM = "itemid item parentasin asin movieid productid bookid businessid sku".split()
+ITEM = "itemid item parentasin asin movieid productid bookid businessid sku"
 FIELDS = {
-    "user": "userid user uid reviewerid customerid".split(),
+    "user": "userid user uid reviewerid customerid",
     "item": ITEM,
-    "time": "timestamp time unixreviewtime datetime date reviewdate".split(),
-    "rating": "rating overall stars starrating".split(),
-    "id": ["id", *ITEM],
-    "title": "title name itemname productname producttitle movietitle".split(),
-    "brand": "brand store".split(),
-    "categories": "categories category genres genre class maincategory".split(),
-    "description": "description desc features".split(),
+    "time": "timestamp time unixreviewtime datetime date reviewdate",
+    "rating": "rating overall stars starrating",
+    "id": "id " + ITEM,
+    "title": "title name itemname productname producttitle movietitle",
+    "brand": "brand store",
+    "categories": "categories category genres genre class maincategory",
+    "description": "description desc features",
 }
 ASIN = re.compile(r"""['"](?:parent_)?asin['"]\s*:\s*['"](.*?)['"]""")
 # characters of a line of a file (more is taken for a decompression bomb), of a word of a text
@@ -604,10 +605,10 @@ def amazon_files(name, data_dir):
         files = {}
         for address in edition:
             url = address.format(category)
-            path = os.path.join(data_dir, os.path.basename(url))
+            path = join(data_dir, basename(url))
             unpacked = path.removesuffix(".gz")
-            files[unpacked if os.path.exists(unpacked) else path] = url
-        if os.path.exists(next(iter(files))):
+            files[unpacked if exists(unpacked) else path] = url
+        if exists(next(iter(files))):
             break
     return files
 
@@ -615,12 +616,12 @@ def amazon_files(name, data_dir):
 def find_file(folder, patterns):
     """The file of a folder that the first of the patterns fits."""
     for pattern in patterns:
-        found = glob.glob(pattern, root_dir=folder) + glob.glob(pattern + ".gz", root_dir=folder)
+        found = glob(pattern, root_dir=folder) + glob(pattern + ".gz", root_dir=folder)
         if len({name.removesuffix(".gz") for name in found}) > 1:
             raise DataError(f"{folder}: has several files {pattern}; leave one")
         if found:
-            return os.path.join(folder, found[0])
-    found = listed(sorted(glob.glob("*", root_dir=folder)))
+            return join(folder, found[0])
+    found = listed(sorted(glob("*", root_dir=folder)))
     raise DataError(f"{folder}: needs {' or '.join(patterns)}, or one with .gz; found: {found}")
 
 
@@ -632,7 +633,7 @@ def listed(names):
 def read_records(path, chosen=()):
     """(line number, record) of each line of a file of JSON lines or of a table with a header. Of
     Amazon's items only the chosen ones and those in doubt."""
-    name = os.path.basename(path)
+    name = basename(path)
     if ".json" in name:
         for number, line in read_lines(path):
             # parsing is slow, and Amazon describes ten times the items that were chosen
@@ -659,7 +660,7 @@ def plain(name):
 
 def pick(fields, name):
     """A field's value, under the first of its names that has one; else None."""
-    for synonym in FIELDS[name]:
+    for synonym in FIELDS[name].split():
         value = fields.get(synonym)
         if value not in (None, "", []):
             return value
@@ -669,17 +670,15 @@ def pick(fields, name):
 def read_file(path, parse, needed, skipped, chosen=()):
     """What parse makes of each record of a file, and the names of the records' fields. A record
     that parse refuses is skipped and counted."""
-    made, refused, names = [], [], {}
+    made, names, first = [], {}, None
     for number, record in read_records(path, chosen):
         try:
             fields = {plain(name): value for name, value in record.items()}
-            names |= dict.fromkeys(record)
+            names |= record
             made.append(parse(fields))
         except (AttributeError, TypeError, ValueError, OverflowError):
-            refused.append(number)
-    if refused:
-        what = f"lines of {path} without {needed} (the first: line {refused[0]}): skipped"
-        skipped[what] = len(refused)
+            first = first or number
+            skipped[f"lines of {path} without {needed} (the first: line {first}): skipped"] += 1
     return made, list(names)
 
 
@@ -733,7 +732,7 @@ def parse_time(value):
 def read_items(path, chosen, skipped):
     """{item id: fields} of the chosen items, the first of several; the fields' names."""
     described, names = read_file(path, parse_item, "a readable id", skipped, chosen)
-    described = [(item, fields) for item, fields in described if item in chosen]
+    described = [pair for pair in described if pair[0] in chosen]
     records = dict(reversed(described))
     skipped["items described again: the first is kept"] = len(described) - len(records)
     if not records:
@@ -798,11 +797,11 @@ def download(path, url):
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            part = os.path.join(unfinished, name)
+            part = join(unfinished, name)
             with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
                 if not source.url.startswith("https://"):
                     raise OSError(f"it leads to {source.url}, which is not https")
-                size = int(source.headers.get("Content-Length") or 0) or None
+                size = int(source.headers.get("Content-Length") or 0)  # 0: not known
                 with tqdm.wrapattr(source, "read", size, desc=f"downloading {url}") as stream:
                     shutil.copyfileobj(stream, out)
             # to the end, where the checksum is
