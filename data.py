@@ -94,8 +94,8 @@ class Dataset:
         if not rows:
             raise DataError(f"{self.name}: no user has 4 interactions; lower --k-core or limits")
         rows.sort(key=lambda row: row[3])
-        user, pos, item, time = map(np.array, zip(*rows, strict=True))
-        return {"user": user, "pos": pos, "item": item, "time": time}
+        columns = map(np.array, zip(*rows, strict=True))
+        return dict(zip(("user", "pos", "item", "time"), columns, strict=True))
 
     @cached_property
     def events_by_item(self):
@@ -159,11 +159,11 @@ class Dataset:
         """Raises DataError where users are few, or most items have too few phrases for a reason."""
         if min(len(self.users), self.n_items) < 10:
             raise DataError(f"{self.name}: reasons need at least 10 users and 10 items; see --arms")
-        poor, silent = [], 0
+        poor = []
         for item, phrases in zip(self.items[1:], self.phrases[1:], strict=True):
-            silent += len(phrases) < 2
             if len(phrases) < 2 or mask_identity(self, " ".join(phrases)) == "item":
                 poor.append(item)
+        silent = sum(len(phrases) < 2 for phrases in self.phrases[1:])
         if silent:
             self.notes = [*self.notes, f"{silent} items say too little: they get no reason"]
         if len(poor) > self.n_items / 2:
@@ -249,8 +249,7 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
     drives = (drivers[..., None] == np.arange(n_aspects)).any(2)  # (2, n_items, n_aspects)
     popularity = rng.normal(0, 0.3, n_items)
     circle = rng.permutation(n_aspects)
-    follower = np.empty(n_aspects, int)
-    follower[circle] = np.roll(circle, -1)
+    follower = np.roll(circle, -1)[np.argsort(circle)]  # of an aspect: the one that comes next
     seqs, times = [], []
     for _ in range(n_users):
         needs = rng.permutation(n_aspects)[:2]
