@@ -137,8 +137,7 @@ class Dataset:
 
     @cached_property
     def masked_words(self):
-        """What the reward's encoder does not see: common words, and those that tell which item it
-        is, few items' words and brands."""
+        """Hidden from the reward: common words; few items' words and brands, which tell an item."""
         branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
         frequency = self.document_frequency.items()
         return self.common_words | {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
@@ -487,12 +486,10 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     rows = core(first.values(), k_core)
     skipped[f"interactions outside the {k_core}-core: left out"] = len(first) - len(rows)
     if subset.limit_items:
-        # a user's last two interactions, which the user of the next but one tells, are for
-        # validation and test
+        # a user's last two, those with no row of the user two rows on, are for validation and test
         pairs = zip(rows, rows[2:], strict=False)
         train = sorted(row.item for row, later in pairs if row.user == later.user)
-        # of equal counts the first id
-        kept = dict(Counter(train).most_common(subset.limit_items))
+        kept = dict(Counter(train).most_common(subset.limit_items))  # of equal ones the first ids
         rows = core([row for row in rows if row.item in kept], 5)
     if subset.limit_users:
         users = np.random.default_rng([seed, 13]).permutation(sorted({row.user for row in rows}))
@@ -513,8 +510,7 @@ def core(rows, k):
 
 
 def from_rows(name, rows, described, skipped) -> Dataset:
-    """rows: by user and time. described: path of the items. skipped: what was left out -> how
-    many."""
+    """rows: by user, time. described: path of the items. skipped: what was left out -> how many."""
     sizes = Counter(row.user for row in rows)
     users = [user for user in sizes if sizes[user] >= 3]
     skipped["users with fewer than 3 interactions: left out"] = len(sizes) - len(users)
