@@ -39,6 +39,7 @@ import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,8 +61,10 @@ BASELINES, GROUP = ("critic", "group"), 8
 # the mark of a run folder of ours; the adapter that a stage trains
 PROGRAM = "CURec"
 ADAPTERS = {"align": "align", "ppo": "policy", "knowledge": "knowledge"}
+# a run folder's subfolders and files
+CLEARED = ("state", *ADAPTERS.values())
 OUTPUTS = ("config.json", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")
-# names of files in its subfolders, and of files that a killed run was writing
+# names of files in the subfolders, and of files that a killed run was writing
 OURS = re.compile(r"state/(adapter/.*|[\w.-]+\.(pt|unit(\.\d)?))|\w+/adapter_(config|model)\.\w+")
 PART = re.compile(rf"({'|'.join(OUTPUTS)}|[\w.-]+\.(pt|unit(\.\d)?))\.\d+\.part")
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
@@ -69,58 +72,56 @@ TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones 
 ARM_NAMES = ",".join(arm for arm in ARMS if ARMS[arm].ids) + ",content-only,..."
 
 
-def option(default, group, text, choices=None):
-    """A field of Settings, and a flag of the command line."""
+def option(default, text, choices=None, group=""):
+    """A field of Settings, and a flag of the command line; group: of the flags from here on."""
     text += "" if default == "" or default is False else f" [{default}]"
     return field(default=default, metadata={"group": group, "help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = option("demo", "data", "demo | beauty | other Amazon category | folder")
-    data_dir: str = option("data", "data", "folder that holds or receives downloaded files")
-    ties: str = option("file", "data", "within a timestamp: the files' order or drawn", D.TIES)
-    k_core: int = option(
-        -1, "data", "fewest interactions a user, item; -1: 5, or 0 for Amazon's 5-cores"
-    )
-    limit_items: int = option(0, "data", "keep the N items chosen most, then a 5-core; 0: all")
-    limit_users: int = option(0, "data", "then keep N users drawn by seed; 0: all")
-    llm: str = option("", "LLM", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]")
-    encoder: str = option("", "LLM", "Hugging Face text encoder; default: the LLM's own states")
-    tiny_steps: int = option(
-        0, "LLM", "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most"
-    )
-    align_steps: int = option(200, "LLM", "supervised LoRA steps, 32 prompts each")
-    temperature: float = option(0.7, "LLM", "of reasons and of PPO's answers; of proposals it is 1")
-    max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
-    micro_batch: int = option(0, "LLM", "rows a pass; lower to save memory; 0: 16 for tiny or 4")
-    knowledge_steps: int = option(600, "LLM", "supervised LoRA steps of the arm knowledge")
+    dataset: str = option("demo", "demo | beauty | other Amazon category | folder", group="data")
+    data_dir: str = option("data", "folder that holds or receives downloaded files")
+    ties: str = option("file", "within a timestamp: the files' order or drawn", D.TIES)
+    k_core: int = option(-1, "fewest interactions a user, item; -1: 5, or 0 for Amazon's 5-cores")
+    limit_items: int = option(0, "keep the N items chosen most, then a 5-core; 0: all")
+    limit_users: int = option(0, "then keep N users drawn by seed; 0: all")
+    llm: str = option("", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]", group="LLM")
+    encoder: str = option("", "Hugging Face text encoder; default: the LLM's own states")
+    tiny_steps: int = option(0, "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most")
+    align_steps: int = option(200, "supervised LoRA steps, 32 prompts each")
+    temperature: float = option(0.7, "of reasons and of PPO's answers; of proposals it is 1")
+    max_new: int = option(0, "longest answer in tokens; 0: 24 for tiny, else 128")
+    micro_batch: int = option(0, "rows a pass; lower to save memory; 0: 16 for tiny or 4")
+    knowledge_steps: int = option(600, "supervised LoRA steps of the arm knowledge")
     ppo_updates: int = option(
-        0, "method", "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue"
+        0, "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue", group="method"
     )
-    ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
-    baseline: str = option("critic", "method", "of PPO's advantages", BASELINES)
-    ppo_lr: float = option(0.0, "method", "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
-    windows: int = option(2, "method", "windows of the correction, equal in train events")
-    proposals: int = option(0, "method", "for an item and window; 0: 24 for tiny, else 12")
-    margin: float = option(0.25, "method", "standard errors that the gain of a correction exceeds")
-    method: str = option("curec", "evaluation", "whose arms: CURec's or a relative's", METHODS)
-    arms: str = option("", "evaluation", "instead: all, or some of " + ARM_NAMES)
-    seeds: int = option(3, "evaluation", "downstream repeats of every arm")
-    epochs: int = option(60, "evaluation", "most downstream epochs; validation stops earlier")
-    out: str = option("", "run", "run folder; default runs/DATASET")
-    seed: int = option(0, "run", "seed of everything, the demo world included")
-    device: str = option("", "run", "cpu | cuda | cuda:1; default: cuda where there is one")
-    quick: bool = option(False, "run", "a tiny run of every stage: its figures mean nothing")
-    resume: bool = option(False, "run", "go on after the last finished unit of work, or start")
-    overwrite: bool = option(False, "run", "replace the run that the run folder holds")
-    dry_run: bool = option(False, "run", "only print what would be downloaded, asked and learnt")
-    debug: bool = option(False, "run", "show the traceback of an error")
-    run: str = option("", "look back", "the run folder to look at")
-    explain: str = option("", "look back", "USER: top items with their reasons")
-    history: str = option("", "look back", "ID,ID,...: the same for items of yours, oldest first")
-    score: str = option("", "look back", "TEXT: the reward of a reason of yours ...")
-    item: str = option("", "look back", "ID: ... about this item")
+    ppo_batch: int = option(192, "answers sampled for each PPO update")
+    baseline: str = option("critic", "of PPO's advantages", BASELINES)
+    ppo_lr: float = option(0.0, "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
+    windows: int = option(2, "windows of the correction, equal in train events")
+    proposals: int = option(0, "for an item and window; 0: 24 for tiny, else 12")
+    margin: float = option(0.25, "standard errors that the gain of a correction exceeds")
+    method: str = option(
+        "curec", "whose arms: CURec's or a relative's", METHODS, group="evaluation"
+    )
+    arms: str = option("", "instead: all, or some of " + ARM_NAMES)
+    seeds: int = option(3, "downstream repeats of every arm")
+    epochs: int = option(60, "most downstream epochs; validation stops earlier")
+    out: str = option("", "run folder; default runs/DATASET", group="run")
+    seed: int = option(0, "seed of everything, the demo world included")
+    device: str = option("", "cpu | cuda | cuda:1; default: cuda where there is one")
+    quick: bool = option(False, "a tiny run of every stage: its figures mean nothing")
+    resume: bool = option(False, "go on after the last finished unit of work, or start")
+    overwrite: bool = option(False, "replace the run that the run folder holds")
+    dry_run: bool = option(False, "only print what would be downloaded, asked and learnt")
+    debug: bool = option(False, "show the traceback of an error")
+    run: str = option("", "the run folder to look at", group="look back")
+    explain: str = option("", "USER: top items with their reasons")
+    history: str = option("", "ID,ID,...: the same for items of yours, oldest first")
+    score: str = option("", "TEXT: the reward of a reason of yours ...")
+    item: str = option("", "ID: ... about this item")
 
 
 def whole_method(run: "Run"):
@@ -133,16 +134,17 @@ def whole_method(run: "Run"):
     llm = encode = preferences = rank_score = None
     reasons = {}
     lines = []
+    tiny = needs["LLM"] and s.llm == "tiny"
     # what can fail early comes before an older run is cleared
-    if needs["LLM"] and s.llm != "tiny":
+    if tiny:
+        check_cache()
+    elif needs["LLM"]:
         llm, encode = open_llm(s, s.llm)
         check_context(s, data, llm)
     # the encoder given counts, whatever the LLM's own is
     encoder = reward.load_encoder(s.encoder, s.device) if s.encoder else None
-    if needs["LLM"] and s.llm == "tiny":
-        check_cache()
     run.begin(data, cuts)
-    if needs["LLM"] and s.llm == "tiny":
+    if tiny:
         llm, encode = open_llm(s, llm_path(run, data))
     encode = encoder or encode
     if needs["reasons"]:
@@ -215,16 +217,20 @@ def tiny_lessons(s, data):
     every = D.alignment_samples(data, min(20_000, 20 * steps), rng, D.Mixture(1.0))
     if needed(s)["preferences"]:
         every += D.lane_samples(data, min(3000, 3 * steps), rng)
-    if s.dataset == "demo":
-        lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
-    else:
+    lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
+    if s.dataset != "demo":
         # the words of a real catalogue first
-        spelling = []
-        for i in range(1, data.n_items + 1):
-            spelling.append((D.reason_prompt(data, i, "", ()), " ".join(data.phrases[i])))
+        words = map(" ".join, data.phrases[1:])
+        spelling = list(zip(first_prompts(data), words, strict=True))
         lessons = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
         lessons.append(("all prompts", every, 0.45))
     return [(name, samples, round(share * steps)) for name, samples, share in lessons]
+
+
+def first_prompts(data, shown=None):
+    """A prompt an item that has no reason yet. shown: the people of each item, else nobody."""
+    shown = shown or [()] * (data.n_items + 1)
+    return [D.reason_prompt(data, i, "", shown[i]) for i in range(1, data.n_items + 1)]
 
 
 def open_llm(s, path):
@@ -320,9 +326,10 @@ def practice_questions(data, cuts, seed):
         questions.append(Question(i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
         questions.append(Question(i, D.reason_prompt(data, i, current, few), few, others))
     held_items = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
-    order = rng.permutation([k for k, q in enumerate(questions) if len(q.shown)])
-    train = [questions[k] for k in order if questions[k].item not in held_items]
-    return train, [questions[k] for k in order if questions[k].item in held_items]
+    asked = [q for q in questions if len(q.shown)]
+    rng.shuffle(asked)
+    train = [q for q in asked if q.item not in held_items]
+    return train, [q for q in asked if q.item in held_items]
 
 
 def ppo_updates(s, questions):
@@ -355,23 +362,22 @@ def reinforce(run, data, llm, judge, cuts):
 
     def centred_reward(texts, rows):
         found = rewards_of([train[k] for k in rows], texts)
-        logged = {"grounded": float(found.grounded.mean())}
-        logged |= {"format_ok": float(found.format_ok.mean()), "distinct": len(set(texts))}
-        total = torch.from_numpy(found.total)
-        return total if s.baseline == "group" else total - reference[rows], logged
+        logged = shares(found) | {"distinct": len(set(texts))}
+        return torch.from_numpy(found.total) - reference[rows], logged
 
     before = sampled_rewards("before", "align", held_out, "held-out prompts before PPO")
+    reference = torch.zeros(len(train))
     if s.baseline == "critic":
         twice = [q for q in train for _ in range(2)]
-        reference = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
-        reference = reference.view(-1, 2).mean(1)
+        two = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
+        reference = two.view(-1, 2).mean(1)
     log = run.load("ppo", "ppo")
     if log is None:
         sizes = {"batch": s.ppo_batch, "minibatch": s.ppo_batch // 3, "micro_batch": s.micro_batch}
-        config = rl.PPOConfig(updates, **sizes, lr=s.ppo_lr, seed=s.seed)
-        config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
+        how = {"lr": s.ppo_lr, "sampling": sampling(s), "seed": s.seed, "log": f"{s.out}/ppo.jsonl"}
         if s.baseline == "group":
-            config = replace(config, group=GROUP, lam=1.0, value_coef=0.0)
+            how |= {"group": GROUP, "lam": 1.0, "value_coef": 0.0}
+        config = rl.PPOConfig(updates, **sizes, **how)
         prompts = [q.prompt for q in train]
         log = rl.ppo(*llm, prompts, centred_reward, config, run.checkpoint())
         rl.save_adapter(llm[0], s.out, "policy")
@@ -421,8 +427,7 @@ def correction_windows(data, cuts, seed):
     """Yields a Window after another. An item with fewer than 4 new choosers waits: they join its
     next window, and are judged beside its states. Nobody who came after its end is in a window."""
     waiting = [np.zeros(0, int)] * (data.n_items + 1)
-    for number in range(1, len(cuts)):
-        start, end = cuts[number - 1], cuts[number]
+    for number, (start, end) in enumerate(pairwise(cuts), 1):
         rng = np.random.default_rng([seed, 53, number - 1])
         steps = []
         for i, events in enumerate(data.events_by_item):
@@ -439,12 +444,11 @@ def propose(s, llm, prompts, seed, name):
     """An answer a prompt, at temperature 1, for the audience to choose from; every third prompt's
     by `align`, whose guesses PPO has not narrowed down."""
     hot = replace(sampling(s), temperature=1.0, seed=seed)
-    answers = [""] * len(prompts)
-    answers[::3] = ask(llm, "align", prompts[::3], hot, f"{name}, by align")
-    rows = [k for k in range(len(prompts)) if k % 3]
-    texts = ask(llm, "policy", [prompts[k] for k in rows], hot, f"{name}, by policy")
-    for k, text in zip(rows, texts, strict=True):
-        answers[k] = text
+    by_align = ask(llm, "align", prompts[::3], hot, f"{name}, by align")
+    others = [prompt for k, prompt in enumerate(prompts) if k % 3]
+    answers = ask(llm, "policy", others, hot, f"{name}, by policy")
+    for k, text in enumerate(by_align):
+        answers.insert(3 * k, text)
     return answers
 
 
@@ -462,19 +466,20 @@ def accept(judge, window: Window, current, proposals, margin):
         judges = len(window.audience[k])
         best, accepted = choose(new, old, k, np.ones(judges), margin)
         answers.append(proposals[best] if accepted else current[k])
-        entry = {
-            "window_end": window.period[1],
-            "people": [judge.data.users[u] for u in judge.data.events["user"][shown]],
-            "judges": judges,
-            "shared": D.shared_phrases(judge.data, item, shown)[:3],
-            "proposal": D.parse_answer(proposals[best])[0],
-            "reward_before": float(old.audience_values(k).mean()),
-            "reward_after": float(new.by_audience[best].mean()),
-            "accepted": accepted,
-        }
-        entries.append(entry)
         # what passes by luck: each user may as well have liked the current answer more by as much
         lucky += choose(new, old, k, rng.choice([-1.0, 1.0], judges), margin)[1]
+        entries.append(
+            {
+                "window_end": window.period[1],
+                "people": [judge.data.users[u] for u in judge.data.events["user"][shown]],
+                "judges": judges,
+                "shared": D.shared_phrases(judge.data, item, shown)[:3],
+                "proposal": D.parse_answer(proposals[best])[0],
+                "reward_before": float(old.audience_values(k).mean()),
+                "reward_after": float(new.by_audience[best].mean()),
+                "accepted": accepted,
+            }
+        )
     return answers, entries, window_row(entries, len(proposals), lucky)
 
 
@@ -525,8 +530,8 @@ def correct(run, data, llm, judge, windows):
     s = run.settings
     state = run.load("curec", "correct") or run.checkpoint().state
     if state is None:
-        alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
-        first = ask(llm, "policy", alone, sampling(s), "first reasons, from the text alone")
+        name = "first reasons, from the text alone"
+        first = ask(llm, "policy", first_prompts(data), sampling(s), name)
         state = {"first": ["", *first], "windows": []}
         run.checkpoint().save(state)
     answers = list(state["first"])
@@ -589,10 +594,10 @@ def write_reasons(run, data, llm, judge, cuts):
     reasons = {}
     lines = []
     shown, _ = one_shot_people(data, s.seed)
-    prompts = [D.reason_prompt(data, i, "", shown[i]) for i in range(1, data.n_items + 1)]
     for kind, adapter in (("aligned", "align"), ("rl", "policy")):
         reasons[kind] = run.load(kind, "correct")
         if reasons[kind] is None:
+            prompts = first_prompts(data, shown)
             texts = ask(llm, adapter, prompts, sampling(s), f"reasons: {kind}")
             reasons[kind] = run.save(["", *texts])
     windows = list(correction_windows(data, cuts, s.seed))
@@ -624,14 +629,17 @@ def reason_figures(data, llm, judge, reasons):
     for kind, answers in reasons.items():
         texts = [answers[i] for i in items]
         found = reward.rewards(judge, items, texts, people, others, reward.TRAIN_TIME)
-        out[kind] = {
-            "grounded": float(found.grounded.mean()),
-            "format_ok": float(found.format_ok.mean()),
+        out[kind] = shares(found) | {
             "mean_reward": float(found.total.mean()),
             "distinct": len({D.parse_answer(answer)[0] for answer in answers[1:]}) / data.n_items,
-            "mean_tokens": float(np.mean([len(llm[1](a)["input_ids"]) for a in answers[1:]])),
+            "mean_tokens": float(np.mean(list(map(len, llm[1](answers[1:])["input_ids"])))),
         }
     return out
+
+
+def shares(found: reward.Rewards):
+    """Of the answers that earned these rewards: how grounded, how often well-formed."""
+    return {name: float(getattr(found, name).mean()) for name in ("grounded", "format_ok")}
 
 
 # --------------------------------------------------------- algorithm, 9 and 10: the arms
@@ -747,11 +755,11 @@ class Run:
         that is there."""
         s = self.settings
         begun = read_config(self.folder)
-        foreign = foreign_files(self.folder, begun)
+        foreign = foreign_file(self.folder, begun)
         if foreign:
             why = "" if begun else " (there is no whole config.json of ours)"
             raise D.DataError(
-                f"--out {s.out}: {foreign[0]} there is not ours{why}; name another folder"
+                f"--out {s.out}: {foreign} there is not ours{why}; name another folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (it goes with the process)
@@ -759,17 +767,16 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise D.DataError(f"--out {s.out}: another run is at work there; wait") from None
+        self.resumed = begun and s.resume
+        other = changed(begun, s, data) if self.resumed else ""
+        if other:
+            advice = "give the same again, or --overwrite, or another --out"
+            raise D.DataError(f"--resume: {s.out} was made with {other}; {advice}")
         if begun and not (s.resume or s.overwrite):
             raise D.DataError(
                 f"{s.out} holds a run: --resume goes on with it, --overwrite replaces it, "
                 "--out names another folder"
             )
-        if begun and s.resume:
-            other = changed(begun, s, data)
-            if other:
-                advice = "give the same again, or --overwrite, or another --out"
-                raise D.DataError(f"--resume: {s.out} was made with {other}; {advice}")
-        self.resumed = bool(begun and s.resume)
         if s.resume and not begun:
             print(f"--resume: nothing to go on with in {s.out}; starting")
 
@@ -783,15 +790,15 @@ class Run:
             if PART.fullmatch(part.name):
                 part.unlink()
         if self.resumed:
-            for path in (self.folder / "state").glob("*.*"):
+            for path in self.folder.glob("state/*.*"):
                 adapter = ADAPTERS.get(path.name.removesuffix(".pt"))
-                whole = not adapter or rl.is_whole(self.folder / adapter, rl.ADAPTER_FILES)
-                if not whole:
+                if adapter and not rl.is_whole(self.folder / adapter, rl.ADAPTER_FILES):
                     print(f"{self.folder / adapter} is damaged: this stage starts again")
-                if not whole or rl.read_state(path) is None:
+                    path.unlink()
+                elif rl.read_state(path) is None:
                     path.unlink()
         else:
-            for folder in ("state", *ADAPTERS.values()):
+            for folder in CLEARED:
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
             for file in OUTPUTS:
                 (self.folder / file).unlink(missing_ok=True)
@@ -803,24 +810,24 @@ class Run:
 
     def has(self, stage):
         """Is the stage finished?"""
-        return (self.folder / "state" / f"{stage}.pt").exists()
+        return Path(f"{self.folder}/state/{stage}.pt").exists()
 
     def load(self, stage, time_as=""):
         """What a finished stage gave; None starts it. Its time counts as time_as, or its name."""
         self.stage = stage
         self.time_as = time_as or stage
         self.start = time.perf_counter()
-        kept = rl.read_state(self.folder / f"state/{stage}.pt")
-        if kept is None:
-            print(f"[{stage}]")
-            return None
-        return self.finish(kept)
+        kept = rl.read_state(f"{self.folder}/state/{stage}.pt")
+        if kept:
+            return self.finish(kept)
+        print(f"[{stage}]")
+        return None
 
     def save(self, value):
         """Keeps what the stage that was started gave, and gives it back."""
         kept = {"value": value, "seconds": time.perf_counter() - self.start}
         rl.write_atomically(f"{self.folder}/state/{self.stage}.pt", kept)
-        for unit in (self.folder / "state").glob(f"{self.stage}.unit*"):
+        for unit in self.folder.glob(f"state/{self.stage}.unit*"):
             unit.unlink()
         return self.finish(kept)
 
@@ -836,43 +843,40 @@ class Run:
 
 def read_config(folder):
     """config.json of a run folder; {} where there is none of ours."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         config = json.loads(Path(folder, "config.json").read_text())
-        ours = config["program"] == PROGRAM and {"settings", "data"} <= set(config)
-    except (OSError, ValueError, TypeError, KeyError):
-        ours = False
-    return config if ours else {}
+        if config["program"] == PROGRAM and {"settings", "data"} <= set(config):
+            return config
+    return {}
 
 
-def foreign_files(folder, ours):
-    """What in a run folder no run has written: all in a folder that is not ours, else files in the
-    folders that a new run would clear."""
-    paths = list(folder.glob("*"))
+def foreign_file(folder, ours):
+    """The first thing in a run folder that no run has written: of all in a folder that is not ours,
+    else of the files in the folders that a new run would clear."""
+    paths = folder.glob("*")
     if ours:
-        cleared = [folder / name for name in ("state", *ADAPTERS.values())]
-        paths = [path for place in cleared for path in place.rglob("*")]
+        paths = [path for name in CLEARED for path in (folder / name).rglob("*")]
         paths = [path for path in paths if path.is_symlink() or path.is_file()]
-    found = []
     for path in sorted(paths):
-        # a killed run may leave no more than these
+        # a killed run may leave no more than .lock and a part
         passing = path.name == ".lock" or PART.fullmatch(path.name)
-        if not passing and not (ours and OURS.fullmatch(path.relative_to(folder).as_posix())):
-            found.append(path)
-    return found
+        if not passing and not OURS.fullmatch(path.relative_to(folder).as_posix()):
+            return path
+    return None
 
 
 def changed(begun, s, data):
     """What of a run to resume is not as it was, as text; "" where all is. Places may change: of
     the data its fingerprint counts, of a folder with a model its name."""
-    kept = begun["settings"]
     other = {}
-    for name, value in kept.items():
+    for name, value in begun["settings"].items():
         now = getattr(s, name, None)
+        same = value == now
         if name in ("llm", "encoder") and os.path.isabs(value) and os.path.isabs(now):
-            value, now = Path(value).name, Path(now).name
+            same = Path(value).name == Path(now).name
         # another micro-batch is the same method
-        if name not in ("dataset", "data_dir", "out", "micro_batch") and value != now:
-            other[name] = kept[name]
+        if not same and name not in ("dataset", "data_dir", "out", "micro_batch"):
+            other[name] = value
     if not other and begun["data"] != fingerprint(data):
         return f"other data than {s.dataset} is now"
     return figures(other)
@@ -880,10 +884,9 @@ def changed(begun, s, data):
 
 def fingerprint(data):
     """A short digest of all that a run takes from its data."""
-    columns = [data.seqs, data.times, data.ratings or []]
-    rows = [[row.tolist() for row in column] for column in columns]
-    told = json.dumps([data.items, data.users, rows])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    told = [data.items, data.users, [data.seqs, data.times, data.ratings or []]]
+    text = json.dumps(told, default=np.ndarray.tolist)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def description(s, cuts):
@@ -919,8 +922,10 @@ def markdown(rows):
 
 def figures(values):
     """Named numbers and texts as one line."""
-    texts = [f"{x:,.4g}" if isinstance(x, float) else str(x) for x in values.values()]
-    return ", ".join(f"{name} {text}" for name, text in zip(values, texts, strict=True))
+    texts = []
+    for name, x in values.items():
+        texts.append(f"{name} {x:,.4g}" if isinstance(x, float) else f"{name} {x}")
+    return ", ".join(texts)
 
 
 def tables(m):
@@ -1150,11 +1155,12 @@ def score(run, data, weights, lines, flags):
 # ------------------------------------------------------------------------------ the command line
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2}
 QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
+LOOK_FLAGS = set("run explain history score item".split())
 # flags that are no setting of a run
-NOT_KEPT = "resume overwrite dry_run debug run explain history score item".split()
+NOT_KEPT = LOOK_FLAGS | set("resume overwrite dry_run debug".split())
 # the least that is allowed, 0 else
-LEAST = dict.fromkeys("seeds windows epochs".split(), 1)
-LEAST |= {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "align_steps": 1, "knowledge_steps": 1}
+LEAST = {"k_core": -1, "temperature": 0.01, "ppo_batch": 8, "align_steps": 1, "knowledge_steps": 1}
+LEAST |= {"seeds": 1, "windows": 1, "epochs": 1}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1166,29 +1172,26 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv=None):
     """The settings given."""
-    parser = Parser("curec.py", "curec.py [flags]", allow_abbrev=False)
-    parser.description = __doc__.partition("\n\n")[0]
-    parser.epilog = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
-    groups = {}
+    about = __doc__.partition("\n\n")[0]
+    outputs = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
+    parser = Parser("curec.py", "curec.py [flags]", about, outputs, allow_abbrev=False)
     for f in fields(Settings):
-        group = f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type in (int, float):
-            kind["metavar"] = "N"
         if f.type is bool:
             kind = {"action": "store_true"}
-        text = f.metadata["help"].replace("%", "%%")
+        elif f.type is not str:
+            kind["metavar"] = "N"
         flag = "--" + f.name.replace("_", "-")
-        groups[group].add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
+        group.add_argument(flag, help=f.metadata["help"], default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    look_flags = ("explain", "history", "item", "run", "score")
-    looked = {name: given[name] for name in look_flags if name in given}
-    together = ([], ["explain", "run"], ["history", "run"], ["item", "run", "score"])
-    if list(looked) not in together or not all(looked.values()):
-        ways = "--explain USER, or --history ID,ID, or --score TEXT and --item ID"
-        raise D.DataError(f"--run DIR goes with {ways}")
+    looked = sorted(given.keys() & LOOK_FLAGS)
+    together = ("", "explain run", "history run", "item run score")
+    if " ".join(looked) not in together or not all(given[name] for name in looked):
+        raise D.DataError(
+            "--run DIR goes with --explain USER, or --history ID,ID, or --score TEXT and --item ID"
+        )
     if given.get("resume") and given.get("overwrite"):
         raise D.DataError("--resume and --overwrite contradict each other")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
