@@ -72,7 +72,7 @@ TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones 
 ARM_NAMES = ",".join(arm for arm in ARMS if ARMS[arm].ids) + ",content-only,..."
 
 
-def option(default, text, choices=None, group=""):
+def option(default, text, group="", choices=None):
     """A field of Settings, and a flag of the command line; group: of the flags from here on."""
     text += "" if default == "" or default is False else f" [{default}]"
     return field(default=default, metadata={"group": group, "help": text, "choices": choices})
@@ -80,13 +80,13 @@ def option(default, text, choices=None, group=""):
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = option("demo", "demo | beauty | other Amazon category | folder", group="data")
+    dataset: str = option("demo", "demo | beauty | other Amazon category | folder", "data")
     data_dir: str = option("data", "folder that holds or receives downloaded files")
-    ties: str = option("file", "within a timestamp: the files' order or drawn", D.TIES)
+    ties: str = option("file", "within a timestamp: the files' order or drawn", choices=D.TIES)
     k_core: int = option(-1, "fewest interactions a user, item; -1: 5, or 0 for Amazon's 5-cores")
     limit_items: int = option(0, "keep the N items chosen most, then a 5-core; 0: all")
     limit_users: int = option(0, "then keep N users drawn by seed; 0: all")
-    llm: str = option("", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]", group="LLM")
+    llm: str = option("", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]", "LLM")
     encoder: str = option("", "Hugging Face text encoder; default: the LLM's own states")
     tiny_steps: int = option(0, "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most")
     align_steps: int = option(200, "supervised LoRA steps, 32 prompts each")
@@ -95,21 +95,19 @@ class Settings:
     micro_batch: int = option(0, "rows a pass; lower to save memory; 0: 16 for tiny or 4")
     knowledge_steps: int = option(600, "supervised LoRA steps of the arm knowledge")
     ppo_updates: int = option(
-        0, "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue", group="method"
+        0, "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue", "method"
     )
     ppo_batch: int = option(192, "answers sampled for each PPO update")
-    baseline: str = option("critic", "of PPO's advantages", BASELINES)
+    baseline: str = option("critic", "of PPO's advantages", choices=BASELINES)
     ppo_lr: float = option(0.0, "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
     windows: int = option(2, "windows of the correction, equal in train events")
     proposals: int = option(0, "for an item and window; 0: 24 for tiny, else 12")
     margin: float = option(0.25, "standard errors that the gain of a correction exceeds")
-    method: str = option(
-        "curec", "whose arms: CURec's or a relative's", METHODS, group="evaluation"
-    )
+    method: str = option("curec", "whose arms: CURec's or a relative's", "evaluation", METHODS)
     arms: str = option("", "instead: all, or some of " + ARM_NAMES)
     seeds: int = option(3, "downstream repeats of every arm")
     epochs: int = option(60, "most downstream epochs; validation stops earlier")
-    out: str = option("", "run folder; default runs/DATASET", group="run")
+    out: str = option("", "run folder; default runs/DATASET", "run")
     seed: int = option(0, "seed of everything, the demo world included")
     device: str = option("", "cpu | cuda | cuda:1; default: cuda where there is one")
     quick: bool = option(False, "a tiny run of every stage: its figures mean nothing")
@@ -117,7 +115,7 @@ class Settings:
     overwrite: bool = option(False, "replace the run that the run folder holds")
     dry_run: bool = option(False, "only print what would be downloaded, asked and learnt")
     debug: bool = option(False, "show the traceback of an error")
-    run: str = option("", "the run folder to look at", group="look back")
+    run: str = option("", "the run folder to look at", "look back")
     explain: str = option("", "USER: top items with their reasons")
     history: str = option("", "ID,ID,...: the same for items of yours, oldest first")
     score: str = option("", "TEXT: the reward of a reason of yours ...")
@@ -317,10 +315,10 @@ def practice_questions(data, cuts, seed):
     # others than those whose reasons are compared later
     shown, audience = one_shot_people(data, seed + 1)
     questions = []
-    for i in range(1, data.n_items + 1):
+    for i, events in enumerate(data.events_by_item[1:], 1):
         w = rng.integers(len(cuts) - 1)
-        times = data.events["time"][data.events_by_item[i]]
-        in_window = data.events_by_item[i][(times >= cuts[w]) & (times < cuts[w + 1])]
+        times = data.events["time"][events]
+        in_window = events[(times >= cuts[w]) & (times < cuts[w + 1])]
         few, others = split_people(in_window, rng)
         current = D.random_reason(data, i, rng)
         questions.append(Question(i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
@@ -426,16 +424,17 @@ def split_people(events, rng):
 def correction_windows(data, cuts, seed):
     """Yields a Window after another. An item with fewer than 4 new choosers waits: they join its
     next window, and are judged beside its states. Nobody who came after its end is in a window."""
-    waiting = [np.zeros(0, int)] * (data.n_items + 1)
+    # an item's choosers from then on are new
+    since = [cuts[0]] * (data.n_items + 1)
     for number, (start, end) in enumerate(pairwise(cuts), 1):
         rng = np.random.default_rng([seed, 53, number - 1])
         steps = []
         for i, events in enumerate(data.events_by_item):
             times = data.events["time"][events]
-            waiting[i] = np.append(waiting[i], events[(times >= start) & (times < end)])
-            if len(waiting[i]) >= 4:
-                steps.append((i, *split_people(waiting[i], rng)))
-                waiting[i] = waiting[i][:0]
+            new = events[(times >= since[i]) & (times < end)]
+            if len(new) >= 4:
+                steps.append((i, *split_people(new, rng)))
+                since[i] = end
         if steps:
             yield Window(number, (start, end), *map(list, zip(*steps, strict=True)))
 
@@ -468,18 +467,17 @@ def accept(judge, window: Window, current, proposals, margin):
         answers.append(proposals[best] if accepted else current[k])
         # what passes by luck: each user may as well have liked the current answer more by as much
         lucky += choose(new, old, k, rng.choice([-1.0, 1.0], judges), margin)[1]
-        entries.append(
-            {
-                "window_end": window.period[1],
-                "people": [judge.data.users[u] for u in judge.data.events["user"][shown]],
-                "judges": judges,
-                "shared": D.shared_phrases(judge.data, item, shown)[:3],
-                "proposal": D.parse_answer(proposals[best])[0],
-                "reward_before": float(old.audience_values(k).mean()),
-                "reward_after": float(new.by_audience[best].mean()),
-                "accepted": accepted,
-            }
-        )
+        entry = {
+            "window_end": window.period[1],
+            "people": [judge.data.users[u] for u in judge.data.events["user"][shown]],
+            "judges": judges,
+            "shared": D.shared_phrases(judge.data, item, shown)[:3],
+            "proposal": D.parse_answer(proposals[best])[0],
+            "reward_before": float(old.audience_values(k).mean()),
+            "reward_after": float(new.by_audience[best].mean()),
+            "accepted": accepted,
+        }
+        entries.append(entry)
     return answers, entries, window_row(entries, len(proposals), lucky)
 
 
@@ -566,22 +564,22 @@ def best_of(run, data, llm, judge, windows, first):
         return kept
     shown = [np.zeros(0, int)] * (data.n_items + 1)
     audience = list(shown)
-    prompts = [[] for _ in shown]
+    asked = []
     for window in windows:
         for i, some, others in zip(window.items, window.shown, window.audience, strict=True):
             shown[i] = np.append(shown[i], some)
             audience[i] = np.append(audience[i], others)
-            prompts[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
-    asked = [prompt for mine in prompts for prompt in mine]
-    proposals = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
+            asked += [(i, D.reason_prompt(data, i, "", some))] * s.proposals
+    asked.sort(key=lambda pair: pair[0])
+    prompts = [prompt for _, prompt in asked]
+    proposals = propose(s, llm, prompts, s.seed + 91, "best of one-shot proposals")
     candidates = [*first[1:], *proposals]
-    numbers = np.arange(data.n_items + 1)
     # the item of each candidate
-    items = np.append(numbers[1:], np.repeat(numbers, [len(mine) for mine in prompts]))
+    items = np.array([*range(1, data.n_items + 1), *(i for i, _ in asked)])
     people = [shown[i] for i in items], [audience[i] for i in items]
     total = reward.rewards(judge, items, candidates, *people, reward.TRAIN_TIME).total
     best = [""]
-    for i in numbers[1:]:
+    for i in range(1, data.n_items + 1):
         mine = np.flatnonzero(items == i)
         best.append(candidates[mine[np.argmax(total[mine])]])
     return run.save(best)
@@ -685,7 +683,7 @@ def train_and_test_arms(run, data, inputs, rank_score):
     rank_score: of the arm `knowledge`, which is no SASRec."""
     s = run.settings
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
-    fits = {arm: {} for arm in inputs}
+    fits = {}
     jobs = []
     for arm in inputs:
         for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
@@ -695,7 +693,7 @@ def train_and_test_arms(run, data, inputs, rank_score):
                 continue
             fit = run.load(f"arm-{arm}.{seed}", "downstream")
             # it is no SASRec, and was trained already
-            fits[arm][seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
+            fits[arm, seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
     start = time.perf_counter()
     finished = recommender.fit_all(jobs, s.device, len(inputs) * s.seeds)
     # closed, it ends what is still at work: the first error is not kept waiting
@@ -704,13 +702,13 @@ def train_and_test_arms(run, data, inputs, rank_score):
             run.load(f"arm-{arm}.{seed}", "downstream")
             # it took what has passed since the fit before
             run.start = start
-            fits[arm][seed] = run.save(fit())
+            fits[arm, seed] = run.save(fit())
             start = time.perf_counter()
     ranks = {}
     slices = recommender.user_slices(data)
     for arm in inputs:
-        mine = [fits[arm][seed] for seed in sorted(fits[arm])]
-        ranks[arm] = torch.stack([fit["ranks"] for fit in mine]).numpy()
+        mine = [fits[key] for key in sorted(fits) if key[0] == arm]
+        ranks[arm] = np.stack([fit["ranks"] for fit in mine])
         run.metrics["arms"][arm] = recommender.arm_entry(mine, slices)
     if rank_score:
         run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
@@ -730,10 +728,9 @@ def add_truth(metrics, data, judge, weights, reasons):
     metrics["counted_reasons"] = {}
     for control, phrases in reward.counted_reasons(data, shown).items():
         metrics["counted_reasons"][control] = reward.truth_figures(phrases, truth)
-    curec, bestof = (reward.names_new_driver(named[kind], truth) for kind in ("curec", "bestof"))
+    new = [np.array([reward.names_new_driver(named[kind], truth)]) for kind in ("curec", "bestof")]
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
-    row |= recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
-    metrics["comparisons"].append(row)
+    metrics["comparisons"].append(row | recommender.paired_bootstrap(*new))
     metrics["reward"] |= reward.judge_figures(judge, truth, weights)
 
 
@@ -943,10 +940,11 @@ def tables(m):
         differences.append(row | {"95 % interval": f"{low:+.4f} .. {high:+.4f}"})
     out = {"Arms: test, whole catalogue, slices of users, popularity audit of the top 10": arms}
     out["Differences, paired over users, or items"] = differences
-    for key in [key for key in ("headroom", "headroom_without_ids") if key in m]:
-        name = key.replace("_", " ").capitalize()
-        room = {"oracle - content": m[key]["ndcg@10"]}
-        out[f"{name}, and the share of it recovered"] = [room | m[key]["recovered"]]
+    for key in m:
+        if key.startswith("headroom"):
+            name = key.replace("_", " ").capitalize()
+            row = {"oracle - content": m[key]["ndcg@10"]} | m[key]["recovered"]
+            out[f"{name}, and the share of it recovered"] = [row]
     if "reasons" in m:
         out["Reasons"] = [{"reasons": kind} | row for kind, row in m["reasons"].items()]
         out["Correction"] = m["correction"]
@@ -961,9 +959,9 @@ def charts(run):
     out = {}
     rows = [row for row in run.metrics["comparisons"] if row["metric"] == "ndcg@10"]
     if rows:
-        lines = [[row["ci95"][0] for row in rows], [row["ci95"][1] for row in rows]]
+        intervals = list(zip(*(row["ci95"] for row in rows), strict=True))
         heading = "Differences of NDCG@10, by row of the table above: bars; intervals: lines"
-        out[heading] = chart("row", "a - b", [row["delta"] for row in rows], lines)
+        out[heading] = chart("row", "a - b", [row["delta"] for row in rows], intervals)
     if "ppo" in run.metrics:
         log = rl.read_state(run.folder / "state/ppo.pt")["value"]
         lines = [[row["reward"] for row in log], [row["kl"] for row in log]]
@@ -974,12 +972,11 @@ def charts(run):
 
 def chart(x_axis, y_axis, bars, lines):
     """A mermaid chart of equally long series, which GitHub and many editors draw."""
-    series = [("bar", bars)] if bars else []
-    series += [("line", line) for line in lines]
     out = ["```mermaid", "xychart-beta", f'  x-axis "{x_axis}" 1 --> {len(lines[0])}']
     out.append(f'  y-axis "{y_axis}"')
-    for kind, values in series:
-        out.append(f"  {kind} [{', '.join(f'{x:.4f}' for x in values)}]")
+    for kind, values in [("bar", bars), *(("line", line) for line in lines)]:
+        if values:
+            out.append(f"  {kind} [{', '.join(f'{x:.4f}' for x in values)}]")
     return "\n".join([*out, "```"])
 
 
@@ -1006,7 +1003,7 @@ def write_report(run, data, lines):
     for heading, text in charts(run).items():
         parts.append(f"## {heading}\n\n{text}")
     judged = [line for line in lines if line["timeline"]]
-    judged.sort(key=lambda line: standing(line["timeline"][-1]), reverse=True)
+    judged.sort(key=lambda line: -standing(line["timeline"][-1]))
     if judged:
         parts += ["## Best reasons, by their last audience", *map(timeline_text, judged[:5])]
         parts += ["## Worst reasons", *map(timeline_text, judged[-5:])]
@@ -1068,7 +1065,7 @@ def look(flags):
         raise D.DataError(f"--run {flags.run}: no run of ours is there")
     # what has moved since may be given again
     places = {name: getattr(flags, name) for name in ("dataset", "data_dir", "device")}
-    moved = {name: value for name, value in places.items() if value != getattr(Settings(), name)}
+    moved = {name: value for name, value in places.items() if value != getattr(Settings, name)}
     s = replace(Settings(**config["settings"]), out=flags.run, **moved)
     if not os.path.isdir(s.data_dir):
         s = replace(s, data_dir=flags.data_dir)
@@ -1105,11 +1102,11 @@ def read_reasons(s, data):
         ) from None
 
 
-def numbers(names, ids):
-    """The places of names among ids, of which the first is padding."""
+def places(names, ids):
+    """The places of names among ids."""
     for name in names:
-        if not name or name not in ids:
-            raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
+        if name not in ids:
+            raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
     return [ids.index(name) for name in names]
 
 
@@ -1117,11 +1114,11 @@ def explain(data, weights, lines, flags):
     """--explain, --history: the top items after a user's history, or one that was typed, each with
     its reason and that reason's history."""
     if flags.explain:
-        (user,) = numbers([flags.explain], ["", *data.users])
-        history = data.seqs[user - 1][:-1]
+        (user,) = places([flags.explain], data.users)
+        history = data.seqs[user][:-1]
     else:
         typed = [name.strip() for name in flags.history.split(",") if name.strip()]
-        history = np.array(numbers(typed, ["", *(line["item"] for line in lines)]))
+        history = 1 + np.array(places(typed, [line["item"] for line in lines]))
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
     model = recommender.SASRec(data.n_items, recommender.Inputs(weights["features"]))
     model.load_state_dict(weights)
@@ -1134,22 +1131,23 @@ def score(run, data, weights, lines, flags):
     """--score: the reward of a reason written by hand, part by part, beside that of the item's
     own."""
     s = run.settings
-    (number,) = numbers([flags.item], ["", *(line["item"] for line in lines)])
+    (place,) = places([flags.item], [line["item"] for line in lines])
+    item = place + 1
     _, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
     judge = reward.Judge(data, encode, s.seed)
     judge.load_weights(weights)
-    people = [[group[number]] for group in one_shot_people(data, s.seed)]
-    reasons = [flags.score, lines[number - 1]["reason"]]
+    shown, audience = (people[item] for people in one_shot_people(data, s.seed))
+    reasons = [flags.score, lines[place]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
-    found = reward.rewards(judge, [number], answers, *people, reward.TRAIN_TIME)
+    found = reward.rewards(judge, [item], answers, [shown], [audience], reward.TRAIN_TIME)
     rows = []
     for k, reason in enumerate(reasons):
         parts = ("total", "shown", "audience", "grounded", "format_ok")
         rows.append({"reason": reason} | {part: getattr(found, part)[k].item() for part in parts})
-    judges = "judged by {} people shown and an audience of {}".format(*(len(p[0]) for p in people))
-    print(D.item_text(data.items[number]), judges, markdown(rows), sep="\n\n")
+    judges = f"judged by {len(shown)} people shown and an audience of {len(audience)}"
+    print(D.item_text(data.items[item]), judges, markdown(rows), sep="\n\n")
 
 
 # ------------------------------------------------------------------------------ the command line
@@ -1204,7 +1202,7 @@ def resolve(s):
     if not torch.cuda.is_available():
         devices = ["cpu"]
     device = s.device or devices[0]
-    known = [arm for arm in ARMS if "truth" not in ARMS[arm].texts or demo]
+    known = [arm for arm, row in ARMS.items() if demo or "truth" not in row.texts]
     # arms of the method "demo" run there beside those of curec
     methods = {s.method, "demo"} if demo and s.method == "curec" else {s.method}
     arms = [arm for arm in known if methods & set(ARMS[arm].methods.split())]
@@ -1228,11 +1226,10 @@ def resolve(s):
             raise D.DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     # a folder is found again from elsewhere
-    folders = {}
+    filled = {"device": device, "llm": llm, "data_dir": os.path.abspath(s.data_dir)}
     for name, value in (("dataset", s.dataset), ("llm", llm), ("encoder", s.encoder)):
-        is_folder = value not in ("demo", "tiny") and os.path.isdir(value)
-        folders[name] = os.path.abspath(value) if is_folder else value
-    folders["data_dir"] = os.path.abspath(s.data_dir)
+        if value not in ("demo", "tiny") and os.path.isdir(value):
+            filled[name] = os.path.abspath(value)
     tiny = llm == "tiny"
     usual = {
         "max_new": 24 if tiny else 128,
@@ -1241,8 +1238,8 @@ def resolve(s):
         "ppo_lr": 3e-3 if tiny else 1e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
     }
-    filled = {name: getattr(s, name) or value for name, value in usual.items()}
-    return replace(s, device=device, arms=",".join(dict.fromkeys(arms)), **folders, **filled)
+    filled |= {name: getattr(s, name) or value for name, value in usual.items()}
+    return replace(s, arms=",".join(dict.fromkeys(arms)), **filled)
 
 
 def stop(number, frame):
@@ -1333,8 +1330,8 @@ def ask_preferences(run, data, llm):
             checkpoint.save((attempt, names))
         since = torch.tensor([n for _, n in cuts]).view(-1, 2)
         kept = run.save({"names": names, "since": since})
-    dropped = kept["names"].count([])
-    run.metrics["lane"] = {"lists_asked": len(kept["names"]), "lists_dropped": dropped}
+    names = kept["names"]
+    run.metrics["lane"] = {"lists_asked": len(names), "lists_dropped": names.count([])}
     return kept
 
 
