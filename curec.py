@@ -51,6 +51,7 @@ import data as D
 import recommender
 import reward
 import rl
+from data import DataError
 from recommender import ARMS, METHODS, REASON_TEXTS
 
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where there is CUDA
@@ -63,7 +64,7 @@ PROGRAM = "CURec"
 ADAPTERS = {"align": "align", "ppo": "policy", "knowledge": "knowledge"}
 # a run folder's subfolders and files
 CLEARED = ("state", *ADAPTERS.values())
-OUTPUTS = ("config.json", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")
+OUTPUTS = "config.json metrics.json reasons.jsonl ppo.jsonl report.md".split()
 # names of files in the subfolders, and of files that a killed run was writing
 OURS = re.compile(r"state/(adapter/.*|[\w.-]+\.(pt|unit(\.\d)?))|\w+/adapter_(config|model)\.\w+")
 PART = re.compile(rf"({'|'.join(OUTPUTS)}|[\w.-]+\.(pt|unit(\.\d)?))\.\d+\.part")
@@ -255,7 +256,7 @@ def check_cache():
     with contextlib.suppress(OSError):
         os.makedirs("cache", exist_ok=True)
     if not os.path.isdir("cache") or not os.access("cache", os.W_OK):
-        raise D.DataError("cache/ cannot be written: start it in a folder that you may write to")
+        raise DataError("cache/ cannot be written: start it in a folder that you may write to")
 
 
 def sampling(s) -> rl.Sampling:
@@ -609,9 +610,9 @@ def write_reasons(run, data, llm, judge, cuts):
             for answers in reasons.values():
                 answers[i] = ""
         said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
-        title = item["title"] or item["id"]
-        line = {"item": item["id"], "title": title, "aligned": said["aligned"]}
-        lines.append(line | {"rl": said["rl"], "timeline": timelines[i], "reason": said["curec"]})
+        line = {"item": item["id"], "title": item["title"] or item["id"]}
+        line |= {"aligned": said["aligned"], "rl": said["rl"]}
+        lines.append(line | {"timeline": timelines[i], "reason": said["curec"]})
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
     rl.write_atomically(f"{s.out}/reasons.jsonl", "".join(texts))
     return reasons, lines
@@ -655,11 +656,9 @@ def arm_inputs(s, data, encode, reasons, preferences):
             # many dimensions of a text are an ID in disguise
             whiten = reward.whitening(vectors[kind], 384 if row.ids else 32)
             parts.append(F.pad(whiten(vectors[kind]), (0, 0, 1, 0)))
-        initial = known = None
-        if row.titles:
-            initial, known = title_inputs(s, data, encode, row, preferences)
         own = torch.cat(parts, 1) if parts else None
-        inputs[arm] = recommender.Inputs(own, initial, known, row.ids)
+        titles = title_inputs(s, data, encode, row, preferences) if row.titles else (None, None)
+        inputs[arm] = recommender.Inputs(own, *titles, row.ids)
     return inputs
 
 
@@ -755,22 +754,20 @@ class Run:
         foreign = foreign_file(self.folder, begun)
         if foreign:
             why = "" if begun else " (there is no whole config.json of ours)"
-            raise D.DataError(
-                f"--out {s.out}: {foreign} there is not ours{why}; name another folder"
-            )
+            raise DataError(f"--out {s.out}: {foreign} there is not ours{why}; name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (it goes with the process)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise D.DataError(f"--out {s.out}: another run is at work there; wait") from None
+            raise DataError(f"--out {s.out}: another run is at work there; wait") from None
         self.resumed = begun and s.resume
         other = changed(begun, s, data) if self.resumed else ""
         if other:
             advice = "give the same again, or --overwrite, or another --out"
-            raise D.DataError(f"--resume: {s.out} was made with {other}; {advice}")
+            raise DataError(f"--resume: {s.out} was made with {other}; {advice}")
         if begun and not (s.resume or s.overwrite):
-            raise D.DataError(
+            raise DataError(
                 f"{s.out} holds a run: --resume goes on with it, --overwrite replaces it, "
                 "--out names another folder"
             )
@@ -895,7 +892,7 @@ def description(s, cuts):
         with contextlib.suppress(OSError):
             commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
+    packages = "torch transformers peft bitsandbytes accelerate numpy tqdm".split()
     return {
         "program": PROGRAM,
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
@@ -955,18 +952,18 @@ def tables(m):
 
 
 def charts(run):
-    """The differences of the arms and the course of PPO as mermaid charts: {heading: text}."""
-    out = {}
+    """The differences of the arms and the course of PPO as mermaid charts, each after a heading."""
+    out = []
     rows = [row for row in run.metrics["comparisons"] if row["metric"] == "ndcg@10"]
     if rows:
         intervals = list(zip(*(row["ci95"] for row in rows), strict=True))
-        heading = "Differences of NDCG@10, by row of the table above: bars; intervals: lines"
-        out[heading] = chart("row", "a - b", [row["delta"] for row in rows], intervals)
+        out.append("## Differences of NDCG@10, by row of the table above: bars; intervals: lines")
+        out.append(chart("row", "a - b", [row["delta"] for row in rows], intervals))
     if "ppo" in run.metrics:
         log = rl.read_state(run.folder / "state/ppo.pt")["value"]
         lines = [[row["reward"] for row in log], [row["kl"] for row in log]]
-        heading = "PPO: the rewards of ppo.jsonl, and the KL to `align`, which starts at 0"
-        out[heading] = chart("update", "nats", [], lines)
+        out.append("## PPO: the rewards of ppo.jsonl, and the KL to `align`, which starts at 0")
+        out.append(chart("update", "nats", [], lines))
     return out
 
 
@@ -992,7 +989,7 @@ def write_report(run, data, lines):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
     parts = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
-    for name in ("dataset", "ppo", "reward", "lane", "time_s", "peak_memory_mb"):
+    for name in "dataset ppo reward lane time_s peak_memory_mb".split():
         if name in m:
             parts.append(f"{name}: {figures(m[name])}")
     if s.quick:
@@ -1000,8 +997,7 @@ def write_report(run, data, lines):
     for heading, rows in tables(m).items():
         parts.append(f"## {heading}\n\n{markdown(rows)}")
     print("", *parts, f"report: {run.folder / 'report.md'}", sep="\n\n")
-    for heading, text in charts(run).items():
-        parts.append(f"## {heading}\n\n{text}")
+    parts += charts(run)
     judged = [line for line in lines if line["timeline"]]
     judged.sort(key=lambda line: -standing(line["timeline"][-1]))
     if judged:
@@ -1062,7 +1058,7 @@ def look(flags):
     """Looks at the finished run in the folder --run: see explain and score."""
     config = read_config(flags.run)
     if not config:
-        raise D.DataError(f"--run {flags.run}: no run of ours is there")
+        raise DataError(f"--run {flags.run}: no run of ours is there")
     # what has moved since may be given again
     places = {name: getattr(flags, name) for name in ("dataset", "data_dir", "device")}
     moved = {name: value for name, value in places.items() if value != getattr(Settings, name)}
@@ -1073,18 +1069,17 @@ def look(flags):
         named = os.path.isabs(s.dataset)
         files = [s.dataset] if named else D.amazon_files(s.dataset, s.data_dir)
         if not all(map(os.path.exists, files)):
-            raise D.DataError(f"{next(iter(files))}: has moved; give --dataset or --data-dir")
-    run = Run(s)
+            raise DataError(f"{next(iter(files))}: has moved; give --dataset or --data-dir")
     data = load_data(s)
     if config["data"] != fingerprint(data):
-        raise D.DataError(f"--run {s.out}: was made with other data than {s.dataset} is now")
+        raise DataError(f"--run {s.out}: was made with other data than {s.dataset} is now")
     lines = read_reasons(s, data)
     stage = "reward" if flags.score else f"arm-curec.{s.seed}"
     kept = rl.read_state(f"{s.out}/state/{stage}.pt")
     if kept is None:
-        raise D.DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
+        raise DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
     if flags.score:
-        score(run, data, kept["value"]["weights"][-1], lines, flags)
+        score(Run(s), data, kept["value"]["weights"][-1], lines, flags)
     else:
         explain(data, kept["value"]["model"], lines, flags)
 
@@ -1096,17 +1091,17 @@ def read_reasons(s, data):
         by_item = {line["item"]: line for line in lines}
         return [by_item[item["id"]] for item in data.items[1:]]
     except (OSError, ValueError, TypeError, KeyError):
-        raise D.DataError(
+        raise DataError(
             f"{s.out}/reasons.jsonl: missing or damaged; the run's command with --resume ends the "
             "run, or writes the file again (of arms with reasons)"
         ) from None
 
 
-def places(names, ids):
-    """The places of names among ids."""
+def positions(names, ids):
+    """Where these names stand among ids."""
     for name in names:
         if name not in ids:
-            raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
+            raise DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
     return [ids.index(name) for name in names]
 
 
@@ -1114,11 +1109,11 @@ def explain(data, weights, lines, flags):
     """--explain, --history: the top items after a user's history, or one that was typed, each with
     its reason and that reason's history."""
     if flags.explain:
-        (user,) = places([flags.explain], data.users)
+        (user,) = positions([flags.explain], data.users)
         history = data.seqs[user][:-1]
     else:
         typed = [name.strip() for name in flags.history.split(",") if name.strip()]
-        history = 1 + np.array(places(typed, [line["item"] for line in lines]))
+        history = 1 + np.array(positions(typed, [line["item"] for line in lines]))
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
     model = recommender.SASRec(data.n_items, recommender.Inputs(weights["features"]))
     model.load_state_dict(weights)
@@ -1131,7 +1126,7 @@ def score(run, data, weights, lines, flags):
     """--score: the reward of a reason written by hand, part by part, beside that of the item's
     own."""
     s = run.settings
-    (place,) = places([flags.item], [line["item"] for line in lines])
+    (place,) = positions([flags.item], [line["item"] for line in lines])
     item = place + 1
     _, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
@@ -1142,9 +1137,9 @@ def score(run, data, weights, lines, flags):
     reasons = [flags.score, lines[place]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
     found = reward.rewards(judge, [item], answers, [shown], [audience], reward.TRAIN_TIME)
+    parts = "total shown audience grounded format_ok".split()
     rows = []
     for k, reason in enumerate(reasons):
-        parts = ("total", "shown", "audience", "grounded", "format_ok")
         rows.append({"reason": reason} | {part: getattr(found, part)[k].item() for part in parts})
     judges = f"judged by {len(shown)} people shown and an audience of {len(audience)}"
     print(D.item_text(data.items[item]), judges, markdown(rows), sep="\n\n")
@@ -1165,7 +1160,7 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line."""
 
     def error(self, message):
-        raise D.DataError(f"{message} (see --help)")
+        raise DataError(f"{message} (see --help)")
 
 
 def parse_args(argv=None):
@@ -1187,11 +1182,11 @@ def parse_args(argv=None):
     looked = sorted(given.keys() & LOOK_FLAGS)
     together = ("", "explain run", "history run", "item run score")
     if " ".join(looked) not in together or not all(given[name] for name in looked):
-        raise D.DataError(
+        raise DataError(
             "--run DIR goes with --explain USER, or --history ID,ID, or --score TEXT and --item ID"
         )
     if given.get("resume") and given.get("overwrite"):
-        raise D.DataError("--resume and --overwrite contradict each other")
+        raise DataError("--resume and --overwrite contradict each other")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
 
@@ -1209,21 +1204,21 @@ def resolve(s):
     if s.arms:
         arms = known if s.arms == "all" else s.arms.split(",")
     if s.arms and s.method != "curec":
-        raise D.DataError("--method and --arms both choose arms: give one of them")
+        raise DataError("--method and --arms both choose arms: give one of them")
     unknown = sorted(set(arms) - set(known))
     if unknown:
-        raise D.DataError(f"--arms: unknown here: {unknown}; choose from {', '.join(known)}")
+        raise DataError(f"--arms: unknown here: {unknown}; choose from {', '.join(known)}")
     if device not in devices:
-        raise D.DataError(f"--device {device}: choose from {', '.join(devices)}")
+        raise DataError(f"--device {device}: choose from {', '.join(devices)}")
     if demo and (s.limit_items or s.limit_users or s.ties != "file"):
-        raise D.DataError("--limit-items, --limit-users and --ties are for real data")
+        raise DataError("--limit-items, --limit-users and --ties are for real data")
     if s.baseline == "group" and s.ppo_batch % GROUP:
-        raise D.DataError(f"--ppo-batch {s.ppo_batch}: with --baseline group a multiple of {GROUP}")
+        raise DataError(f"--ppo-batch {s.ppo_batch}: with --baseline group a multiple of {GROUP}")
     for f in fields(Settings):
         value = getattr(s, f.name)
         # "not" before the comparison: nan is refused too
         if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < 2**31:
-            raise D.DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
+            raise DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     # a folder is found again from elsewhere
     filled = {"device": device, "llm": llm, "data_dir": os.path.abspath(s.data_dir)}
@@ -1274,8 +1269,8 @@ def main(argv=None):
     except Exception as e:
         if s and s.debug:
             raise
-        text = str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e}"
-        if run and run.stage != "load" and not isinstance(e, D.DataError):
+        text = str(e) if isinstance(e, (DataError, OSError)) else f"{type(e).__name__}: {e}"
+        if run and run.stage != "load" and not isinstance(e, DataError):
             text += f" (in stage {run.stage}; what is finished is kept: --resume goes on)"
         # a worker process that is gone was most likely killed for its memory
         if isinstance(e, (MemoryError, BrokenProcessPool)) or "out of memory" in text:
