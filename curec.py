@@ -130,7 +130,7 @@ def whole_method(run: "Run"):
     data = load_data(s)
     cuts = window_cuts(data, s.windows)
     run.open(data)
-    llm = encode = preferences = rank_score = None
+    llm = encode = None
     reasons = {}
     lines = []
     tiny = needs["LLM"] and s.llm == "tiny"
@@ -152,10 +152,8 @@ def whole_method(run: "Run"):
         reinforce(run, data, llm, judge, cuts)
         reasons, lines = write_reasons(run, data, llm, judge, cuts)
         run.metrics["reasons"] = reason_figures(data, llm, judge, reasons)
-    if needs["preferences"]:
-        preferences = ask_preferences(run, data, llm)
-    if needs["knowledge"]:
-        rank_score = teach_knowledge(run, data, llm)
+    preferences = ask_preferences(run, data, llm) if needs["preferences"] else None
+    rank_score = teach_knowledge(run, data, llm) if needs["knowledge"] else None
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
     if reasons and data.truth:
@@ -322,13 +320,14 @@ def practice_questions(data, cuts, seed):
         in_window = events[(times >= cuts[w]) & (times < cuts[w + 1])]
         few, others = split_people(in_window, rng)
         current = D.random_reason(data, i, rng)
-        questions.append(Question(i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
-        questions.append(Question(i, D.reason_prompt(data, i, current, few), few, others))
+        for reason, some, rest in (("", shown[i], audience[i]), (current, few, others)):
+            if len(some):
+                prompt = D.reason_prompt(data, i, reason, some)
+                questions.append(Question(i, prompt, some, rest))
     held_items = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
-    asked = [q for q in questions if len(q.shown)]
-    rng.shuffle(asked)
-    train = [q for q in asked if q.item not in held_items]
-    return train, [q for q in asked if q.item in held_items]
+    rng.shuffle(questions)
+    train = [q for q in questions if q.item not in held_items]
+    return train, [q for q in questions if q.item in held_items]
 
 
 def ppo_updates(s, questions):
@@ -500,7 +499,7 @@ def is_convincing(gains, margin):
     if len(gains) < 2:
         return False
     error = gains.std(ddof=1) / len(gains) ** 0.5
-    return bool(gains.mean() > margin * error + MIN_GAIN)
+    return gains.mean() > margin * error + MIN_GAIN
 
 
 def window_row(entries, proposed, false_accepts):
@@ -561,7 +560,7 @@ def best_of(run, data, llm, judge, windows, first):
     same users shown, but with no reason so far, and judged by all their audiences at once."""
     s = run.settings
     kept = run.load("bestof", "correct")
-    if kept is not None:
+    if kept:
         return kept
     shown = [np.zeros(0, int)] * (data.n_items + 1)
     audience = list(shown)
@@ -724,9 +723,8 @@ def add_truth(metrics, data, judge, weights, reasons):
         named[kind] = [D.parse_answer(answer)[1] for answer in answers]
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
     shown, _ = one_shot_people(data, judge.seed)
-    metrics["counted_reasons"] = {}
-    for control, phrases in reward.counted_reasons(data, shown).items():
-        metrics["counted_reasons"][control] = reward.truth_figures(phrases, truth)
+    counted = reward.counted_reasons(data, shown).items()
+    metrics["counted_reasons"] = {name: reward.truth_figures(said, truth) for name, said in counted}
     new = [np.array([reward.names_new_driver(named[kind], truth)]) for kind in ("curec", "bestof")]
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
     metrics["comparisons"].append(row | recommender.paired_bootstrap(*new))
