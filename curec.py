@@ -595,8 +595,7 @@ def write_reasons(run, data, llm, judge, cuts):
     for kind, adapter in (("aligned", "align"), ("rl", "policy")):
         reasons[kind] = run.load(kind, "correct")
         if reasons[kind] is None:
-            prompts = first_prompts(data, shown)
-            texts = ask(llm, adapter, prompts, sampling(s), f"reasons: {kind}")
+            texts = ask(llm, adapter, first_prompts(data, shown), sampling(s), f"reasons: {kind}")
             reasons[kind] = run.save(["", *texts])
     windows = list(correction_windows(data, cuts, s.seed))
     first, reasons["curec"], timelines, rows = correct(run, data, llm, judge, windows)
@@ -609,9 +608,15 @@ def write_reasons(run, data, llm, judge, cuts):
             for answers in reasons.values():
                 answers[i] = ""
         said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
-        line = {"item": item["id"], "title": item["title"] or item["id"]}
-        line |= {"aligned": said["aligned"], "rl": said["rl"]}
-        lines.append(line | {"timeline": timelines[i], "reason": said["curec"]})
+        line = {
+            "item": item["id"],
+            "title": item["title"] or item["id"],
+            "aligned": said["aligned"],
+            "rl": said["rl"],
+            "timeline": timelines[i],
+            "reason": said["curec"],
+        }
+        lines.append(line)
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
     rl.write_atomically(f"{s.out}/reasons.jsonl", "".join(texts))
     return reasons, lines
@@ -630,7 +635,7 @@ def reason_figures(data, llm, judge, reasons):
         out[kind] = shares(found) | {
             "mean_reward": float(found.total.mean()),
             "distinct": len({D.parse_answer(answer)[0] for answer in answers[1:]}) / data.n_items,
-            "mean_tokens": float(np.mean(list(map(len, llm[1](answers[1:])["input_ids"])))),
+            "mean_tokens": float(np.mean([len(ids) for ids in llm[1](answers[1:])["input_ids"]])),
         }
     return out
 
@@ -693,9 +698,8 @@ def train_and_test_arms(run, data, inputs, rank_score):
             # it is no SASRec, and was trained already
             fits[arm, seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
     start = time.perf_counter()
-    finished = recommender.fit_all(jobs, s.device, len(inputs) * s.seeds)
     # closed, it ends what is still at work: the first error is not kept waiting
-    with contextlib.closing(finished):
+    with contextlib.closing(recommender.fit_all(jobs, s.device, len(inputs) * s.seeds)) as finished:
         for (arm, *_, seed), fit in finished:
             run.load(f"arm-{arm}.{seed}", "downstream")
             # it took what has passed since the fit before
@@ -909,7 +913,7 @@ def markdown(rows):
     for row in rows:
         cells = [row.get(name, "") for name in names]
         lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def figures(values):
@@ -1095,23 +1099,22 @@ def read_reasons(s, data):
         ) from None
 
 
-def positions(names, ids):
-    """Where these names stand among ids."""
-    for name in names:
-        if name not in ids:
-            raise DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
-    return [ids.index(name) for name in names]
+def position(name, ids):
+    """Where a name stands among ids."""
+    if name not in ids:
+        raise DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
+    return ids.index(name)
 
 
 def explain(data, weights, lines, flags):
     """--explain, --history: the top items after a user's history, or one that was typed, each with
     its reason and that reason's history."""
     if flags.explain:
-        (user,) = positions([flags.explain], data.users)
-        history = data.seqs[user][:-1]
+        history = data.seqs[position(flags.explain, data.users)][:-1]
     else:
-        typed = [name.strip() for name in flags.history.split(",") if name.strip()]
-        history = 1 + np.array(positions(typed, [line["item"] for line in lines]))
+        ids = [line["item"] for line in lines]
+        typed = filter(None, map(str.strip, flags.history.split(",")))
+        history = 1 + np.array([position(name, ids) for name in typed])
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
     model = recommender.SASRec(data.n_items, recommender.Inputs(weights["features"]))
     model.load_state_dict(weights)
@@ -1124,15 +1127,14 @@ def score(run, data, weights, lines, flags):
     """--score: the reward of a reason written by hand, part by part, beside that of the item's
     own."""
     s = run.settings
-    (place,) = positions([flags.item], [line["item"] for line in lines])
-    item = place + 1
+    item = 1 + position(flags.item, [line["item"] for line in lines])
     _, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
     judge = reward.Judge(data, encode, s.seed)
     judge.load_weights(weights)
     shown, audience = (people[item] for people in one_shot_people(data, s.seed))
-    reasons = [flags.score, lines[place]["reason"]]
+    reasons = [flags.score, lines[item - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
     found = reward.rewards(judge, [item], answers, [shown], [audience], reward.TRAIN_TIME)
     parts = "total shown audience grounded format_ok".split()
@@ -1174,7 +1176,7 @@ def parse_args(argv=None):
             kind = {"action": "store_true"}
         elif f.type is not str:
             kind["metavar"] = "N"
-        flag = "--" + f.name.replace("_", "-")
+        flag = f"--{f.name.replace('_', '-')}"
         group.add_argument(flag, help=f.metadata["help"], default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     looked = sorted(given.keys() & LOOK_FLAGS)
