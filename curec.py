@@ -461,7 +461,8 @@ def accept(judge, window: Window, current, proposals, margin):
     answers = []
     entries = []
     lucky = 0
-    for k, (item, shown) in enumerate(zip(window.items, window.shown, strict=True)):
+    for k, item in enumerate(window.items):
+        shown = window.shown[k]
         judges = len(window.audience[k])
         best, accepted = choose(new, old, k, np.ones(judges), margin)
         answers.append(proposals[best] if accepted else current[k])
