@@ -167,12 +167,12 @@ def needed(s):
     names = s.arms.split(",")
     texts = {text for name in names for text in ARMS[name].texts}
     needs = {
-        "reasons": bool(texts & set(REASON_TEXTS)),
+        "reasons": not texts.isdisjoint(REASON_TEXTS),
         "preferences": any(ARMS[name].preferences for name in names),
         "knowledge": "knowledge" in names,
     }
     embeddings = texts or any(ARMS[name].titles for name in names)
-    return needs | {"LLM": any(needs.values()) or bool(embeddings and not s.encoder)}
+    return needs | {"LLM": any(needs.values()) or (embeddings and not s.encoder)}
 
 
 def load_data(s):
@@ -708,15 +708,16 @@ def train_and_test_arms(run, data, inputs, rank_score):
             fits[arm, seed] = run.save(fit())
             start = time.perf_counter()
     ranks = {}
+    entries = run.metrics["arms"]
     slices = recommender.user_slices(data)
     for arm in inputs:
         mine = [fits[key] for key in sorted(fits) if key[0] == arm]
         ranks[arm] = np.stack([fit["ranks"] for fit in mine])
-        run.metrics["arms"][arm] = recommender.arm_entry(mine, slices)
+        entries[arm] = recommender.arm_entry(mine, slices)
     if rank_score:
-        run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
+        entries["knowledge"]["train_s"] += run.times["knowledge"]
     run.metrics["comparisons"] = recommender.compare(ranks)
-    run.metrics |= recommender.headroom(run.metrics["arms"])
+    run.metrics |= recommender.headroom(entries)
 
 
 def add_truth(metrics, data, judge, weights, reasons):
