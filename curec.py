@@ -360,7 +360,8 @@ def reinforce(run, data, llm, judge, cuts):
 
     def centred_reward(texts, rows):
         found = rewards_of([train[k] for k in rows], texts)
-        logged = shares(found) | {"distinct": len(set(texts))}
+        logged = {"grounded": float(found.grounded.mean())}
+        logged |= {"format_ok": float(found.format_ok.mean()), "distinct": len(set(texts))}
         return torch.from_numpy(found.total) - reference[rows], logged
 
     before = sampled_rewards("before", "align", held_out, "held-out prompts before PPO")
@@ -633,17 +634,14 @@ def reason_figures(data, llm, judge, reasons):
     for kind, answers in reasons.items():
         texts = [answers[i] for i in items]
         found = reward.rewards(judge, items, texts, people, others, reward.TRAIN_TIME)
-        out[kind] = shares(found) | {
+        out[kind] = {
+            "grounded": float(found.grounded.mean()),
+            "format_ok": float(found.format_ok.mean()),
             "mean_reward": float(found.total.mean()),
             "distinct": len({D.parse_answer(answer)[0] for answer in answers[1:]}) / data.n_items,
             "mean_tokens": float(np.mean([len(ids) for ids in llm[1](answers[1:])["input_ids"]])),
         }
     return out
-
-
-def shares(found: reward.Rewards):
-    """Of the answers that earned these rewards: how grounded, how often well-formed."""
-    return {name: float(getattr(found, name).mean()) for name in ("grounded", "format_ok")}
 
 
 # --------------------------------------------------------- algorithm, 9 and 10: the arms
