@@ -331,10 +331,10 @@ def practice_questions(data, cuts, seed):
 
 
 def ppo_updates(s, questions):
-    """The number of PPO updates; on its own at most so many that a question is asked 15 times:
+    """The number of PPO updates; on its own at most so many that a question is asked 13 times:
     asked more often, its good answers are learnt by heart."""
     usual = 60 if s.llm == "tiny" else 20
-    return s.ppo_updates or min(usual, 1 + 15 * len(questions) // s.ppo_batch)
+    return s.ppo_updates or min(usual, 1 + 13 * len(questions) // s.ppo_batch)
 
 
 def reinforce(run, data, llm, judge, cuts):
