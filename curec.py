@@ -39,6 +39,7 @@ import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ import data as D
 import recommender
 import reward
 import rl
+from data import DataError
 from recommender import ARMS, METHODS, REASON_TEXTS
 
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where there is CUDA
@@ -60,8 +62,10 @@ BASELINES, GROUP = ("critic", "group"), 8
 # the mark of a run folder of ours; the adapter that a stage trains
 PROGRAM = "CURec"
 ADAPTERS = {"align": "align", "ppo": "policy", "knowledge": "knowledge"}
-OUTPUTS = ("config.json", "metrics.json", "reasons.jsonl", "ppo.jsonl", "report.md")
-# names of files in its subfolders, and of files that a killed run was writing
+# a run folder's subfolders and files
+CLEARED = ("state", *ADAPTERS.values())
+OUTPUTS = "config.json metrics.json reasons.jsonl ppo.jsonl report.md".split()
+# names of files in the subfolders, and of files that a killed run was writing
 OURS = re.compile(r"state/(adapter/.*|[\w.-]+\.(pt|unit(\.\d)?))|\w+/adapter_(config|model)\.\w+")
 PART = re.compile(rf"({'|'.join(OUTPUTS)}|[\w.-]+\.(pt|unit(\.\d)?))\.\d+\.part")
 MIN_GAIN = 1e-3  # nats; two reasons that name the same things differ by rounding only
@@ -69,58 +73,54 @@ TITLE_NORM = 0.5  # initial norm of ID embeddings made from titles; random ones 
 ARM_NAMES = ",".join(arm for arm in ARMS if ARMS[arm].ids) + ",content-only,..."
 
 
-def option(default, group, text, choices=None):
-    """A field of Settings, and a flag of the command line."""
+def option(default, text, group="", choices=None):
+    """A field of Settings, and a flag of the command line; group: of the flags from here on."""
     text += "" if default == "" or default is False else f" [{default}]"
     return field(default=default, metadata={"group": group, "help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Settings:
-    dataset: str = option("demo", "data", "demo | beauty | other Amazon category | folder")
-    data_dir: str = option("data", "data", "folder that holds or receives downloaded files")
-    ties: str = option("file", "data", "within a timestamp: the files' order or drawn", D.TIES)
-    k_core: int = option(
-        -1, "data", "fewest interactions a user, item; -1: 5, or 0 for Amazon's 5-cores"
-    )
-    limit_items: int = option(0, "data", "keep the N items chosen most, then a 5-core; 0: all")
-    limit_users: int = option(0, "data", "then keep N users drawn by seed; 0: all")
-    llm: str = option("", "LLM", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]")
-    encoder: str = option("", "LLM", "Hugging Face text encoder; default: the LLM's own states")
-    tiny_steps: int = option(
-        0, "LLM", "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most"
-    )
-    align_steps: int = option(200, "LLM", "supervised LoRA steps, 32 prompts each")
-    temperature: float = option(0.7, "LLM", "of reasons and of PPO's answers; of proposals it is 1")
-    max_new: int = option(0, "LLM", "longest answer in tokens; 0: 24 for tiny, else 128")
-    micro_batch: int = option(0, "LLM", "rows a pass; lower to save memory; 0: 16 for tiny or 4")
-    knowledge_steps: int = option(600, "LLM", "supervised LoRA steps of the arm knowledge")
+    dataset: str = option("demo", "demo | beauty | other Amazon category | folder", "data")
+    data_dir: str = option("data", "folder that holds or receives downloaded files")
+    ties: str = option("file", "within a timestamp: the files' order or drawn", choices=D.TIES)
+    k_core: int = option(-1, "fewest interactions a user, item; -1: 5, or 0 for Amazon's 5-cores")
+    limit_items: int = option(0, "keep the N items chosen most, then a 5-core; 0: all")
+    limit_users: int = option(0, "then keep N users drawn by seed; 0: all")
+    llm: str = option("", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]", "LLM")
+    encoder: str = option("", "Hugging Face text encoder; default: the LLM's own states")
+    tiny_steps: int = option(0, "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most")
+    align_steps: int = option(200, "supervised LoRA steps, 32 prompts each")
+    temperature: float = option(0.7, "of reasons and of PPO's answers; of proposals it is 1")
+    max_new: int = option(0, "longest answer in tokens; 0: 24 for tiny, else 128")
+    micro_batch: int = option(0, "rows a pass; lower to save memory; 0: 16 for tiny or 4")
+    knowledge_steps: int = option(600, "supervised LoRA steps of the arm knowledge")
     ppo_updates: int = option(
-        0, "method", "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue"
+        0, "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue", "method"
     )
-    ppo_batch: int = option(192, "method", "answers sampled for each PPO update")
-    baseline: str = option("critic", "method", "of PPO's advantages", BASELINES)
-    ppo_lr: float = option(0.0, "method", "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
-    windows: int = option(2, "method", "windows of the correction, equal in train events")
-    proposals: int = option(0, "method", "for an item and window; 0: 24 for tiny, else 12")
-    margin: float = option(0.25, "method", "standard errors that the gain of a correction exceeds")
-    method: str = option("curec", "evaluation", "whose arms: CURec's or a relative's", METHODS)
-    arms: str = option("", "evaluation", "instead: all, or some of " + ARM_NAMES)
-    seeds: int = option(3, "evaluation", "downstream repeats of every arm")
-    epochs: int = option(60, "evaluation", "most downstream epochs; validation stops earlier")
-    out: str = option("", "run", "run folder; default runs/DATASET")
-    seed: int = option(0, "run", "seed of everything, the demo world included")
-    device: str = option("", "run", "cpu | cuda | cuda:1; default: cuda where there is one")
-    quick: bool = option(False, "run", "a tiny run of every stage: its figures mean nothing")
-    resume: bool = option(False, "run", "go on after the last finished unit of work, or start")
-    overwrite: bool = option(False, "run", "replace the run that the run folder holds")
-    dry_run: bool = option(False, "run", "only print what would be downloaded, asked and learnt")
-    debug: bool = option(False, "run", "show the traceback of an error")
-    run: str = option("", "look back", "the run folder to look at")
-    explain: str = option("", "look back", "USER: top items with their reasons")
-    history: str = option("", "look back", "ID,ID,...: the same for items of yours, oldest first")
-    score: str = option("", "look back", "TEXT: the reward of a reason of yours ...")
-    item: str = option("", "look back", "ID: ... about this item")
+    ppo_batch: int = option(192, "answers sampled for each PPO update")
+    baseline: str = option("critic", "of PPO's advantages", choices=BASELINES)
+    ppo_lr: float = option(0.0, "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
+    windows: int = option(2, "windows of the correction, equal in train events")
+    proposals: int = option(0, "for an item and window; 0: 24 for tiny, else 12")
+    margin: float = option(0.25, "standard errors that the gain of a correction exceeds")
+    method: str = option("curec", "whose arms: CURec's or a relative's", "evaluation", METHODS)
+    arms: str = option("", "instead: all, or some of " + ARM_NAMES)
+    seeds: int = option(3, "downstream repeats of every arm")
+    epochs: int = option(60, "most downstream epochs; validation stops earlier")
+    out: str = option("", "run folder; default runs/DATASET", "run")
+    seed: int = option(0, "seed of everything, the demo world included")
+    device: str = option("", "cpu | cuda | cuda:1; default: cuda where there is one")
+    quick: bool = option(False, "a tiny run of every stage: its figures mean nothing")
+    resume: bool = option(False, "go on after the last finished unit of work, or start")
+    overwrite: bool = option(False, "replace the run that the run folder holds")
+    dry_run: bool = option(False, "only print what would be downloaded, asked and learnt")
+    debug: bool = option(False, "show the traceback of an error")
+    run: str = option("", "the run folder to look at", "look back")
+    explain: str = option("", "USER: top items with their reasons")
+    history: str = option("", "ID,ID,...: the same for items of yours, oldest first")
+    score: str = option("", "TEXT: the reward of a reason of yours ...")
+    item: str = option("", "ID: ... about this item")
 
 
 def whole_method(run: "Run"):
@@ -130,19 +130,20 @@ def whole_method(run: "Run"):
     data = load_data(s)
     cuts = window_cuts(data, s.windows)
     run.open(data)
-    llm = encode = preferences = rank_score = None
+    llm = encode = None
     reasons = {}
     lines = []
+    tiny = needs["LLM"] and s.llm == "tiny"
     # what can fail early comes before an older run is cleared
-    if needs["LLM"] and s.llm != "tiny":
+    if tiny:
+        check_cache()
+    elif needs["LLM"]:
         llm, encode = open_llm(s, s.llm)
         check_context(s, data, llm)
     # the encoder given counts, whatever the LLM's own is
     encoder = reward.load_encoder(s.encoder, s.device) if s.encoder else None
-    if needs["LLM"] and s.llm == "tiny":
-        check_cache()
     run.begin(data, cuts)
-    if needs["LLM"] and s.llm == "tiny":
+    if tiny:
         llm, encode = open_llm(s, llm_path(run, data))
     encode = encoder or encode
     if needs["reasons"]:
@@ -151,10 +152,8 @@ def whole_method(run: "Run"):
         reinforce(run, data, llm, judge, cuts)
         reasons, lines = write_reasons(run, data, llm, judge, cuts)
         run.metrics["reasons"] = reason_figures(data, llm, judge, reasons)
-    if needs["preferences"]:
-        preferences = ask_preferences(run, data, llm)
-    if needs["knowledge"]:
-        rank_score = teach_knowledge(run, data, llm)
+    preferences = ask_preferences(run, data, llm) if needs["preferences"] else None
+    rank_score = teach_knowledge(run, data, llm) if needs["knowledge"] else None
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
     if reasons and data.truth:
@@ -168,12 +167,12 @@ def needed(s):
     names = s.arms.split(",")
     texts = {text for name in names for text in ARMS[name].texts}
     needs = {
-        "reasons": bool(texts & set(REASON_TEXTS)),
+        "reasons": not texts.isdisjoint(REASON_TEXTS),
         "preferences": any(ARMS[name].preferences for name in names),
         "knowledge": "knowledge" in names,
     }
     embeddings = texts or any(ARMS[name].titles for name in names)
-    return needs | {"LLM": any(needs.values()) or bool(embeddings and not s.encoder)}
+    return needs | {"LLM": any(needs.values()) or (embeddings and not s.encoder)}
 
 
 def load_data(s):
@@ -215,16 +214,20 @@ def tiny_lessons(s, data):
     every = D.alignment_samples(data, min(20_000, 20 * steps), rng, D.Mixture(1.0))
     if needed(s)["preferences"]:
         every += D.lane_samples(data, min(3000, 3 * steps), rng)
-    if s.dataset == "demo":
-        lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
-    else:
+    lessons = [("short prompts", short, 0.4), ("all prompts", every, 0.6)]
+    if s.dataset != "demo":
         # the words of a real catalogue first
-        spelling = []
-        for i in range(1, data.n_items + 1):
-            spelling.append((D.reason_prompt(data, i, "", ()), " ".join(data.phrases[i])))
+        words = map(" ".join, data.phrases[1:])
+        spelling = list(zip(first_prompts(data), words, strict=True))
         lessons = [("spelling", spelling, 0.25), ("short prompts", short, 0.3)]
         lessons.append(("all prompts", every, 0.45))
     return [(name, samples, round(share * steps)) for name, samples, share in lessons]
+
+
+def first_prompts(data, shown=None):
+    """A prompt an item that has no reason yet. shown: the people of each item, else nobody."""
+    shown = shown or [()] * (data.n_items + 1)
+    return [D.reason_prompt(data, i, "", shown[i]) for i in range(1, data.n_items + 1)]
 
 
 def open_llm(s, path):
@@ -251,7 +254,7 @@ def check_cache():
     with contextlib.suppress(OSError):
         os.makedirs("cache", exist_ok=True)
     if not os.path.isdir("cache") or not os.access("cache", os.W_OK):
-        raise D.DataError("cache/ cannot be written: start it in a folder that you may write to")
+        raise DataError("cache/ cannot be written: start it in a folder that you may write to")
 
 
 def sampling(s) -> rl.Sampling:
@@ -311,25 +314,27 @@ def practice_questions(data, cuts, seed):
     # others than those whose reasons are compared later
     shown, audience = one_shot_people(data, seed + 1)
     questions = []
-    for i in range(1, data.n_items + 1):
+    for i, events in enumerate(data.events_by_item[1:], 1):
         w = rng.integers(len(cuts) - 1)
-        times = data.events["time"][data.events_by_item[i]]
-        in_window = data.events_by_item[i][(times >= cuts[w]) & (times < cuts[w + 1])]
+        times = data.events["time"][events]
+        in_window = events[(times >= cuts[w]) & (times < cuts[w + 1])]
         few, others = split_people(in_window, rng)
         current = D.random_reason(data, i, rng)
-        questions.append(Question(i, D.reason_prompt(data, i, "", shown[i]), shown[i], audience[i]))
-        questions.append(Question(i, D.reason_prompt(data, i, current, few), few, others))
+        for reason, some, rest in (("", shown[i], audience[i]), (current, few, others)):
+            if len(some):
+                prompt = D.reason_prompt(data, i, reason, some)
+                questions.append(Question(i, prompt, some, rest))
     held_items = rng.permutation(data.n_items)[: max(1, data.n_items // 10)] + 1
-    order = rng.permutation([k for k, q in enumerate(questions) if len(q.shown)])
-    train = [questions[k] for k in order if questions[k].item not in held_items]
-    return train, [questions[k] for k in order if questions[k].item in held_items]
+    rng.shuffle(questions)
+    train = [q for q in questions if q.item not in held_items]
+    return train, [q for q in questions if q.item in held_items]
 
 
 def ppo_updates(s, questions):
-    """The number of PPO updates; on its own at most so many that a question is asked 15 times:
+    """The number of PPO updates; on its own at most so many that a question is asked 13 times:
     asked more often, its good answers are learnt by heart."""
     usual = 60 if s.llm == "tiny" else 20
-    return s.ppo_updates or min(usual, 1 + 15 * len(questions) // s.ppo_batch)
+    return s.ppo_updates or min(usual, 1 + 13 * len(questions) // s.ppo_batch)
 
 
 def reinforce(run, data, llm, judge, cuts):
@@ -357,21 +362,21 @@ def reinforce(run, data, llm, judge, cuts):
         found = rewards_of([train[k] for k in rows], texts)
         logged = {"grounded": float(found.grounded.mean())}
         logged |= {"format_ok": float(found.format_ok.mean()), "distinct": len(set(texts))}
-        total = torch.from_numpy(found.total)
-        return total if s.baseline == "group" else total - reference[rows], logged
+        return torch.from_numpy(found.total) - reference[rows], logged
 
     before = sampled_rewards("before", "align", held_out, "held-out prompts before PPO")
+    reference = torch.zeros(len(train))
     if s.baseline == "critic":
         twice = [q for q in train for _ in range(2)]
-        reference = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
-        reference = reference.view(-1, 2).mean(1)
+        two = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
+        reference = two.view(-1, 2).mean(1)
     log = run.load("ppo", "ppo")
     if log is None:
         sizes = {"batch": s.ppo_batch, "minibatch": s.ppo_batch // 3, "micro_batch": s.micro_batch}
-        config = rl.PPOConfig(updates, **sizes, lr=s.ppo_lr, seed=s.seed)
-        config = replace(config, sampling=sampling(s), log=f"{s.out}/ppo.jsonl")
+        how = {"lr": s.ppo_lr, "sampling": sampling(s), "seed": s.seed, "log": f"{s.out}/ppo.jsonl"}
         if s.baseline == "group":
-            config = replace(config, group=GROUP, lam=1.0, value_coef=0.0)
+            how |= {"group": GROUP, "lam": 1.0, "value_coef": 0.0}
+        config = rl.PPOConfig(updates, **sizes, **how)
         prompts = [q.prompt for q in train]
         log = rl.ppo(*llm, prompts, centred_reward, config, run.checkpoint())
         rl.save_adapter(llm[0], s.out, "policy")
@@ -420,17 +425,17 @@ def split_people(events, rng):
 def correction_windows(data, cuts, seed):
     """Yields a Window after another. An item with fewer than 4 new choosers waits: they join its
     next window, and are judged beside its states. Nobody who came after its end is in a window."""
-    waiting = [np.zeros(0, int)] * (data.n_items + 1)
-    for number in range(1, len(cuts)):
-        start, end = cuts[number - 1], cuts[number]
+    # an item's choosers from then on are new
+    since = [cuts[0]] * (data.n_items + 1)
+    for number, (start, end) in enumerate(pairwise(cuts), 1):
         rng = np.random.default_rng([seed, 53, number - 1])
         steps = []
         for i, events in enumerate(data.events_by_item):
             times = data.events["time"][events]
-            waiting[i] = np.append(waiting[i], events[(times >= start) & (times < end)])
-            if len(waiting[i]) >= 4:
-                steps.append((i, *split_people(waiting[i], rng)))
-                waiting[i] = waiting[i][:0]
+            new = events[(times >= since[i]) & (times < end)]
+            if len(new) >= 4:
+                steps.append((i, *split_people(new, rng)))
+                since[i] = end
         if steps:
             yield Window(number, (start, end), *map(list, zip(*steps, strict=True)))
 
@@ -439,12 +444,11 @@ def propose(s, llm, prompts, seed, name):
     """An answer a prompt, at temperature 1, for the audience to choose from; every third prompt's
     by `align`, whose guesses PPO has not narrowed down."""
     hot = replace(sampling(s), temperature=1.0, seed=seed)
-    answers = [""] * len(prompts)
-    answers[::3] = ask(llm, "align", prompts[::3], hot, f"{name}, by align")
-    rows = [k for k in range(len(prompts)) if k % 3]
-    texts = ask(llm, "policy", [prompts[k] for k in rows], hot, f"{name}, by policy")
-    for k, text in zip(rows, texts, strict=True):
-        answers[k] = text
+    by_align = ask(llm, "align", prompts[::3], hot, f"{name}, by align")
+    others = [prompt for k, prompt in enumerate(prompts) if k % 3]
+    answers = ask(llm, "policy", others, hot, f"{name}, by policy")
+    for k, text in enumerate(by_align):
+        answers.insert(3 * k, text)
     return answers
 
 
@@ -458,10 +462,13 @@ def accept(judge, window: Window, current, proposals, margin):
     answers = []
     entries = []
     lucky = 0
-    for k, (item, shown) in enumerate(zip(window.items, window.shown, strict=True)):
+    for k, item in enumerate(window.items):
+        shown = window.shown[k]
         judges = len(window.audience[k])
         best, accepted = choose(new, old, k, np.ones(judges), margin)
         answers.append(proposals[best] if accepted else current[k])
+        # what passes by luck: each user may as well have liked the current answer more by as much
+        lucky += choose(new, old, k, rng.choice([-1.0, 1.0], judges), margin)[1]
         entry = {
             "window_end": window.period[1],
             "people": [judge.data.users[u] for u in judge.data.events["user"][shown]],
@@ -473,8 +480,6 @@ def accept(judge, window: Window, current, proposals, margin):
             "accepted": accepted,
         }
         entries.append(entry)
-        # what passes by luck: each user may as well have liked the current answer more by as much
-        lucky += choose(new, old, k, rng.choice([-1.0, 1.0], judges), margin)[1]
     return answers, entries, window_row(entries, len(proposals), lucky)
 
 
@@ -496,7 +501,7 @@ def is_convincing(gains, margin):
     if len(gains) < 2:
         return False
     error = gains.std(ddof=1) / len(gains) ** 0.5
-    return bool(gains.mean() > margin * error + MIN_GAIN)
+    return gains.mean() > margin * error + MIN_GAIN
 
 
 def window_row(entries, proposed, false_accepts):
@@ -525,8 +530,8 @@ def correct(run, data, llm, judge, windows):
     s = run.settings
     state = run.load("curec", "correct") or run.checkpoint().state
     if state is None:
-        alone = [D.reason_prompt(data, i, "", ()) for i in range(1, data.n_items + 1)]
-        first = ask(llm, "policy", alone, sampling(s), "first reasons, from the text alone")
+        name = "first reasons, from the text alone"
+        first = ask(llm, "policy", first_prompts(data), sampling(s), name)
         state = {"first": ["", *first], "windows": []}
         run.checkpoint().save(state)
     answers = list(state["first"])
@@ -557,26 +562,26 @@ def best_of(run, data, llm, judge, windows, first):
     same users shown, but with no reason so far, and judged by all their audiences at once."""
     s = run.settings
     kept = run.load("bestof", "correct")
-    if kept is not None:
+    if kept:
         return kept
     shown = [np.zeros(0, int)] * (data.n_items + 1)
     audience = list(shown)
-    prompts = [[] for _ in shown]
+    asked = []
     for window in windows:
         for i, some, others in zip(window.items, window.shown, window.audience, strict=True):
             shown[i] = np.append(shown[i], some)
             audience[i] = np.append(audience[i], others)
-            prompts[i] += [D.reason_prompt(data, i, "", some)] * s.proposals
-    asked = [prompt for mine in prompts for prompt in mine]
-    proposals = propose(s, llm, asked, s.seed + 91, "best of one-shot proposals")
+            asked += [(i, D.reason_prompt(data, i, "", some))] * s.proposals
+    asked.sort(key=lambda pair: pair[0])
+    prompts = [prompt for _, prompt in asked]
+    proposals = propose(s, llm, prompts, s.seed + 91, "best of one-shot proposals")
     candidates = [*first[1:], *proposals]
-    numbers = np.arange(data.n_items + 1)
     # the item of each candidate
-    items = np.append(numbers[1:], np.repeat(numbers, [len(mine) for mine in prompts]))
+    items = np.array([*range(1, data.n_items + 1), *(i for i, _ in asked)])
     people = [shown[i] for i in items], [audience[i] for i in items]
     total = reward.rewards(judge, items, candidates, *people, reward.TRAIN_TIME).total
     best = [""]
-    for i in numbers[1:]:
+    for i in range(1, data.n_items + 1):
         mine = np.flatnonzero(items == i)
         best.append(candidates[mine[np.argmax(total[mine])]])
     return run.save(best)
@@ -589,11 +594,10 @@ def write_reasons(run, data, llm, judge, cuts):
     reasons = {}
     lines = []
     shown, _ = one_shot_people(data, s.seed)
-    prompts = [D.reason_prompt(data, i, "", shown[i]) for i in range(1, data.n_items + 1)]
     for kind, adapter in (("aligned", "align"), ("rl", "policy")):
         reasons[kind] = run.load(kind, "correct")
         if reasons[kind] is None:
-            texts = ask(llm, adapter, prompts, sampling(s), f"reasons: {kind}")
+            texts = ask(llm, adapter, first_prompts(data, shown), sampling(s), f"reasons: {kind}")
             reasons[kind] = run.save(["", *texts])
     windows = list(correction_windows(data, cuts, s.seed))
     first, reasons["curec"], timelines, rows = correct(run, data, llm, judge, windows)
@@ -606,9 +610,15 @@ def write_reasons(run, data, llm, judge, cuts):
             for answers in reasons.values():
                 answers[i] = ""
         said = {kind: D.parse_answer(answers[i])[0] for kind, answers in reasons.items()}
-        title = item["title"] or item["id"]
-        line = {"item": item["id"], "title": title, "aligned": said["aligned"]}
-        lines.append(line | {"rl": said["rl"], "timeline": timelines[i], "reason": said["curec"]})
+        line = {
+            "item": item["id"],
+            "title": item["title"] or item["id"],
+            "aligned": said["aligned"],
+            "rl": said["rl"],
+            "timeline": timelines[i],
+            "reason": said["curec"],
+        }
+        lines.append(line)
     texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
     rl.write_atomically(f"{s.out}/reasons.jsonl", "".join(texts))
     return reasons, lines
@@ -629,7 +639,7 @@ def reason_figures(data, llm, judge, reasons):
             "format_ok": float(found.format_ok.mean()),
             "mean_reward": float(found.total.mean()),
             "distinct": len({D.parse_answer(answer)[0] for answer in answers[1:]}) / data.n_items,
-            "mean_tokens": float(np.mean([len(llm[1](a)["input_ids"]) for a in answers[1:]])),
+            "mean_tokens": float(np.mean([len(ids) for ids in llm[1](answers[1:])["input_ids"]])),
         }
     return out
 
@@ -649,11 +659,9 @@ def arm_inputs(s, data, encode, reasons, preferences):
             # many dimensions of a text are an ID in disguise
             whiten = reward.whitening(vectors[kind], 384 if row.ids else 32)
             parts.append(F.pad(whiten(vectors[kind]), (0, 0, 1, 0)))
-        initial = known = None
-        if row.titles:
-            initial, known = title_inputs(s, data, encode, row, preferences)
         own = torch.cat(parts, 1) if parts else None
-        inputs[arm] = recommender.Inputs(own, initial, known, row.ids)
+        titles = title_inputs(s, data, encode, row, preferences) if row.titles else (None, None)
+        inputs[arm] = recommender.Inputs(own, *titles, row.ids)
     return inputs
 
 
@@ -677,7 +685,7 @@ def train_and_test_arms(run, data, inputs, rank_score):
     rank_score: of the arm `knowledge`, which is no SASRec."""
     s = run.settings
     config = recommender.TrainConfig(epochs=s.epochs, device=s.device)
-    fits = {arm: {} for arm in inputs}
+    fits = {}
     jobs = []
     for arm in inputs:
         for seed in range(s.seed, s.seed + (1 if ARMS[arm].one_seed else s.seeds)):
@@ -687,27 +695,27 @@ def train_and_test_arms(run, data, inputs, rank_score):
                 continue
             fit = run.load(f"arm-{arm}.{seed}", "downstream")
             # it is no SASRec, and was trained already
-            fits[arm][seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
+            fits[arm, seed] = fit or run.save(recommender.fit_arm(*job, rank_score))
     start = time.perf_counter()
-    finished = recommender.fit_all(jobs, s.device, len(inputs) * s.seeds)
     # closed, it ends what is still at work: the first error is not kept waiting
-    with contextlib.closing(finished):
+    with contextlib.closing(recommender.fit_all(jobs, s.device, len(inputs) * s.seeds)) as finished:
         for (arm, *_, seed), fit in finished:
             run.load(f"arm-{arm}.{seed}", "downstream")
             # it took what has passed since the fit before
             run.start = start
-            fits[arm][seed] = run.save(fit())
+            fits[arm, seed] = run.save(fit())
             start = time.perf_counter()
     ranks = {}
+    entries = run.metrics["arms"]
     slices = recommender.user_slices(data)
     for arm in inputs:
-        mine = [fits[arm][seed] for seed in sorted(fits[arm])]
-        ranks[arm] = torch.stack([fit["ranks"] for fit in mine]).numpy()
-        run.metrics["arms"][arm] = recommender.arm_entry(mine, slices)
+        mine = [fits[key] for key in sorted(fits) if key[0] == arm]
+        ranks[arm] = np.stack([fit["ranks"] for fit in mine])
+        entries[arm] = recommender.arm_entry(mine, slices)
     if rank_score:
-        run.metrics["arms"]["knowledge"]["train_s"] += run.times["knowledge"]
+        entries["knowledge"]["train_s"] += run.times["knowledge"]
     run.metrics["comparisons"] = recommender.compare(ranks)
-    run.metrics |= recommender.headroom(run.metrics["arms"])
+    run.metrics |= recommender.headroom(entries)
 
 
 def add_truth(metrics, data, judge, weights, reasons):
@@ -719,13 +727,11 @@ def add_truth(metrics, data, judge, weights, reasons):
         named[kind] = [D.parse_answer(answer)[1] for answer in answers]
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
     shown, _ = one_shot_people(data, judge.seed)
-    metrics["counted_reasons"] = {}
-    for control, phrases in reward.counted_reasons(data, shown).items():
-        metrics["counted_reasons"][control] = reward.truth_figures(phrases, truth)
-    curec, bestof = (reward.names_new_driver(named[kind], truth) for kind in ("curec", "bestof"))
+    counted = reward.counted_reasons(data, shown).items()
+    metrics["counted_reasons"] = {name: reward.truth_figures(said, truth) for name, said in counted}
+    new = [np.array([reward.names_new_driver(named[kind], truth)]) for kind in ("curec", "bestof")]
     row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
-    row |= recommender.paired_bootstrap(np.array([curec]), np.array([bestof]))
-    metrics["comparisons"].append(row)
+    metrics["comparisons"].append(row | recommender.paired_bootstrap(*new))
     metrics["reward"] |= reward.judge_figures(judge, truth, weights)
 
 
@@ -747,29 +753,26 @@ class Run:
         that is there."""
         s = self.settings
         begun = read_config(self.folder)
-        foreign = foreign_files(self.folder, begun)
+        foreign = foreign_file(self.folder, begun)
         if foreign:
             why = "" if begun else " (there is no whole config.json of ours)"
-            raise D.DataError(
-                f"--out {s.out}: {foreign[0]} there is not ours{why}; name another folder"
-            )
+            raise DataError(f"--out {s.out}: {foreign} there is not ours{why}; name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / ".lock", "a")  # noqa: SIM115 (it goes with the process)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise D.DataError(f"--out {s.out}: another run is at work there; wait") from None
+            raise DataError(f"--out {s.out}: another run is at work there; wait") from None
+        self.resumed = begun and s.resume
+        other = changed(begun, s, data) if self.resumed else ""
+        if other:
+            advice = "give the same again, or --overwrite, or another --out"
+            raise DataError(f"--resume: {s.out} was made with {other}; {advice}")
         if begun and not (s.resume or s.overwrite):
-            raise D.DataError(
+            raise DataError(
                 f"{s.out} holds a run: --resume goes on with it, --overwrite replaces it, "
                 "--out names another folder"
             )
-        if begun and s.resume:
-            other = changed(begun, s, data)
-            if other:
-                advice = "give the same again, or --overwrite, or another --out"
-                raise D.DataError(f"--resume: {s.out} was made with {other}; {advice}")
-        self.resumed = bool(begun and s.resume)
         if s.resume and not begun:
             print(f"--resume: nothing to go on with in {s.out}; starting")
 
@@ -783,15 +786,15 @@ class Run:
             if PART.fullmatch(part.name):
                 part.unlink()
         if self.resumed:
-            for path in (self.folder / "state").glob("*.*"):
+            for path in self.folder.glob("state/*.*"):
                 adapter = ADAPTERS.get(path.name.removesuffix(".pt"))
-                whole = not adapter or rl.is_whole(self.folder / adapter, rl.ADAPTER_FILES)
-                if not whole:
+                if adapter and not rl.is_whole(self.folder / adapter, rl.ADAPTER_FILES):
                     print(f"{self.folder / adapter} is damaged: this stage starts again")
-                if not whole or rl.read_state(path) is None:
+                    path.unlink()
+                elif rl.read_state(path) is None:
                     path.unlink()
         else:
-            for folder in ("state", *ADAPTERS.values()):
+            for folder in CLEARED:
                 shutil.rmtree(self.folder / folder, ignore_errors=True)
             for file in OUTPUTS:
                 (self.folder / file).unlink(missing_ok=True)
@@ -803,24 +806,24 @@ class Run:
 
     def has(self, stage):
         """Is the stage finished?"""
-        return (self.folder / "state" / f"{stage}.pt").exists()
+        return Path(f"{self.folder}/state/{stage}.pt").exists()
 
     def load(self, stage, time_as=""):
         """What a finished stage gave; None starts it. Its time counts as time_as, or its name."""
         self.stage = stage
         self.time_as = time_as or stage
         self.start = time.perf_counter()
-        kept = rl.read_state(self.folder / f"state/{stage}.pt")
-        if kept is None:
-            print(f"[{stage}]")
-            return None
-        return self.finish(kept)
+        kept = rl.read_state(f"{self.folder}/state/{stage}.pt")
+        if kept:
+            return self.finish(kept)
+        print(f"[{stage}]")
+        return None
 
     def save(self, value):
         """Keeps what the stage that was started gave, and gives it back."""
         kept = {"value": value, "seconds": time.perf_counter() - self.start}
         rl.write_atomically(f"{self.folder}/state/{self.stage}.pt", kept)
-        for unit in (self.folder / "state").glob(f"{self.stage}.unit*"):
+        for unit in self.folder.glob(f"state/{self.stage}.unit*"):
             unit.unlink()
         return self.finish(kept)
 
@@ -836,43 +839,40 @@ class Run:
 
 def read_config(folder):
     """config.json of a run folder; {} where there is none of ours."""
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         config = json.loads(Path(folder, "config.json").read_text())
-        ours = config["program"] == PROGRAM and {"settings", "data"} <= set(config)
-    except (OSError, ValueError, TypeError, KeyError):
-        ours = False
-    return config if ours else {}
+        if config["program"] == PROGRAM and {"settings", "data"} <= set(config):
+            return config
+    return {}
 
 
-def foreign_files(folder, ours):
-    """What in a run folder no run has written: all in a folder that is not ours, else files in the
-    folders that a new run would clear."""
-    paths = list(folder.glob("*"))
+def foreign_file(folder, ours):
+    """The first thing in a run folder that no run has written: of all in a folder that is not ours,
+    else of the files in the folders that a new run would clear."""
+    paths = folder.glob("*")
     if ours:
-        cleared = [folder / name for name in ("state", *ADAPTERS.values())]
-        paths = [path for place in cleared for path in place.rglob("*")]
+        paths = [path for name in CLEARED for path in (folder / name).rglob("*")]
         paths = [path for path in paths if path.is_symlink() or path.is_file()]
-    found = []
     for path in sorted(paths):
-        # a killed run may leave no more than these
+        # a killed run may leave no more than .lock and a part
         passing = path.name == ".lock" or PART.fullmatch(path.name)
-        if not passing and not (ours and OURS.fullmatch(path.relative_to(folder).as_posix())):
-            found.append(path)
-    return found
+        if not passing and not OURS.fullmatch(path.relative_to(folder).as_posix()):
+            return path
+    return None
 
 
 def changed(begun, s, data):
     """What of a run to resume is not as it was, as text; "" where all is. Places may change: of
     the data its fingerprint counts, of a folder with a model its name."""
-    kept = begun["settings"]
     other = {}
-    for name, value in kept.items():
+    for name, value in begun["settings"].items():
         now = getattr(s, name, None)
+        same = value == now
         if name in ("llm", "encoder") and os.path.isabs(value) and os.path.isabs(now):
-            value, now = Path(value).name, Path(now).name
+            same = Path(value).name == Path(now).name
         # another micro-batch is the same method
-        if name not in ("dataset", "data_dir", "out", "micro_batch") and value != now:
-            other[name] = kept[name]
+        if not same and name not in ("dataset", "data_dir", "out", "micro_batch"):
+            other[name] = value
     if not other and begun["data"] != fingerprint(data):
         return f"other data than {s.dataset} is now"
     return figures(other)
@@ -880,10 +880,9 @@ def changed(begun, s, data):
 
 def fingerprint(data):
     """A short digest of all that a run takes from its data."""
-    columns = [data.seqs, data.times, data.ratings or []]
-    rows = [[row.tolist() for row in column] for column in columns]
-    told = json.dumps([data.items, data.users, rows])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    told = [data.items, data.users, [data.seqs, data.times, data.ratings or []]]
+    text = json.dumps(told, default=np.ndarray.tolist)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def description(s, cuts):
@@ -895,7 +894,7 @@ def description(s, cuts):
         with contextlib.suppress(OSError):
             commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     gpu = torch.cuda.get_device_name(s.device) if s.device != "cpu" else None
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "tqdm")
+    packages = "torch transformers peft bitsandbytes accelerate numpy tqdm".split()
     return {
         "program": PROGRAM,
         "settings": {name: value for name, value in asdict(s).items() if name not in NOT_KEPT},
@@ -914,13 +913,15 @@ def markdown(rows):
     for row in rows:
         cells = [row.get(name, "") for name in names]
         lines.append([f"{x:.4f}" if isinstance(x, float) else str(x) for x in cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def figures(values):
     """Named numbers and texts as one line."""
-    texts = [f"{x:,.4g}" if isinstance(x, float) else str(x) for x in values.values()]
-    return ", ".join(f"{name} {text}" for name, text in zip(values, texts, strict=True))
+    texts = []
+    for name, x in values.items():
+        texts.append(f"{name} {x:,.4g}" if isinstance(x, float) else f"{name} {x}")
+    return ", ".join(texts)
 
 
 def tables(m):
@@ -938,10 +939,11 @@ def tables(m):
         differences.append(row | {"95 % interval": f"{low:+.4f} .. {high:+.4f}"})
     out = {"Arms: test, whole catalogue, slices of users, popularity audit of the top 10": arms}
     out["Differences, paired over users, or items"] = differences
-    for key in [key for key in ("headroom", "headroom_without_ids") if key in m]:
-        name = key.replace("_", " ").capitalize()
-        room = {"oracle - content": m[key]["ndcg@10"]}
-        out[f"{name}, and the share of it recovered"] = [room | m[key]["recovered"]]
+    for key in m:
+        if key.startswith("headroom"):
+            name = key.replace("_", " ").capitalize()
+            row = {"oracle - content": m[key]["ndcg@10"]} | m[key]["recovered"]
+            out[f"{name}, and the share of it recovered"] = [row]
     if "reasons" in m:
         out["Reasons"] = [{"reasons": kind} | row for kind, row in m["reasons"].items()]
         out["Correction"] = m["correction"]
@@ -952,29 +954,28 @@ def tables(m):
 
 
 def charts(run):
-    """The differences of the arms and the course of PPO as mermaid charts: {heading: text}."""
-    out = {}
+    """The differences of the arms and the course of PPO as mermaid charts, each after a heading."""
+    out = []
     rows = [row for row in run.metrics["comparisons"] if row["metric"] == "ndcg@10"]
     if rows:
-        lines = [[row["ci95"][0] for row in rows], [row["ci95"][1] for row in rows]]
-        heading = "Differences of NDCG@10, by row of the table above: bars; intervals: lines"
-        out[heading] = chart("row", "a - b", [row["delta"] for row in rows], lines)
+        intervals = list(zip(*(row["ci95"] for row in rows), strict=True))
+        out.append("## Differences of NDCG@10, by row of the table above: bars; intervals: lines")
+        out.append(chart("row", "a - b", [row["delta"] for row in rows], intervals))
     if "ppo" in run.metrics:
         log = rl.read_state(run.folder / "state/ppo.pt")["value"]
         lines = [[row["reward"] for row in log], [row["kl"] for row in log]]
-        heading = "PPO: the rewards of ppo.jsonl, and the KL to `align`, which starts at 0"
-        out[heading] = chart("update", "nats", [], lines)
+        out.append("## PPO: the rewards of ppo.jsonl, and the KL to `align`, which starts at 0")
+        out.append(chart("update", "nats", [], lines))
     return out
 
 
 def chart(x_axis, y_axis, bars, lines):
     """A mermaid chart of equally long series, which GitHub and many editors draw."""
-    series = [("bar", bars)] if bars else []
-    series += [("line", line) for line in lines]
     out = ["```mermaid", "xychart-beta", f'  x-axis "{x_axis}" 1 --> {len(lines[0])}']
     out.append(f'  y-axis "{y_axis}"')
-    for kind, values in series:
-        out.append(f"  {kind} [{', '.join(f'{x:.4f}' for x in values)}]")
+    for kind, values in [("bar", bars), *(("line", line) for line in lines)]:
+        if values:
+            out.append(f"  {kind} [{', '.join(f'{x:.4f}' for x in values)}]")
     return "\n".join([*out, "```"])
 
 
@@ -990,7 +991,7 @@ def write_report(run, data, lines):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
     parts = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
-    for name in ("dataset", "ppo", "reward", "lane", "time_s", "peak_memory_mb"):
+    for name in "dataset ppo reward lane time_s peak_memory_mb".split():
         if name in m:
             parts.append(f"{name}: {figures(m[name])}")
     if s.quick:
@@ -998,10 +999,9 @@ def write_report(run, data, lines):
     for heading, rows in tables(m).items():
         parts.append(f"## {heading}\n\n{markdown(rows)}")
     print("", *parts, f"report: {run.folder / 'report.md'}", sep="\n\n")
-    for heading, text in charts(run).items():
-        parts.append(f"## {heading}\n\n{text}")
+    parts += charts(run)
     judged = [line for line in lines if line["timeline"]]
-    judged.sort(key=lambda line: standing(line["timeline"][-1]), reverse=True)
+    judged.sort(key=lambda line: -standing(line["timeline"][-1]))
     if judged:
         parts += ["## Best reasons, by their last audience", *map(timeline_text, judged[:5])]
         parts += ["## Worst reasons", *map(timeline_text, judged[-5:])]
@@ -1060,10 +1060,10 @@ def look(flags):
     """Looks at the finished run in the folder --run: see explain and score."""
     config = read_config(flags.run)
     if not config:
-        raise D.DataError(f"--run {flags.run}: no run of ours is there")
+        raise DataError(f"--run {flags.run}: no run of ours is there")
     # what has moved since may be given again
     places = {name: getattr(flags, name) for name in ("dataset", "data_dir", "device")}
-    moved = {name: value for name, value in places.items() if value != getattr(Settings(), name)}
+    moved = {name: value for name, value in places.items() if value != getattr(Settings, name)}
     s = replace(Settings(**config["settings"]), out=flags.run, **moved)
     if not os.path.isdir(s.data_dir):
         s = replace(s, data_dir=flags.data_dir)
@@ -1071,18 +1071,17 @@ def look(flags):
         named = os.path.isabs(s.dataset)
         files = [s.dataset] if named else D.amazon_files(s.dataset, s.data_dir)
         if not all(map(os.path.exists, files)):
-            raise D.DataError(f"{next(iter(files))}: has moved; give --dataset or --data-dir")
-    run = Run(s)
+            raise DataError(f"{next(iter(files))}: has moved; give --dataset or --data-dir")
     data = load_data(s)
     if config["data"] != fingerprint(data):
-        raise D.DataError(f"--run {s.out}: was made with other data than {s.dataset} is now")
+        raise DataError(f"--run {s.out}: was made with other data than {s.dataset} is now")
     lines = read_reasons(s, data)
     stage = "reward" if flags.score else f"arm-curec.{s.seed}"
     kept = rl.read_state(f"{s.out}/state/{stage}.pt")
     if kept is None:
-        raise D.DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
+        raise DataError(f"--run {s.out}: {stage} is missing; it takes a finished run of curec")
     if flags.score:
-        score(run, data, kept["value"]["weights"][-1], lines, flags)
+        score(Run(s), data, kept["value"]["weights"][-1], lines, flags)
     else:
         explain(data, kept["value"], lines, flags)
 
@@ -1094,29 +1093,28 @@ def read_reasons(s, data):
         by_item = {line["item"]: line for line in lines}
         return [by_item[item["id"]] for item in data.items[1:]]
     except (OSError, ValueError, TypeError, KeyError):
-        raise D.DataError(
+        raise DataError(
             f"{s.out}/reasons.jsonl: missing or damaged; the run's command with --resume ends the "
             "run, or writes the file again (of arms with reasons)"
         ) from None
 
 
-def numbers(names, ids):
-    """The places of names among ids, of which the first is padding."""
-    for name in names:
-        if not name or name not in ids:
-            raise D.DataError(f"{name}: not in the data; some there are: {', '.join(ids[1:6])}")
-    return [ids.index(name) for name in names]
+def position(name, ids):
+    """Where a name stands among ids."""
+    if name not in ids:
+        raise DataError(f"{name}: not in the data; some there are: {', '.join(ids[:5])}")
+    return ids.index(name)
 
 
 def explain(data, fit, lines, flags):
     """--explain, --history: the top items after a user's history, or one that was typed, each with
     its reason and that reason's history. fit: see recommender.fit_arm."""
     if flags.explain:
-        (user,) = numbers([flags.explain], ["", *data.users])
-        history = data.seqs[user - 1][:-1]
+        history = data.seqs[position(flags.explain, data.users)][:-1]
     else:
-        typed = [name.strip() for name in flags.history.split(",") if name.strip()]
-        history = np.array(numbers(typed, ["", *(line["item"] for line in lines)]))
+        ids = [line["item"] for line in lines]
+        typed = filter(None, map(str.strip, flags.history.split(",")))
+        history = 1 + np.array([position(name, ids) for name in typed])
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
     model = recommender.SASRec(data.n_items, recommender.Inputs(fit["model"]["features"]))
     model.load_state_dict(fit["model"])
@@ -1131,68 +1129,66 @@ def score(run, data, weights, lines, flags):
     """--score: the reward of a reason written by hand, part by part, beside that of the item's
     own."""
     s = run.settings
-    (number,) = numbers([flags.item], ["", *(line["item"] for line in lines)])
+    item = 1 + position(flags.item, [line["item"] for line in lines])
     _, encode = open_llm(s, llm_path(run, data))
     if s.encoder:
         encode = reward.load_encoder(s.encoder, s.device)
     judge = reward.Judge(data, encode, s.seed)
     judge.load_weights(weights)
-    people = [[group[number]] for group in one_shot_people(data, s.seed)]
-    reasons = [flags.score, lines[number - 1]["reason"]]
+    shown, audience = (people[item] for people in one_shot_people(data, s.seed))
+    reasons = [flags.score, lines[item - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
-    found = reward.rewards(judge, [number], answers, *people, reward.TRAIN_TIME)
+    found = reward.rewards(judge, [item], answers, [shown], [audience], reward.TRAIN_TIME)
+    parts = "total shown audience grounded format_ok".split()
     rows = []
     for k, reason in enumerate(reasons):
-        parts = ("total", "shown", "audience", "grounded", "format_ok")
         rows.append({"reason": reason} | {part: getattr(found, part)[k].item() for part in parts})
-    judges = "judged by {} people shown and an audience of {}".format(*(len(p[0]) for p in people))
-    print(D.item_text(data.items[number]), judges, markdown(rows), sep="\n\n")
+    judges = f"judged by {len(shown)} people shown and an audience of {len(audience)}"
+    print(D.item_text(data.items[item]), judges, markdown(rows), sep="\n\n")
 
 
 # ------------------------------------------------------------------------------ the command line
 QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32, "proposals": 2}
 QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
+LOOK_FLAGS = set("run explain history score item".split())
 # flags that are no setting of a run
-NOT_KEPT = "resume overwrite dry_run debug run explain history score item".split()
+NOT_KEPT = LOOK_FLAGS | set("resume overwrite dry_run debug".split())
 # the least that is allowed, 0 else
-LEAST = dict.fromkeys("seeds windows epochs".split(), 1)
-LEAST |= {"k_core": -1, "ppo_batch": 8, "temperature": 0.01, "align_steps": 1, "knowledge_steps": 1}
+LEAST = {"k_core": -1, "temperature": 0.01, "ppo_batch": 8, "align_steps": 1, "knowledge_steps": 1}
+LEAST |= {"seeds": 1, "windows": 1, "epochs": 1}
 
 
 class Parser(argparse.ArgumentParser):
     """Errors in one line."""
 
     def error(self, message):
-        raise D.DataError(f"{message} (see --help)")
+        raise DataError(f"{message} (see --help)")
 
 
 def parse_args(argv=None):
     """The settings given."""
-    parser = Parser("curec.py", "curec.py [flags]", allow_abbrev=False)
-    parser.description = __doc__.partition("\n\n")[0]
-    parser.epilog = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
-    groups = {}
+    about = __doc__.partition("\n\n")[0]
+    outputs = "Outputs in the run folder: report.md (read this), metrics.json, reasons.jsonl"
+    parser = Parser("curec.py", "curec.py [flags]", about, outputs, allow_abbrev=False)
     for f in fields(Settings):
-        group = f.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
         kind = {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type in (int, float):
-            kind["metavar"] = "N"
         if f.type is bool:
             kind = {"action": "store_true"}
-        text = f.metadata["help"].replace("%", "%%")
-        flag = "--" + f.name.replace("_", "-")
-        groups[group].add_argument(flag, help=text, default=argparse.SUPPRESS, **kind)
+        elif f.type is not str:
+            kind["metavar"] = "N"
+        flag = f"--{f.name.replace('_', '-')}"
+        group.add_argument(flag, help=f.metadata["help"], default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
-    look_flags = ("explain", "history", "item", "run", "score")
-    looked = {name: given[name] for name in look_flags if name in given}
-    together = ([], ["explain", "run"], ["history", "run"], ["item", "run", "score"])
-    if list(looked) not in together or not all(looked.values()):
-        ways = "--explain USER, or --history ID,ID, or --score TEXT and --item ID"
-        raise D.DataError(f"--run DIR goes with {ways}")
+    looked = sorted(given.keys() & LOOK_FLAGS)
+    together = ("", "explain run", "history run", "item run score")
+    if " ".join(looked) not in together or not all(given[name] for name in looked):
+        raise DataError(
+            "--run DIR goes with --explain USER, or --history ID,ID, or --score TEXT and --item ID"
+        )
     if given.get("resume") and given.get("overwrite"):
-        raise D.DataError("--resume and --overwrite contradict each other")
+        raise DataError("--resume and --overwrite contradict each other")
     return Settings(**(QUICK if given.get("quick") else {}) | given)
 
 
@@ -1203,35 +1199,34 @@ def resolve(s):
     if not torch.cuda.is_available():
         devices = ["cpu"]
     device = s.device or devices[0]
-    known = [arm for arm in ARMS if "truth" not in ARMS[arm].texts or demo]
+    known = [arm for arm, row in ARMS.items() if demo or "truth" not in row.texts]
     # arms of the method "demo" run there beside those of curec
     methods = {s.method, "demo"} if demo and s.method == "curec" else {s.method}
     arms = [arm for arm in known if methods & set(ARMS[arm].methods.split())]
     if s.arms:
         arms = known if s.arms == "all" else s.arms.split(",")
     if s.arms and s.method != "curec":
-        raise D.DataError("--method and --arms both choose arms: give one of them")
+        raise DataError("--method and --arms both choose arms: give one of them")
     unknown = sorted(set(arms) - set(known))
     if unknown:
-        raise D.DataError(f"--arms: unknown here: {unknown}; choose from {', '.join(known)}")
+        raise DataError(f"--arms: unknown here: {unknown}; choose from {', '.join(known)}")
     if device not in devices:
-        raise D.DataError(f"--device {device}: choose from {', '.join(devices)}")
+        raise DataError(f"--device {device}: choose from {', '.join(devices)}")
     if demo and (s.limit_items or s.limit_users or s.ties != "file"):
-        raise D.DataError("--limit-items, --limit-users and --ties are for real data")
+        raise DataError("--limit-items, --limit-users and --ties are for real data")
     if s.baseline == "group" and s.ppo_batch % GROUP:
-        raise D.DataError(f"--ppo-batch {s.ppo_batch}: with --baseline group a multiple of {GROUP}")
+        raise DataError(f"--ppo-batch {s.ppo_batch}: with --baseline group a multiple of {GROUP}")
     for f in fields(Settings):
         value = getattr(s, f.name)
         # "not" before the comparison: nan is refused too
         if f.type in (int, float) and not LEAST.get(f.name, 0) <= value < 2**31:
-            raise D.DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
+            raise DataError(f"--{f.name.replace('_', '-')} {value}: too small or too large")
     llm = s.llm or ("tiny" if demo or device == "cpu" else DEFAULT_LLM)
     # a folder is found again from elsewhere
-    folders = {}
+    filled = {"device": device, "llm": llm, "data_dir": os.path.abspath(s.data_dir)}
     for name, value in (("dataset", s.dataset), ("llm", llm), ("encoder", s.encoder)):
-        is_folder = value not in ("demo", "tiny") and os.path.isdir(value)
-        folders[name] = os.path.abspath(value) if is_folder else value
-    folders["data_dir"] = os.path.abspath(s.data_dir)
+        if value not in ("demo", "tiny") and os.path.isdir(value):
+            filled[name] = os.path.abspath(value)
     tiny = llm == "tiny"
     usual = {
         "max_new": 24 if tiny else 128,
@@ -1240,8 +1235,8 @@ def resolve(s):
         "ppo_lr": 3e-3 if tiny else 1e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
     }
-    filled = {name: getattr(s, name) or value for name, value in usual.items()}
-    return replace(s, device=device, arms=",".join(dict.fromkeys(arms)), **folders, **filled)
+    filled |= {name: getattr(s, name) or value for name, value in usual.items()}
+    return replace(s, arms=",".join(dict.fromkeys(arms)), **filled)
 
 
 def stop(number, frame):
@@ -1276,8 +1271,8 @@ def main(argv=None):
     except Exception as e:
         if s and s.debug:
             raise
-        text = str(e) if isinstance(e, (D.DataError, OSError)) else f"{type(e).__name__}: {e}"
-        if run and run.stage != "load" and not isinstance(e, D.DataError):
+        text = str(e) if isinstance(e, (DataError, OSError)) else f"{type(e).__name__}: {e}"
+        if run and run.stage != "load" and not isinstance(e, DataError):
             text += f" (in stage {run.stage}; what is finished is kept: --resume goes on)"
         # a worker process that is gone was most likely killed for its memory
         if isinstance(e, (MemoryError, BrokenProcessPool)) or "out of memory" in text:
@@ -1332,8 +1327,8 @@ def ask_preferences(run, data, llm):
             checkpoint.save((attempt, names))
         since = torch.tensor([n for _, n in cuts]).view(-1, 2)
         kept = run.save({"names": names, "since": since})
-    dropped = kept["names"].count([])
-    run.metrics["lane"] = {"lists_asked": len(kept["names"]), "lists_dropped": dropped}
+    names = kept["names"]
+    run.metrics["lane"] = {"lists_asked": len(names), "lists_dropped": names.count([])}
     return kept
 
 

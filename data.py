@@ -15,7 +15,6 @@ Every random stream is default_rng([seed, salt, ...]), with a salt of its own fo
 
 import ast
 import csv
-import glob
 import gzip
 import html
 import json
@@ -30,7 +29,9 @@ from collections import Counter, namedtuple
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
+from glob import glob
 from itertools import pairwise
+from os.path import basename, exists, isdir, join
 
 import numpy as np
 from tqdm import tqdm
@@ -82,8 +83,7 @@ class Dataset:
     def __post_init__(self):
         self.n_items = len(self.items) - 1
         self.train = [s[:-2] for s in self.seqs]
-        self.valid = np.array([s[-2] for s in self.seqs])
-        self.test = np.array([s[-1] for s in self.seqs])
+        self.valid, self.test = np.array([s[-2:] for s in self.seqs]).T
 
     @cached_property
     def events(self):
@@ -100,9 +100,9 @@ class Dataset:
     @cached_property
     def events_by_item(self):
         """The events in which each item was chosen: n_items + 1 arrays, the first one empty."""
-        order = np.argsort(self.events["item"], kind="stable")
-        sizes = np.bincount(self.events["item"], minlength=self.n_items + 1)
-        return np.split(order, np.cumsum(sizes)[:-1])
+        items = self.events["item"]
+        order = np.argsort(items, kind="stable")
+        return np.split(order, np.searchsorted(items[order], range(1, self.n_items + 1)))
 
     def history(self, event):
         """What the user of a train event had chosen before it, oldest first."""
@@ -133,20 +133,14 @@ class Dataset:
     @cached_property
     def common_words(self):
         """Words that say nothing: those of more than half of the items, and stop words."""
-        frequent = {w for w, n in self.document_frequency.items() if n > self.n_items / 2}
-        return frequent | STOPWORDS
+        return STOPWORDS | {w for w, n in self.document_frequency.items() if n > self.n_items / 2}
 
     @cached_property
     def masked_words(self):
-        """Words that tell which item it is, few items' words and brands: hidden from the reward."""
+        """Hidden from the reward: common words; few items' words and brands, which tell an item."""
         branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
         frequency = self.document_frequency.items()
-        return {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
-
-    @cached_property
-    def hidden_words(self):
-        """What the reward's encoder does not see."""
-        return self.masked_words | self.common_words
+        return self.common_words | {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
 
     @cached_property
     def phrases(self):
@@ -155,9 +149,9 @@ class Dataset:
         phrases = [[]]
         for item in self.items[1:]:
             said = [w for w in words(item_text(item)) if w not in self.common_words]
-            own = list({stem(w): w for w in said if not w[0].isdigit()}.values())
+            own = {stem(w): w for w in said if not w[0].isdigit()}.values()
             clear = [w for w in own if w[0].isalpha() and w not in self.masked_words]
-            phrases.append(clear if len(clear) >= 2 else own)
+            phrases.append(clear if len(clear) >= 2 else list(own))
         return phrases
 
     def check_reasons(self):
@@ -165,19 +159,17 @@ class Dataset:
         if min(len(self.users), self.n_items) < 10:
             raise DataError(f"{self.name}: reasons need at least 10 users and 10 items; see --arms")
         poor = []
-        for i in range(1, self.n_items + 1):
-            seen = mask_identity(self, " ".join(self.phrases[i]))
-            if len(self.phrases[i]) < 2 or seen == "item":
-                poor.append(i)
+        for item, phrases in zip(self.items[1:], self.phrases[1:], strict=True):
+            if len(phrases) < 2 or mask_identity(self, " ".join(phrases)) == "item":
+                poor.append(item)
         silent = sum(len(phrases) < 2 for phrases in self.phrases[1:])
         if silent:
             self.notes = [*self.notes, f"{silent} items say too little: they get no reason"]
         if len(poor) > self.n_items / 2:
             raise DataError(
                 f"{self.name}: {len(poor)} of {self.n_items} items say nothing that a reason could "
-                f'name and {MIN_ITEMS} items share, such as "{item_text(self.items[poor[0]])[:80]}"'
-                f"; check `title` and `description` (fields found: {listed(self.fields)}), or see "
-                "--arms"
+                f'name and {MIN_ITEMS} items share, such as "{item_text(poor[0])[:80]}"; check '
+                f"`title` and `description` (fields found: {listed(self.fields)}), or see --arms"
             )
 
 
@@ -218,10 +210,10 @@ def stem(word):
 
 def item_text(item):
     """All that an item says of itself, one line of at most TEXT_WORDS words."""
-    brand = "by " + item["brand"] if item["brand"] else ""
+    brand = f"by {item['brand']}" if item["brand"] else ""
     parts = [item["title"], brand, ", ".join(item["categories"][-2:]), item["description"]]
-    text = " . ".join(filter(None, parts))
-    return " ".join(text.split()[:TEXT_WORDS]) or "no description"
+    said = " . ".join(filter(None, parts)).split()
+    return " ".join(said[:TEXT_WORDS]) or "no description"
 
 
 # -------------------------------------------------------------------------------- the demo world
@@ -245,40 +237,38 @@ def demo(seed, n_users=1000, n_items=500) -> Dataset:
     where m = |drivers(i, t) & needs(u, t)|."""
     rng = np.random.default_rng([seed, 7])
     n_aspects = len(ASPECTS)
-    span = 100_000_000  # seconds: about three years
+    # seconds since 1970: about three years
+    start, middle, end = 1_400_000_000, 1_450_000_000, 1_500_000_000
     said = np.array([rng.permutation(n_aspects)[:5] for _ in range(n_items)])
     early = np.array([rng.permutation(aspects)[:2] for aspects in said])
-    late = early.copy()
+    drivers = np.stack([early, early])  # in the first and in the second half of time
     for i in np.flatnonzero(rng.random(n_items) < 0.25):
         new = rng.choice([a for a in said[i] if a not in early[i]])
-        late[i, rng.integers(2)] = new
-    # (n_items, n_aspects), in the first and in the second half of time
-    drives = [(half[..., None] == np.arange(n_aspects)).any(1) for half in (early, late)]
+        drivers[1, i, rng.integers(2)] = new
+    drives = (drivers[..., None] == np.arange(n_aspects)).any(2)  # (2, n_items, n_aspects)
     popularity = rng.normal(0, 0.3, n_items)
     circle = rng.permutation(n_aspects)
-    follower = np.empty(n_aspects, int)
-    follower[circle] = np.roll(circle, -1)
+    follower = np.roll(circle, -1)[np.argsort(circle)]  # of an aspect: the one that comes next
     seqs, times = [], []
     for _ in range(n_users):
         needs = rng.permutation(n_aspects)[:2]
-        when = np.sort(rng.integers(0, span, rng.integers(9, 14)))
+        when = np.sort(rng.integers(start, end, rng.integers(9, 14)))
         chosen = []
         for t in when:
-            met = drives[int(t > span // 2)][:, needs]  # (n_items, 2)
+            met = drives[int(t > middle)][:, needs]  # (n_items, 2)
             matches = met.sum(1)
             utility = 6 * matches + 2 * (matches == 2) + popularity + rng.gumbel(size=n_items)
             utility[chosen] = -np.inf
             chosen.append(utility.argmax())
             needs = next_needs(needs, met[chosen[-1]] & (rng.random(2) < MOVES_ON), follower)
         seqs.append(np.array(chosen) + 1)
-        times.append(when + 1_400_000_000)
+        times.append(when)
     items = [{}]
     for i, aspects in enumerate(said, 1):
-        fields = {"title": " ".join(ASPECTS[aspects]), "brand": BRANDS[rng.integers(len(BRANDS))]}
+        fields = {"title": " ".join(ASPECTS[aspects]), "brand": str(rng.choice(BRANDS))}
         items.append(item_record(f"D{i:04d}", fields))
-    truth = {"since": [span // 2 + 1_400_000_000] * (n_items + 1)}
-    for name, drivers in (("early", early), ("late", late)):
-        truth[name] = [(), *map(tuple, ASPECTS[drivers].tolist())]
+    early, late = ([(), *map(tuple, half)] for half in ASPECTS[drivers].tolist())
+    truth = {"since": [middle] * (n_items + 1), "early": early, "late": late}
     truth |= {"popularity": [0.0, *popularity.tolist()], "follower": follower.tolist()}
     users = [f"user{u}" for u in range(n_users)]
     return Dataset("demo", items, users, seqs, times, truth=truth)
@@ -347,15 +337,15 @@ def grounded(data, item, reason):
 def mask_identity(data, text):
     """What the reward's encoder reads of a text: its words without brands, numbers, common ones
     and those of few items; sorted, or a causal encoder would pay "A and B" unlike "B and A"."""
-    kept = [w for w in words(text) if w not in data.hidden_words and not w[0].isdigit()]
+    kept = [w for w in words(text) if w not in data.masked_words and not w[0].isdigit()]
     return " ".join(sorted(kept)) or "item"
 
 
 def random_reason(data, item, rng, size=2):
     """A grounded reason that names phrases of the item drawn at random."""
     own = data.phrases[item]
-    drawn = sorted(rng.permutation(len(own))[:size])
-    return REASON_START + (" and ".join(own[i] for i in drawn) or "itself")
+    drawn = sorted(rng.permutation(own)[:size], key=own.index)
+    return REASON_START + (" and ".join(drawn) or "itself")
 
 
 def shared_phrases(data, item, events):
@@ -394,11 +384,11 @@ class Mixture:
 def alignment_samples(data, n, rng, mix):
     """n (prompt, answer) pairs from the train split alone: reasons with weak targets and tasks of
     recommendation knowledge, each train event once before any comes again."""
-    nameable = [i for i in range(1, data.n_items + 1) if len(data.phrases[i]) >= 2]
+    nameable = np.flatnonzero([len(phrases) >= 2 for phrases in data.phrases])
     samples, waiting = [], []
     for _ in range(n):
-        if nameable and rng.random() < mix.reason_share:
-            item = nameable[rng.integers(len(nameable))]
+        if len(nameable) and rng.random() < mix.reason_share:
+            item = rng.choice(nameable)
             # some with fewer users: shorter, easier
             shown = rng.permutation(data.events_by_item[item])[: rng.integers(mix.people + 1)]
             current = random_reason(data, item, rng) if rng.random() < 0.5 else ""
@@ -415,11 +405,10 @@ def reason_sample(data, item, events, rng, current="", follow=1.0):
     random: which of them matter is left to the reward. Phrases stand in the item's order."""
     own = data.phrases[item]
     shared = sorted(shared_phrases(data, item, events)[:2], key=own.index)
-    thought = "most shared " + " and ".join(shared) if shared else "nothing shared"
+    thought = f"most shared {' and '.join(shared)}" if shared else "nothing shared"
     kept = shared if rng.random() < follow else []
-    others = [w for w in rng.permutation(own) if w not in kept]
-    named = sorted([*kept, *others][:2], key=own.index)
-    answer = ANSWER.format(thought, REASON.format(*named))
+    named = list(dict.fromkeys([*kept, *rng.permutation(own)]))[:2]
+    answer = ANSWER.format(thought, REASON.format(*sorted(named, key=own.index)))
     return reason_prompt(data, item, current, events), answer
 
 
@@ -428,30 +417,30 @@ def task_sample(data, event, rng, mix):
     tasks = [t for t in mix.tasks if t != "rate" or data.ratings]
     user, end = data.events["user"][event], data.events["pos"][event]
     seq = data.train[user]
-    task = "next" if rng.random() < mix.next_share else tasks[rng.integers(len(tasks))]
-    past = [data.titles[i] for i in seq[max(0, end - mix.longest) : end]]
+    task = "next" if rng.random() < mix.next_share else rng.choice(tasks)
+    past = [data.titles[i] for i in data.history(event)[-mix.longest :]]
     goal = data.titles[seq[end]]
-    drawn = dict.fromkeys(rng.integers(1, data.n_items + 1, 8).tolist())
-    others = [i for i in drawn if i not in seq]
+    others = [i for i in dict.fromkeys(rng.integers(1, data.n_items + 1, 8)) if i not in seq]
+    chosen = "; ".join(past)
+    about = ""
+    answer = goal
     if task in ("mim", "mlm"):
         # blank an item of the history, or a word of its titles
-        parts = past if task == "mim" else "; ".join(past).split()
+        parts = past if task == "mim" else chosen.split()
         hidden = rng.integers(len(parts))
         answer = parts[hidden].strip(";") or ";"
         parts[hidden] = "____"
         chosen = "; ".join([*parts, goal]) if task == "mim" else " ".join(parts)
-        return f"Chosen in order: {chosen}\n{TASKS[task]}", answer
-    if task in ("bpr", "rank") and others:
+    elif task in ("bpr", "rank") and others:
         candidates = [seq[end], *others[: 1 if task == "bpr" else 2]]
         about = "; ".join(data.titles[i] for i in rng.permutation(candidates))
-        answer = goal
     elif task == "rate":
         about = goal
         answer = f"{data.ratings[user][end]:.0f}"
     else:
-        task, about = "next", ""
+        task = "next"
         answer = "\n".join(data.titles[i] for i in seq[end : end + mix.ahead])
-    return f"Chosen in order: {'; '.join(past)}\n{TASKS[task].format(about)}", answer
+    return f"Chosen in order: {chosen}\n{TASKS[task].format(about)}", answer
 
 
 # ------------------------------------------------------------------------------ real data: loading
@@ -476,47 +465,37 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     if name == "demo":
         return demo(seed, 200, 120) if small else demo(seed)
     skipped = Counter()
-    if os.path.isdir(name):
+    if isdir(name):
         reviews, described = find_file(name, INTERACTIONS), find_file(name, ITEMS)
     else:
         files = amazon_files(name, data_dir)
         for path, url in files.items():
-            if not os.path.exists(path):
+            if not exists(path):
                 download(path, url)
         reviews, described = files
     rows = read_interactions(reviews, skipped)
     if subset.ties == "shuffle":
-        rows = [rows[i] for i in np.random.default_rng([seed, 11]).permutation(len(rows))]
-    rows.sort(key=lambda row: row.time)  # stable: equal times keep their order
+        np.random.default_rng([seed, 11]).shuffle(rows)
+    rows.sort(key=lambda row: (row.user, row.time))  # stable: equal times keep their order
     first = {}
     for row in rows:
         first.setdefault((row.user, row.item), row)
     skipped["repeated user-item pairs: the first is kept"] = len(rows) - len(first)
-    default = 0 if "_5.json" in os.path.basename(reviews) else 5
+    default = 0 if "_5.json" in basename(reviews) else 5
     k_core = subset.k_core if subset.k_core >= 0 else default
-    rows = core(list(first.values()), k_core)
+    rows = core(first.values(), k_core)
     skipped[f"interactions outside the {k_core}-core: left out"] = len(first) - len(rows)
     if subset.limit_items:
-        # a user's last two interactions are for validation and test
-        train = Counter()
-        for mine in by_user(rows).values():
-            train.update(row.item for row in mine[:-2])
-        ranked = sorted(train, key=lambda item: (-train[item], item))
-        kept = set(ranked[: subset.limit_items])
+        # a user's last two, those with no row of the user two rows on, are for validation and test
+        pairs = zip(rows, rows[2:], strict=False)
+        train = sorted(row.item for row, later in pairs if row.user == later.user)
+        kept = dict(Counter(train).most_common(subset.limit_items))  # of equal ones the first ids
         rows = core([row for row in rows if row.item in kept], 5)
     if subset.limit_users:
         users = np.random.default_rng([seed, 13]).permutation(sorted({row.user for row in rows}))
-        kept = set(users[: subset.limit_users].tolist())
+        kept = set(users[: subset.limit_users])
         rows = [row for row in rows if row.user in kept]
-    return from_rows(os.path.basename(os.path.normpath(name)), rows, described, skipped)
-
-
-def by_user(rows):
-    """{user id: rows in their order}, users sorted."""
-    groups = {}
-    for row in sorted(rows, key=lambda row: row.user):
-        groups.setdefault(row.user, []).append(row)
-    return groups
+    return from_rows(basename(os.path.normpath(name)), rows, described, skipped)
 
 
 def core(rows, k):
@@ -531,43 +510,40 @@ def core(rows, k):
 
 
 def from_rows(name, rows, described, skipped) -> Dataset:
-    """rows: by time. described: path of the items. skipped: what was left out -> how many."""
-    groups = by_user(rows)
-    users = {user: mine for user, mine in groups.items() if len(mine) >= 3}
-    skipped["users with fewer than 3 interactions: left out"] = len(groups) - len(users)
-    kept = [row for mine in users.values() for row in mine]
-    chosen = sorted({row.item for row in kept})
+    """rows: by user, time. described: path of the items. skipped: what was left out -> how many."""
+    sizes = Counter(row.user for row in rows)
+    users = [user for user in sizes if sizes[user] >= 3]
+    skipped["users with fewer than 3 interactions: left out"] = len(sizes) - len(users)
     if not users:
         notes = [f"{count} {what}" for what, count in skipped.items() if count]
         problem = f"{name}: no user has 3 interactions left; lower --k-core or the limits"
         raise DataError("; ".join([problem, *notes]))
-    records, fields = read_items(described, set(chosen), skipped)
-    number = {item: i for i, item in enumerate(chosen, 1)}
-    items = [{}, *(item_record(item, records.get(item, {})) for item in chosen)]
-    most = max(MAX_NAMESAKES, len(chosen) // 20)
+    kept = [row for row in rows if sizes[row.user] >= 3]
+    _, chosen, times, ratings = zip(*kept, strict=True)
+    number = {item: i for i, item in enumerate(sorted(set(chosen)), 1)}
+    records, fields = read_items(described, number.keys(), skipped)
+    items = [item_record(item, records.get(item, {})) for item in number]
+    most = max(MAX_NAMESAKES, len(items) // 20)
     for field in ("title", "description"):
-        namesakes = Counter(item[field].lower() for item in items[1:])
-        for item in items[1:]:
+        namesakes = Counter(item[field].lower() for item in items)
+        for item in items:
             if item[field] and namesakes[item[field].lower()] > most:
                 item[field] = ""
                 skipped[f"{field}s that more than {most} items share: taken for none"] += 1
-    broken = ["\ufffd" in item["title"] + item["description"] for item in items[1:]]
+    broken = ["\ufffd" in item["title"] + item["description"] for item in items]
     skipped["items with letters that are no UTF-8"] = sum(broken)
-    skipped["items without a title"] = sum(not item["title"] for item in items[1:])
-    seqs, times, ratings = [], [], []
-    unit = np.int64 if all(row.time.is_integer() for row in kept) else np.float64
-    for mine in users.values():
-        seqs.append(np.array([number[row.item] for row in mine]))
-        times.append(np.array([row.time for row in mine], dtype=unit))
-        ratings.append(np.array([row.rating for row in mine]))
-    if not {row.rating for row in kept} <= {1, 2, 3, 4, 5}:
-        ratings = None
+    skipped["items without a title"] = sum(not item["title"] for item in items)
     notes = [f"{count} {what}" for what, count in skipped.items() if count]
-    early, late = min(row.time for row in kept), max(row.time for row in kept)
+    early, late = min(times), max(times)
     # years and days as numbers
     if 1900 <= early <= late <= 2100 or 19_000_101 <= early <= late <= 21_001_231:
         notes.append("times look like dates, but numbers are seconds since 1970: write 2020-09-13")
-    return Dataset(name, items, list(users), seqs, times, ratings, notes=notes, fields=fields)
+    unit = np.int64 if all(map(float.is_integer, times)) else np.float64
+    ends = np.cumsum([sizes[user] for user in users])[:-1]
+    seqs = np.split(np.array([number[item] for item in chosen]), ends)
+    times = np.split(np.array(times, unit), ends)
+    ratings = np.split(np.array(ratings), ends) if set(ratings) <= {1, 2, 3, 4, 5} else None
+    return Dataset(name, [{}, *items], users, seqs, times, ratings, notes=notes, fields=fields)
 
 
 # ---------------------------------------------------------------------- real data: files and fields
@@ -576,37 +552,34 @@ AMAZON_2014 = (
     "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/reviews_{}_5.json.gz",
     "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/meta_{}.json.gz",
 )
-MCAULEY = "https://mcauleylab.ucsd.edu/public_datasets/data/"
-AMAZON_2018 = (
-    MCAULEY + "amazon_v2/categoryFilesSmall/{}_5.json.gz",
-    MCAULEY + "amazon_v2/metaFiles2/meta_{}.json.gz",
-)
+UCSD = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_"
+AMAZON_2018 = (UCSD + "v2/categoryFilesSmall/{}_5.json.gz", UCSD + "v2/metaFiles2/meta_{}.json.gz")
 AMAZON_2023 = (
-    MCAULEY + "amazon_2023/raw/review_categories/{}.jsonl.gz",
-    MCAULEY + "amazon_2023/raw/meta_categories/meta_{}.jsonl.gz",
+    UCSD + "2023/raw/review_categories/{}.jsonl.gz",
+    UCSD + "2023/raw/meta_categories/meta_{}.jsonl.gz",
 )
-CATEGORIES_2014 = (
-    "Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl "
-    "Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics "
-    "Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store "
-    "Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies "
-    "Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games"
-).split()
+CATEGORIES_2014 = """
+    Amazon_Instant_Video Apps_for_Android Automotive Baby Beauty Books CDs_and_Vinyl
+    Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics
+    Grocery_and_Gourmet_Food Health_and_Personal_Care Home_and_Kitchen Kindle_Store
+    Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies
+    Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games
+""".split()
 # the files of a folder: the first that is there, or its .gz
 INTERACTIONS = "interactions.csv interactions.tsv interactions.jsonl *.inter ratings.csv".split()
 ITEMS = "items.jsonl items.csv items.tsv *.item movies.csv".split()
 # what sources call a field, the best name first; see plain()
-ITEM = "itemid item parentasin asin movieid productid bookid businessid sku".split()
+ITEM = "itemid item parentasin asin movieid productid bookid businessid sku"
 FIELDS = {
-    "user": "userid user uid reviewerid customerid".split(),
+    "user": "userid user uid reviewerid customerid",
     "item": ITEM,
-    "time": "timestamp time unixreviewtime datetime date reviewdate".split(),
-    "rating": "rating overall stars starrating".split(),
-    "id": ["id", *ITEM],
-    "title": "title name itemname productname producttitle movietitle".split(),
-    "brand": "brand store".split(),
-    "categories": "categories category genres genre class maincategory".split(),
-    "description": "description desc features".split(),
+    "time": "timestamp time unixreviewtime datetime date reviewdate",
+    "rating": "rating overall stars starrating",
+    "id": "id " + ITEM,
+    "title": "title name itemname productname producttitle movietitle",
+    "brand": "brand store",
+    "categories": "categories category genres genre class maincategory",
+    "description": "description desc features",
 }
 ASIN = re.compile(r"""['"](?:parent_)?asin['"]\s*:\s*['"](.*?)['"]""")
 # characters of a line of a file (more is taken for a decompression bomb), of a word of a text
@@ -625,11 +598,12 @@ def amazon_files(name, data_dir):
     default = AMAZON_2014 if category in CATEGORIES_2014 else AMAZON_2023
     for edition in (AMAZON_2023, AMAZON_2018, AMAZON_2014, default):
         files = {}
-        for url in edition:
-            path = os.path.join(data_dir, os.path.basename(url.format(category)))
+        for address in edition:
+            url = address.format(category)
+            path = join(data_dir, basename(url))
             unpacked = path.removesuffix(".gz")
-            files[unpacked if os.path.exists(unpacked) else path] = url.format(category)
-        if os.path.exists(next(iter(files))):
+            files[unpacked if exists(unpacked) else path] = url
+        if exists(next(iter(files))):
             break
     return files
 
@@ -637,29 +611,26 @@ def amazon_files(name, data_dir):
 def find_file(folder, patterns):
     """The file of a folder that the first of the patterns fits."""
     for pattern in patterns:
-        path = os.path.join(glob.escape(folder), pattern)
-        found = sorted(glob.glob(path) + glob.glob(path + ".gz"))
-        if len({path.removesuffix(".gz") for path in found}) > 1:
+        found = glob(pattern, root_dir=folder) + glob(pattern + ".gz", root_dir=folder)
+        if len({name.removesuffix(".gz") for name in found}) > 1:
             raise DataError(f"{folder}: has several files {pattern}; leave one")
         if found:
-            return found[0]
-    found = glob.glob(os.path.join(glob.escape(folder), "*"))
-    found = listed(sorted(map(os.path.basename, found)))
+            return join(folder, found[0])
+    found = listed(sorted(glob("*", root_dir=folder)))
     raise DataError(f"{folder}: needs {' or '.join(patterns)}, or one with .gz; found: {found}")
 
 
 def listed(names):
     """Some names out of a file or folder, for a message."""
-    return ", ".join(clean(name)[:30] for name in list(names)[:12]) or "nothing"
+    return ", ".join(clean(name)[:30] for name in names[:12]) or "nothing"
 
 
 def read_records(path, chosen=()):
     """(line number, record) of each line of a file of JSON lines or of a table with a header. Of
     Amazon's items only the chosen ones and those in doubt."""
-    lines = ((n, line) for n, line in enumerate(read_lines(path), 1) if not line.isspace())
-    name = os.path.basename(path)
+    name = basename(path)
     if ".json" in name:
-        for number, line in lines:
+        for number, line in read_lines(path):
             # parsing is slow, and Amazon describes ten times the items that were chosen
             named = ASIN.findall(line) if chosen and name.startswith("meta_") else []
             if not named or not chosen.isdisjoint(named):
@@ -667,7 +638,7 @@ def read_records(path, chosen=()):
         return
     csv.field_size_limit(MAX_LINE)
     delimiter = names = None
-    for number, line in lines:
+    for number, line in read_lines(path):
         delimiter = delimiter or max("\t;,", key=line.count)
         # a line at a time: a quote that is never closed spoils one line only
         cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))
@@ -684,7 +655,7 @@ def plain(name):
 
 def pick(fields, name):
     """A field's value, under the first of its names that has one; else None."""
-    for synonym in FIELDS[name]:
+    for synonym in FIELDS[name].split():
         value = fields.get(synonym)
         if value not in (None, "", []):
             return value
@@ -694,17 +665,15 @@ def pick(fields, name):
 def read_file(path, parse, needed, skipped, chosen=()):
     """What parse makes of each record of a file, and the names of the records' fields. A record
     that parse refuses is skipped and counted."""
-    made, refused, names = [], [], {}
+    made, names, first = [], {}, None
     for number, record in read_records(path, chosen):
         try:
             fields = {plain(name): value for name, value in record.items()}
-            names |= dict.fromkeys(record)
+            names |= record
             made.append(parse(fields))
         except (AttributeError, TypeError, ValueError, OverflowError):
-            refused.append(number)
-    if refused:
-        what = f"lines of {path} without {needed} (the first: line {refused[0]}): skipped"
-        skipped[what] = len(refused)
+            first = first or number
+            skipped[f"lines of {path} without {needed} (the first: line {first}): skipped"] += 1
     return made, list(names)
 
 
@@ -719,8 +688,7 @@ def read_interactions(path, skipped):
     unit, middle = 1, np.median([abs(row.time) for row in rows])
     while middle / unit > LATEST:
         unit *= 1000
-    in_seconds = [row._replace(time=row.time / unit) for row in rows]
-    kept = [row for row in in_seconds if abs(row.time) <= LATEST]
+    kept = [row._replace(time=row.time / unit) for row in rows if abs(row.time / unit) <= LATEST]
     skipped["times in milliseconds or finer: converted to seconds"] = len(kept) * (unit > 1)
     skipped[f"lines of {path} with a time of another unit: skipped"] = len(rows) - len(kept)
     return kept
@@ -759,7 +727,7 @@ def parse_time(value):
 def read_items(path, chosen, skipped):
     """{item id: fields} of the chosen items, the first of several; the fields' names."""
     described, names = read_file(path, parse_item, "a readable id", skipped, chosen)
-    described = [(item, fields) for item, fields in described if item in chosen]
+    described = [pair for pair in described if pair[0] in chosen]
     records = dict(reversed(described))
     skipped["items described again: the first is kept"] = len(described) - len(records)
     if not records:
@@ -788,8 +756,7 @@ def clean(value):
     parts = value if isinstance(value, list) else [value]
     text = " ".join(str(part) for part in parts if type(part) in (str, int, float))
     text = unicodedata.normalize("NFC", html.unescape(html.unescape(text)))
-    text = MARKUP.sub(" ", text)
-    text = " ".join(word[:MAX_WORD] for word in text.split())
+    text = " ".join(word[:MAX_WORD] for word in MARKUP.sub(" ", text).split())
     return "" if text.lower() in ("nan", "none", "null") else text
 
 
@@ -804,15 +771,17 @@ def parse_line(line):
 
 
 def read_lines(path):
-    """Yields the lines of a text or gzip file, with progress."""
+    """Yields the lines of a text or gzip file that are not blank, numbered, with progress."""
     opened = gzip.open if path.endswith(".gz") else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", errors="replace") as file:
             lines = iter(lambda: file.readline(MAX_LINE + 1), "")
-            for line in tqdm(lines, path, unit=" lines", leave=False, disable=None, delay=1):
+            lines = tqdm(lines, path, unit=" lines", leave=False, disable=None, delay=1)
+            for number, line in enumerate(lines, 1):
                 if len(line) > MAX_LINE:
                     raise OSError(f"a line is longer than {MAX_LINE:,} characters")
-                yield line
+                if not line.isspace():
+                    yield number, line
     except (OSError, EOFError, zlib.error) as e:
         raise DataError(f"{path}: cannot be read ({e}); mend it or download it again") from e
 
@@ -823,11 +792,11 @@ def download(path, url):
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            part = os.path.join(unfinished, name)
+            part = join(unfinished, name)
             with urllib.request.urlopen(url, timeout=20) as source, open(part, "wb") as out:
                 if not source.url.startswith("https://"):
                     raise OSError(f"it leads to {source.url}, which is not https")
-                size = int(source.headers.get("Content-Length") or 0) or None
+                size = int(source.headers.get("Content-Length") or 0)  # 0: not known
                 with tqdm.wrapattr(source, "read", size, desc=f"downloading {url}") as stream:
                     shutil.copyfileobj(stream, out)
             # to the end, where the checksum is
@@ -843,14 +812,14 @@ def download(path, url):
 # a prompt after LANE (arXiv 2407.02833)
 PREFER = (
     f"You know what people look for. Name {PREFERENCES} different preferences, names only, that "
-    'explain best what this person chooses next, as JSON: {{"preferences": ["...", "..."]}}'
+    'explain best what this person chooses next, as JSON: {"preferences": ["...", "..."]}'
 )
 
 
 def history_question(data, history, task):
     """A question of one of the two relatives, `next` or `prefer`, about the end of a history."""
     chosen = "; ".join(data.titles[i] for i in history[-RELATIVES_HISTORY:])
-    return f"Chosen in order: {chosen}\n" + (TASKS | {"prefer": PREFER})[task].format()
+    return f"Chosen in order: {chosen}\n{PREFER if task == 'prefer' else TASKS[task]}"
 
 
 def parse_preferences(text):
@@ -869,11 +838,11 @@ def lane_samples(data, n, rng):
     # of a poor catalogue fewer, or none
     for user in rng.integers(len(data.train), size=4 * n):
         seq = data.train[user]
-        past = seq[: rng.integers(1, len(seq) + 1)] if len(seq) else seq
+        past = seq[: rng.integers(1, len(seq) + 1)]
         said = Counter(w for i in past[-RELATIVES_HISTORY:] for w in data.phrases[i])
         # in alphabetical order: a model that has learnt to go on in it repeats nothing
-        names = sorted(w for w, _ in said.most_common(PREFERENCES))
-        if len(names) == PREFERENCES and len(samples) < n:
+        names = sorted(dict(said.most_common(PREFERENCES)))
+        if len(names) == PREFERENCES:
             question = history_question(data, past, "prefer")
             samples.append((question, json.dumps({"preferences": names})))
-    return samples
+    return samples[:n]

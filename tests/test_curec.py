@@ -727,10 +727,10 @@ def test_arms_without_ids_run_on_real_data_where_they_are_asked_for():
     ("given", "questions", "updates"),
     [
         ({}, 900, 60),  # the demo's
-        ({}, 253, 20),
+        ({}, 253, 18),
         ({}, 10, 1),
         ({"llm": "somebody/some-1.5B"}, 900, 20),
-        ({"llm": "somebody/some-1.5B"}, 100, 8),
+        ({"llm": "somebody/some-1.5B"}, 100, 7),
         ({"ppo_updates": 90}, 10, 90),
     ],
 )
@@ -850,6 +850,7 @@ def test_out_of_memory_is_told_from_other_errors(error, is_memory, tmp_path, mon
     assert ("--micro-batch" in said) == is_memory
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_ppo_loses_no_finished_update(fresh, monkeypatch, capsys):
     """Guards: hours of PPO done again; a smaller micro-batch refused as another setting; ppo.jsonl
     without its first lines."""
@@ -2052,6 +2053,7 @@ def test_ctrl_c_offers_a_command_that_goes_on(monkeypatch, capsys, args, hint):
     assert (sys.executable in said) == ("--resume" in hint)
 
 
+@pytest.mark.slow
 def test_a_notebook_runs_it(finished, tmp_path):
     """Guards: 'OutStream' object has no attribute 'reconfigure'; Ctrl-C that ends the kernel."""
     code = "import io, runpy, signal, sys; sys.stdout = io.StringIO(); before = signal.getsignal(2)"
@@ -2064,6 +2066,7 @@ def test_a_notebook_runs_it(finished, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_cannot_print_a_title_ends_no_look(own_run, monkeypatch):
     lines = [line | {"title": "Жар 🎧"} for line in json_lines(own_run / "reasons.jsonl")]
     (own_run / "reasons.jsonl").write_text("\n".join(map(json.dumps, lines)))
