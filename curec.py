@@ -1118,8 +1118,8 @@ def explain(data, fit, lines, flags):
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
     model = recommender.SASRec(data.n_items, recommender.Inputs(fit["model"]["features"]))
     model.load_state_dict(fit["model"])
-    score = recommender.scorer(model)
-    score = recommender.with_transitions(score, data, fit["transition_weight"])
+    followed, weight = recommender.followers(data), fit["transition_weight"]
+    score = recommender.with_transitions(recommender.scorer(model), followed, weight)
     best = recommender.top_items(score, [history])[0, :5]
     # 0: nothing is left
     print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")

@@ -786,14 +786,16 @@ def zeros(sequences, users=None):
 
 
 def test_the_transition_term_by_hand():
-    """Guards: reversed transitions, steps back that count alike, sums of logarithms, more than
-    three items back."""
-    score = rec.with_transitions(zeros, toy(), 2.0)
-    long, short, nothing = score([np.array(s) for s in ([3, 1, 3, 2], [3], [6])])
-    # 2 was followed by 3 and twice by 4; 3 by 2; 1 twice by 2 and by 5
-    counts = torch.tensor([0, 0, 1 / 2 + 2 / 4, 1, 2, 1 / 4, 0])
-    assert torch.allclose(long, 2 * torch.log(1 + counts))
-    assert torch.allclose(short, 2 * torch.log(1 + torch.tensor([0.0, 0, 1, 0, 0, 0, 0])))
+    """Guards: reversed transitions, steps that all count alike, sums of logarithms, more than three
+    items back."""
+    score = rec.with_transitions(zeros, rec.followers(toy()), 2.0)
+    long, short, nothing = score([np.array(s) for s in ([3, 1, 3, 2], [1], [6])])
+    # 2 was followed by 3 and twice by 4; 3 by 2, then 4; 1 twice by 2, by 5, then 3 and 4
+    after_2 = torch.tensor([0, 0, 0, 1, 2, 0, 0])
+    after_3 = torch.tensor([0, 0, 1, 0, 1 / 2, 0, 0])
+    after_1 = torch.tensor([0, 0, 2, 1 / 2, 1 / 2, 1, 0])
+    assert torch.allclose(long, 2 * torch.log(1 + after_2 + after_3 / 2 + after_1 / 4))
+    assert torch.allclose(short, 2 * torch.log(1 + after_1))
     assert not nothing.any()
 
 
@@ -801,17 +803,22 @@ def test_the_transition_term_equals_a_dense_sum():
     """Guards: transitions of one user in another's row, doubles that are lost."""
     rng = np.random.default_rng(0)
     train = [rng.integers(1, 9, rng.integers(1, 12)) for _ in range(60)]
-    data = SimpleNamespace(train=train, counts=np.zeros(10))
     T = np.zeros((10, 10))
     for sequence in train:
-        for before, after in zip(sequence[:-1], sequence[1:], strict=True):
-            T[before, after] += 1
+        for step in (1, 2, 3):
+            for before, after in zip(sequence[:-step], sequence[step:], strict=True):
+                T[before, after] += 2 / 2**step
     base = torch.rand(60, 10)
-    scores = rec.with_transitions(lambda sequences, users: base.clone(), data, 0.7)(train)
+
+    def score(sequences, users):
+        return base.clone()
+
+    followed = rec.followers(SimpleNamespace(train=train, counts=np.zeros(10)))
+    scores = rec.with_transitions(score, followed, 0.7)(train).numpy()
     for row, sequence in enumerate(train):
         recent = zip(sequence[::-1], (1, 1 / 2, 1 / 4), strict=False)
         expected = 0.7 * np.log1p(sum(T[item] * share for item, share in recent))
-        assert np.allclose(scores[row].numpy(), base[row].numpy() + expected, atol=1e-6)
+        assert np.allclose(scores[row], base[row].numpy() + expected, atol=1e-6)
 
 
 def test_validation_alone_weighs_the_transition_term():
@@ -819,6 +826,7 @@ def test_validation_alone_weighs_the_transition_term():
     data = ring()
     del data.test
     n = data.n_items
+    followed = rec.followers(data)
 
     def knows_nothing(sequences, users):
         return torch.zeros(len(sequences), n + 1)
@@ -828,16 +836,16 @@ def test_validation_alone_weighs_the_transition_term():
         scores[range(len(sequences)), data.valid[list(users)]] = 1e-3
         return scores
 
-    assert rec.best_weight(knows_nothing, data) > 0
+    assert rec.best_weight(knows_nothing, data, followed) > 0
     # now everybody jumps over two items: the ring misleads
     data.valid = np.array([(sequence[-1] + 2) % n + 1 for sequence in data.train])
-    assert rec.best_weight(knows_better, data) == 0
+    assert rec.best_weight(knows_better, data, followed) == 0
 
 
 @pytest.mark.parametrize("ids", [True, False])
 def test_an_arm_without_ids_has_no_transition_term(ids, monkeypatch):
     """Guards: counts of an item's ID in an arm that stands for items that are new."""
-    monkeypatch.setattr(rec, "best_weight", lambda score, data: 0.5)
+    monkeypatch.setattr(rec, "best_weight", lambda score, data, followed: 0.5)
     inputs = rec.Inputs(features_of(12), ids=ids)
     fit = rec.fit_arm("content", ring(), inputs, config(epochs=1), 0)
     assert fit["transition_weight"] == 0.5 * ids
@@ -845,7 +853,7 @@ def test_an_arm_without_ids_has_no_transition_term(ids, monkeypatch):
 
 def test_the_ranks_of_an_arm_have_the_transition_term(monkeypatch):
     """Guards: a term that validation has chosen and test goes without."""
-    monkeypatch.setattr(rec, "best_weight", lambda score, data: 100.0)
+    monkeypatch.setattr(rec, "best_weight", lambda score, data, followed: 100.0)
     fit = rec.fit_arm("id", ring(), rec.Inputs(), config(epochs=1), 0)
     assert fit["ranks"].tolist() == fit["valid_ranks"].tolist() == [1] * 48
 
