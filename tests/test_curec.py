@@ -186,6 +186,7 @@ def test_metrics_json_of_each_arm(finished):
     m = json_of(finished.folder / "metrics.json")
     assert list(m["arms"]) == "popularity content placebo curec oracle".split()
     keys = {"seeds", "valid", "test", "slices", "audit", "train_s", "rank_ms_per_user"}
+    keys |= {"transition_weight"}
     for arm in m["arms"].values():
         assert set(arm) == keys
         assert {"hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr"} <= set(arm["test"])
@@ -461,6 +462,23 @@ def test_a_typed_history_is_explained_as_a_users(finished, monkeypatch, capsys):
         assert curec.main(["--run", "runs/demo", *flags]) == 0
         said.append(capsys.readouterr().out)
     assert said[1] == said[0].replace("user3 chose", "you chose")
+
+
+def test_an_explanation_ranks_with_the_arms_transition_term(copied, capsys):
+    """Guards: a look that recommends other items than the arm that was tested."""
+    shop = D.load("demo", small=True)
+    state = copied / "state" / "arm-curec.0.pt"
+    kept = torch.load(state, weights_only=True)
+    # so much that the counts alone decide
+    kept["value"]["transition_weight"] = 1000.0
+    torch.save(kept, state)
+    first = int(shop.train[0][0])
+    assert curec.main(["--run", "runs/demo", "--history", shop.items[first]["id"]]) == 0
+    named = re.findall(r"\*\* \((D\d{4})\)", capsys.readouterr().out)
+    followed = recommender.followers(shop)[first]
+    counts = np.bincount(followed[:, 0].astype(int), followed[:, 1], minlength=shop.n_items + 1)
+    counts[first] = 0
+    assert counts[[int(name[1:]) for name in named]].tolist() == sorted(counts)[:-6:-1]
 
 
 def test_an_explanation_is_a_line_a_window(finished):
