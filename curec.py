@@ -1116,10 +1116,12 @@ def explain(data, fit, lines, flags):
         typed = filter(None, map(str.strip, flags.history.split(",")))
         history = 1 + np.array([position(name, ids) for name in typed])
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
-    model = recommender.SASRec(data.n_items, recommender.Inputs(fit["model"]["features"]))
+    features = fit["model"]["features"]
+    model = recommender.SASRec(data.n_items, recommender.Inputs(features))
     model.load_state_dict(fit["model"])
-    followed, weight = recommender.followers(data), fit["transition_weight"]
-    score = recommender.with_transitions(recommender.scorer(model), followed, weight)
+    score = recommender.scorer(model)
+    followed = recommender.followers(data, features)
+    score = recommender.with_transitions(score, followed, fit["transition_weight"])
     best = recommender.top_items(score, [history])[0, :5]
     # 0: nothing is left
     print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")

@@ -5,7 +5,8 @@
     v_i  = unit(E_i + W f_i)             item vector = ID embedding + projected features of text
     h_t  = unit(SASRec(x_1 .. x_t)) / tau    causal attention; x_j = sqrt(D) v[i_j] + pos_(t-j)
     loss = -log softmax_i(h_t . v_i)         over the whole catalogue, i = the item after x_t
-    score_i = h_t . v_i + w log(1 + C_i)     C: what followed the last items in train, w: validation
+    score_i = h_t . v_i + w log(1 + C_i)     C: what followed the last items in train, or is like
+                                             them; w: by validation
 
     ids    [ 3 7 5 0 0 ]      right-padded with item 0: behind a causal mask the last real position
                  h_t          never sees the padding, so no key mask is needed
@@ -51,7 +52,8 @@ SCORES_AT_ONCE = 800_000  # scores ranked in one batch: more leave the processor
 MISS = -1e9  # score of an item that an arm did not consider: behind all others, in no list
 START_SECONDS = 120  # that a worker process may take to import torch on a busy machine
 REACH = 3  # places that the transition term looks back in a history, and ahead in train
-WEIGHTS = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0)  # of the transition term; validation chooses
+NEIGHBOURS = 40  # items of nearest features that count like items that followed
+WEIGHTS = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # of the transition term; validation chooses
 CUTOFFS = (5, 10, 20, 50)  # k of HR@k and NDCG@k
 
 
@@ -278,21 +280,33 @@ def markov(data):
 
 
 # ---------------------------------------------------------------------------- the transition term
-def followers(data):
+def followers(data, features=None):
     """What came up to REACH places after each item in train: n_items + 1 arrays (M, 2) of item
-    numbers and weights, 1 for the next place, then 1/2, 1/4."""
+    numbers and weights, 1 for the next place, then 1/2, 1/4. With features (n_items + 1, F) also
+    the NEIGHBOURS nearest items, weighing their cosine: what is alike might as well have followed.
+    """
     found = [[] for _ in data.counts]
     for seq in data.train:
         for place, item in enumerate(seq, 1):
             later = enumerate(seq[place : place + REACH])
             found[item] += [(after, 0.5**ahead) for ahead, after in later]
+    if features is not None:
+        units = F.normalize(features[1:], dim=-1)
+        # a part at a time: all cosines of a large catalogue take gigabytes
+        for part in torch.arange(len(units)).split(10 * SCORES_AT_ONCE // len(units) + 1):
+            cosines = units[part] @ units.T
+            cosines[torch.arange(len(part)), part] = -torch.inf
+            nearest = cosines.topk(min(NEIGHBOURS, len(units)))
+            items, weights = nearest.indices + 1, nearest.values.clamp(min=0.0)
+            for item, pairs in zip(part.tolist(), torch.stack([items, weights], -1), strict=True):
+                found[item + 1] += pairs.tolist()
     return [np.array(pairs).reshape(-1, 2) for pairs in found]
 
 
 def with_transitions(score, followed, weight):
     """A score function plus weight x log(1 + C): C adds up what followed the last item of a history
-    in train (see followers), half of what followed the one before, and a quarter. Such counts are
-    what vectors of 64 numbers blur. What followed none of the three costs nothing."""
+    in train, or is like it (see followers), half of that for the one before, and a quarter. Such
+    counts are what vectors of 64 numbers blur. What followed none of the three costs nothing."""
 
     def score_both(sequences, users=None):
         scores = score(sequences, users)
@@ -468,7 +482,7 @@ def fit_arm(arm, data, inputs, config, seed, score=None):
         score = scorer(model)
         # without IDs items are new ones: nothing has followed them yet
         if inputs.ids:
-            followed = followers(data)
+            followed = followers(data, inputs.features)
             weight = best_weight(score, data, followed)
             score = with_transitions(score, followed, weight)
     trained = time.perf_counter()

@@ -475,7 +475,8 @@ def test_an_explanation_ranks_with_the_arms_transition_term(copied, capsys):
     first = int(shop.train[0][0])
     assert curec.main(["--run", "runs/demo", "--history", shop.items[first]["id"]]) == 0
     named = re.findall(r"\*\* \((D\d{4})\)", capsys.readouterr().out)
-    followed = recommender.followers(shop)[first]
+    features = kept["value"]["model"]["features"]
+    followed = recommender.followers(shop, features)[first]
     counts = np.bincount(followed[:, 0].astype(int), followed[:, 1], minlength=shop.n_items + 1)
     counts[first] = 0
     assert counts[[int(name[1:]) for name in named]].tolist() == sorted(counts)[:-6:-1]

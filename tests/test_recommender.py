@@ -821,6 +821,32 @@ def test_the_transition_term_equals_a_dense_sum():
         assert np.allclose(scores[row], base[row].numpy() + expected, atol=1e-6)
 
 
+def test_what_is_alike_counts_like_what_followed():
+    """Guards: an item as its own neighbour, padding as one, opposites, neighbours without end."""
+    features = torch.tensor([[0.0, 0], [3, 0], [1, 0], [1, 1], [0, 2], [-1, 0], [0, -1]])
+    followed = rec.followers(toy(), features)
+    plain = rec.followers(toy())
+    added = {item: dict(followed[item][len(plain[item]) :].tolist()) for item in range(7)}
+    assert added[0] == {}
+    near = {item: weight for item, weight in added[1].items() if weight}
+    assert near == {2: 1.0, 3: pytest.approx(0.5**0.5)}
+    assert np.array_equal(followed[1][: len(plain[1])], plain[1])
+
+
+def test_few_neighbours_are_the_nearest(monkeypatch):
+    """Guards: the first items in place of the nearest; parts of a large catalogue mixed up."""
+    features = features_of(12)
+    cosines = F.normalize(features, dim=-1) @ F.normalize(features, dim=-1).T
+    data = SimpleNamespace(train=[], counts=np.zeros(13))
+    monkeypatch.setattr(rec, "NEIGHBOURS", 3)
+    monkeypatch.setattr(rec, "SCORES_AT_ONCE", 6)
+    for item, pairs in enumerate(rec.followers(data, features)[1:], 1):
+        others = [k for k in range(1, 13) if k != item]
+        best = sorted(others, key=lambda k: -cosines[item, k])[:3]
+        assert pairs[:, 0].tolist() == best
+        assert np.allclose(pairs[:, 1], cosines[item, best].clamp(min=0))
+
+
 def test_validation_alone_weighs_the_transition_term():
     """Guards: a weight chosen on test, or kept where it does harm."""
     data = ring()
