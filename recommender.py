@@ -281,7 +281,7 @@ def markov(data):
 
 # ---------------------------------------------------------------------------- the transition term
 def followers(data, features=None):
-    """What came up to REACH places after each item in train: n_items + 1 arrays (M, 2) of item
+    """What came up to REACH places after each item in train: n_items + 1 pairs of arrays (M,), item
     numbers and weights, 1 for the next place, then 1/2, 1/4. With features (n_items + 1, F) also
     the NEIGHBOURS nearest items, weighing their cosine: what is alike might as well have followed.
     """
@@ -300,7 +300,8 @@ def followers(data, features=None):
             items, weights = nearest.indices + 1, nearest.values.clamp(min=0.0)
             for item, pairs in zip(part.tolist(), torch.stack([items, weights], -1), strict=True):
                 found[item + 1] += pairs.tolist()
-    return [np.array(pairs).reshape(-1, 2) for pairs in found]
+    columns = [np.array(pairs).reshape(-1, 2).T for pairs in found]
+    return [(items.astype(int), weights) for items, weights in columns]
 
 
 def with_transitions(score, followed, weight):
@@ -310,14 +311,14 @@ def with_transitions(score, followed, weight):
 
     def score_both(sequences, users=None):
         scores = score(sequences, users)
-        cells, counts = [], []
+        cells, weights = [], []
         for row, seq in enumerate(sequences):
             for ago, item in enumerate(seq[: -REACH - 1 : -1]):
-                after, weights = followed[item].T
-                cells.append(row * len(followed) + after.astype(int))
-                counts.append(weights * 0.5**ago)
+                items, near = followed[item]
+                cells.append(items + row * len(followed))
+                weights.append(near * 0.5**ago)
         cells, place = np.unique(np.concatenate(cells), return_inverse=True)
-        terms = weight * np.log1p(np.bincount(place, np.concatenate(counts)))
+        terms = weight * np.log1p(np.bincount(place, np.concatenate(weights)))
         scores.view(-1)[torch.from_numpy(cells)] += torch.from_numpy(terms).to(scores.dtype)
         return scores
 

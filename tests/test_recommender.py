@@ -826,11 +826,14 @@ def test_what_is_alike_counts_like_what_followed():
     features = torch.tensor([[0.0, 0], [3, 0], [1, 0], [1, 1], [0, 2], [-1, 0], [0, -1]])
     followed = rec.followers(toy(), features)
     plain = rec.followers(toy())
-    added = {item: dict(followed[item][len(plain[item]) :].tolist()) for item in range(7)}
-    assert added[0] == {}
-    near = {item: weight for item, weight in added[1].items() if weight}
+    assert len(followed[0][0]) == 0
+    items, weights = followed[1]
+    counted = len(plain[1][0])
+    assert items[:counted].tolist() == plain[1][0].tolist()
+    assert weights[:counted].tolist() == plain[1][1].tolist()
+    alike = dict(zip(items[counted:].tolist(), weights[counted:].tolist(), strict=True))
+    near = {item: weight for item, weight in alike.items() if weight}
     assert near == {2: 1.0, 3: pytest.approx(0.5**0.5)}
-    assert np.array_equal(followed[1][: len(plain[1])], plain[1])
 
 
 def test_few_neighbours_are_the_nearest(monkeypatch):
@@ -840,11 +843,11 @@ def test_few_neighbours_are_the_nearest(monkeypatch):
     data = SimpleNamespace(train=[], counts=np.zeros(13))
     monkeypatch.setattr(rec, "NEIGHBOURS", 3)
     monkeypatch.setattr(rec, "SCORES_AT_ONCE", 6)
-    for item, pairs in enumerate(rec.followers(data, features)[1:], 1):
+    for item, (items, weights) in enumerate(rec.followers(data, features)[1:], 1):
         others = [k for k in range(1, 13) if k != item]
         best = sorted(others, key=lambda k: -cosines[item, k])[:3]
-        assert pairs[:, 0].tolist() == best
-        assert np.allclose(pairs[:, 1], cosines[item, best].clamp(min=0))
+        assert items.tolist() == best
+        assert np.allclose(weights, cosines[item, best].clamp(min=0))
 
 
 def test_validation_alone_weighs_the_transition_term():
