@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.reduction import ForkingPickler
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -280,11 +281,18 @@ def markov(data):
 
 
 # ---------------------------------------------------------------------------- the transition term
-def followers(data, features=None):
-    """What came up to REACH places after each item in train: n_items + 1 pairs of arrays (M,), item
-    numbers and weights, 1 for the next place, then 1/2, 1/4. With features (n_items + 1, F) also
-    the NEIGHBOURS nearest items, weighing their cosine: what is alike might as well have followed.
-    """
+class Followers(NamedTuple):
+    """What followed each item, or is like it: items and weights of all items, one after another."""
+
+    starts: np.ndarray  # (n_items + 2,): those of item i are starts[i] to starts[i + 1]
+    items: np.ndarray
+    weights: np.ndarray
+
+
+def followers(data, features=None) -> Followers:
+    """What came up to REACH places after each item in train, weighing 1, 1/2, 1/4. With features
+    (n_items + 1, F) also the NEIGHBOURS nearest items, weighing their cosine: what is alike might
+    as well have followed."""
     found = [[] for _ in data.counts]
     for seq in data.train:
         for place, item in enumerate(seq, 1):
@@ -300,25 +308,31 @@ def followers(data, features=None):
             items, weights = nearest.indices + 1, nearest.values.clamp(min=0.0)
             for item, pairs in zip(part.tolist(), torch.stack([items, weights], -1), strict=True):
                 found[item + 1] += pairs.tolist()
-    columns = [np.array(pairs).reshape(-1, 2).T for pairs in found]
-    return [(items.astype(int), weights) for items, weights in columns]
+    items, weights = np.array([pair for pairs in found for pair in pairs]).reshape(-1, 2).T
+    return Followers(np.cumsum([0, *map(len, found)]), items.astype(int), weights)
 
 
-def with_transitions(score, followed, weight):
+def with_transitions(score, followed: Followers, weight):
     """A score function plus weight x log(1 + C): C adds up what followed the last item of a history
     in train, or is like it (see followers), half of that for the one before, and a quarter. Such
     counts are what vectors of 64 numbers blur. What followed none of the three costs nothing."""
+    sizes = np.diff(followed.starts)
 
     def score_both(sequences, users=None):
         scores = score(sequences, users)
-        cells, weights = [], []
-        for row, seq in enumerate(sequences):
-            for ago, item in enumerate(seq[: -REACH - 1 : -1]):
-                items, near = followed[item]
-                cells.append(items + row * len(followed))
-                weights.append(near * 0.5**ago)
-        cells, place = np.unique(np.concatenate(cells), return_inverse=True)
-        terms = weight * np.log1p(np.bincount(place, np.concatenate(weights)))
+        # the last items of all histories, the last one first
+        recent = [seq[: -REACH - 1 : -1] for seq in sequences]
+        rows = np.repeat(np.arange(len(recent)), list(map(len, recent)))
+        shares = np.concatenate([0.5 ** np.arange(len(items)) for items in recent])
+        recent = np.concatenate(recent)
+        # where the followers of each of them stand
+        size = sizes[recent]
+        first = followed.starts[recent] - (size.cumsum() - size)
+        places = np.repeat(first, size) + np.arange(size.sum())
+        cells = np.repeat(rows * len(sizes), size) + followed.items[places]
+        counts = np.repeat(shares, size) * followed.weights[places]
+        cells, same = np.unique(cells, return_inverse=True)
+        terms = weight * np.log1p(np.bincount(same, counts))
         scores.view(-1)[torch.from_numpy(cells)] += torch.from_numpy(terms).to(scores.dtype)
         return scores
 

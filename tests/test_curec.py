@@ -476,8 +476,9 @@ def test_an_explanation_ranks_with_the_arms_transition_term(copied, capsys):
     assert curec.main(["--run", "runs/demo", "--history", shop.items[first]["id"]]) == 0
     named = re.findall(r"\*\* \((D\d{4})\)", capsys.readouterr().out)
     features = kept["value"]["model"]["features"]
-    items, weights = recommender.followers(shop, features)[first]
-    counts = np.bincount(items, weights, minlength=shop.n_items + 1)
+    followed = recommender.followers(shop, features)
+    own = slice(followed.starts[first], followed.starts[first + 1])
+    counts = np.bincount(followed.items[own], followed.weights[own], shop.n_items + 1)
     counts[first] = 0
     assert counts[[int(name[1:]) for name in named]].tolist() == sorted(counts)[:-6:-1]
 

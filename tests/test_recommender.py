@@ -826,12 +826,13 @@ def test_what_is_alike_counts_like_what_followed():
     features = torch.tensor([[0.0, 0], [3, 0], [1, 0], [1, 1], [0, 2], [-1, 0], [0, -1]])
     followed = rec.followers(toy(), features)
     plain = rec.followers(toy())
-    assert len(followed[0][0]) == 0
-    items, weights = followed[1]
-    counted = len(plain[1][0])
-    assert items[:counted].tolist() == plain[1][0].tolist()
-    assert weights[:counted].tolist() == plain[1][1].tolist()
-    alike = dict(zip(items[counted:].tolist(), weights[counted:].tolist(), strict=True))
+    assert followed.starts[:2].tolist() == plain.starts[:2].tolist() == [0, 0]
+    counted = plain.starts[2]
+    assert followed.items[:counted].tolist() == plain.items[:counted].tolist()
+    assert followed.weights[:counted].tolist() == plain.weights[:counted].tolist()
+    mine = slice(counted, followed.starts[2])
+    pairs = zip(followed.items[mine].tolist(), followed.weights[mine].tolist(), strict=True)
+    alike = dict(pairs)
     near = {item: weight for item, weight in alike.items() if weight}
     assert near == {2: 1.0, 3: pytest.approx(0.5**0.5)}
 
@@ -843,11 +844,14 @@ def test_few_neighbours_are_the_nearest(monkeypatch):
     data = SimpleNamespace(train=[], counts=np.zeros(13))
     monkeypatch.setattr(rec, "NEIGHBOURS", 3)
     monkeypatch.setattr(rec, "SCORES_AT_ONCE", 6)
-    for item, (items, weights) in enumerate(rec.followers(data, features)[1:], 1):
+    followed = rec.followers(data, features)
+    assert followed.starts.tolist() == [0, *range(0, 37, 3)]
+    for item in range(1, 13):
+        mine = slice(3 * item - 3, 3 * item)
         others = [k for k in range(1, 13) if k != item]
         best = sorted(others, key=lambda k: -cosines[item, k])[:3]
-        assert items.tolist() == best
-        assert np.allclose(weights, cosines[item, best].clamp(min=0))
+        assert followed.items[mine].tolist() == best
+        assert np.allclose(followed.weights[mine], cosines[item, best].clamp(min=0))
 
 
 def test_validation_alone_weighs_the_transition_term():
