@@ -1113,7 +1113,7 @@ def explain(data, fit, lines, flags):
         history = data.seqs[position(flags.explain, data.users)][:-1]
     else:
         ids = [line["item"] for line in lines]
-        typed = filter(None, map(str.strip, flags.history.split(",")))
+        typed = list(filter(None, map(str.strip, flags.history.split(",")))) or [flags.history]
         history = 1 + np.array([position(name, ids) for name in typed])
     print(f"{flags.explain or 'you'} chose: " + "; ".join(data.titles[i] for i in history[-10:]))
     features = fit["model"]["features"]

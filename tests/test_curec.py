@@ -566,6 +566,7 @@ def test_score_prints_the_reward_of_a_reason_written_by_hand(finished, monkeypat
     [
         (["--explain", "nobody"], ["nobody", "user1"]),
         (["--history", "D0001,nothing"], ["nothing", "D0002"]),
+        (["--history", " ,"], ["not in the data", "D0002"]),
         (["--score", "x", "--item", "D9999"], ["D9999", "D0001"]),
         (["--score", "x"], ["--item"]),
         (["--item", "D0001"], ["--score"]),
