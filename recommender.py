@@ -292,7 +292,7 @@ class Followers(NamedTuple):
 def followers(data, features=None) -> Followers:
     """What came up to REACH places after each item in train, weighing 1, 1/2, 1/4. With features
     (n_items + 1, F) also the NEIGHBOURS nearest items, weighing their cosine: what is alike might
-    as well have followed."""
+    as well have followed. (All pairs of items are compared: seconds at 12,000, hours at 1 M.)"""
     found = [[] for _ in data.counts]
     for seq in data.train:
         for place, item in enumerate(seq, 1):
