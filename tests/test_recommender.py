@@ -841,7 +841,7 @@ def test_few_neighbours_are_the_nearest(monkeypatch):
     """Guards: the first items in place of the nearest; parts of a large catalogue mixed up."""
     features = features_of(12)
     cosines = F.normalize(features, dim=-1) @ F.normalize(features, dim=-1).T
-    data = SimpleNamespace(train=[], counts=np.zeros(13))
+    data = SimpleNamespace(train=[np.array([3])], counts=np.zeros(13))
     monkeypatch.setattr(rec, "NEIGHBOURS", 3)
     monkeypatch.setattr(rec, "SCORES_AT_ONCE", 6)
     followed = rec.followers(data, features)
