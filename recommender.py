@@ -290,32 +290,46 @@ class Followers(NamedTuple):
 
 
 def followers(data, features=None) -> Followers:
-    """What came up to REACH places after each item in train, weighing 1, 1/2, 1/4. With features
-    (n_items + 1, F) also the NEIGHBOURS nearest items, weighing their cosine: what is alike might
-    as well have followed. (All pairs of items are compared: seconds at 12,000, hours at 1 M.)"""
-    chosen = np.concatenate(data.train)
-    users = np.repeat(np.arange(len(data.train)), list(map(len, data.train)))
-    before, items, weights = [], [], []
-    for ahead in range(1, REACH + 1):
-        same = users[:-ahead] == users[ahead:]
-        before.append(chosen[:-ahead][same])
-        items.append(chosen[ahead:][same])
-        weights.append(np.full(same.sum(), 2.0 ** (1 - ahead)))
+    """What followed each item in train; with features (n_items + 1, F) also its nearest items, in
+    the same scale: what is alike might as well have followed."""
+    pairs = transitions(data)
     if features is not None:
-        units = F.normalize(features[1:], dim=-1)
-        k = min(NEIGHBOURS, len(units))
-        # a part at a time: all cosines of a large catalogue take gigabytes
-        for part in torch.arange(len(units)).split(10 * SCORES_AT_ONCE // len(units) + 1):
-            cosines = units[part] @ units.T
-            cosines[torch.arange(len(part)), part] = -torch.inf
-            nearest = cosines.topk(k)
-            before.append(1 + part.repeat_interleave(k).numpy())
-            items.append(1 + nearest.indices.flatten().numpy())
-            weights.append(nearest.values.clamp(min=0.0).flatten().numpy())
-    before, items, weights = map(np.concatenate, (before, items, weights))
+        pairs += neighbours(features)
+    before, items, weights = map(np.concatenate, zip(*pairs, strict=True))
     order = np.argsort(before, kind="stable")
     starts = np.searchsorted(before[order], np.arange(len(data.counts) + 1))
     return Followers(starts, items[order], weights[order])
+
+
+def transitions(data):
+    """What came up to REACH places after an item in train, weighing 1, 1/2, 1/4: a list of (items,
+    those that came after, weights), arrays (M,) each."""
+    chosen = np.concatenate(data.train)
+    users = np.repeat(np.arange(len(data.train)), list(map(len, data.train)))
+    pairs = []
+    for ahead in range(1, REACH + 1):
+        same = users[:-ahead] == users[ahead:]
+        weights = np.full(same.sum(), 2.0 ** (1 - ahead))
+        pairs.append((chosen[:-ahead][same], chosen[ahead:][same], weights))
+    return pairs
+
+
+def neighbours(features):
+    """The NEIGHBOURS items of nearest features (n_items + 1, F), weighing their cosine: a list as
+    of `transitions`. All pairs of items are compared: seconds at 12,000 items, hours at 1 M."""
+    units = F.normalize(features[1:], dim=-1)
+    k = min(NEIGHBOURS, len(units))
+    pairs = []
+    # a part at a time: all cosines of a large catalogue take gigabytes
+    for part in torch.arange(len(units)).split(10 * SCORES_AT_ONCE // len(units) + 1):
+        cosines = units[part] @ units.T
+        # no item is its own neighbour
+        cosines[torch.arange(len(part)), part] = -torch.inf
+        nearest = cosines.topk(k)
+        weights = nearest.values.clamp(min=0.0)
+        columns = (1 + part.repeat_interleave(k), 1 + nearest.indices.flatten(), weights.flatten())
+        pairs.append(tuple(column.numpy() for column in columns))
+    return pairs
 
 
 def with_transitions(score, followed: Followers, weight):
