@@ -54,11 +54,15 @@ import rl
 from data import DataError
 from recommender import ARMS, METHODS, REASON_TEXTS
 
-DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct"  # Apache-2.0; for real data where there is CUDA
+# Apache-2.0; for real data where there is CUDA; Qwen/Qwen3-0.6B for 6 to 8 GB
+DEFAULT_LLM = "Qwen/Qwen3-1.7B"
 # weak targets: which phrases matter is left to the reward
 ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
+# style "sentence": answers of the base LLM for an item, the best of which it is aligned on
+OWN_ANSWERS = 4
 # of an answer's advantage: two answers of `align` and a value head, or the mean of GROUP answers
 BASELINES, GROUP = ("critic", "group"), 8
+DTYPES = ("float32", "bfloat16", "float16")
 # the mark of a run folder of ours; the adapter that a stage trains
 PROGRAM = "CURec"
 ADAPTERS = {"align": "align", "ppo": "policy", "knowledge": "knowledge"}
@@ -88,11 +92,18 @@ class Settings:
     limit_items: int = option(0, "keep the N items chosen most, then a 5-core; 0: all")
     limit_users: int = option(0, "then keep N users drawn by seed; 0: all")
     llm: str = option("", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]", "LLM")
+    style: str = option(
+        "", "of reasons; default: pair (two phrases) for tiny, else sentence", choices=D.STYLES
+    )
+    evidence: str = option(
+        "", "shown of people; default: histories for pair, else both", choices=D.EVIDENCE
+    )
+    dtype: str = option("", "of 4-bit computation; default: by the device", choices=DTYPES)
     encoder: str = option("", "Hugging Face text encoder; default: the LLM's own states")
     tiny_steps: int = option(0, "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most")
     align_steps: int = option(200, "supervised LoRA steps, 32 prompts each")
     temperature: float = option(0.7, "of reasons and of PPO's answers; of proposals it is 1")
-    max_new: int = option(0, "longest answer in tokens; 0: 24 for tiny, else 128")
+    max_new: int = option(0, "longest answer in tokens; 0: 24 for tiny, else 96")
     micro_batch: int = option(0, "rows a pass; lower to save memory; 0: 16 for tiny or 4")
     knowledge_steps: int = option(600, "supervised LoRA steps of the arm knowledge")
     ppo_updates: int = option(
@@ -147,6 +158,8 @@ def whole_method(run: "Run"):
         llm, encode = open_llm(s, llm_path(run, data))
     encode = encoder or encode
     if needs["reasons"]:
+        if s.style == "sentence":
+            data.sentences = own_sentences(run, data, llm)
         train_adapter(run, data, llm, "align", s.align_steps, ALIGNMENT)
         judge, weights = fit_reward_model(run, data, encode)
         reinforce(run, data, llm, judge, cuts)
@@ -156,6 +169,8 @@ def whole_method(run: "Run"):
     rank_score = teach_knowledge(run, data, llm) if needs["knowledge"] else None
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
+    if reasons and data.reviews:
+        add_confirmed(run.metrics, data, reasons, s.seed)
     if reasons and data.truth:
         add_truth(run.metrics, data, judge, weights, reasons)
     write_report(run, data, lines)
@@ -179,6 +194,8 @@ def load_data(s):
     """The data set, large enough for what the arms need."""
     subset = D.Subset(s.ties, s.k_core, s.limit_items, s.limit_users)
     data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
+    data.style = s.style or "pair"
+    data.evidence = s.evidence if data.reviews else "histories"
     if needed(s)["reasons"]:
         data.check_reasons()
     return data
@@ -233,7 +250,8 @@ def first_prompts(data, shown=None):
 def open_llm(s, path):
     """The LLM in 4 bits with a new adapter, (model, tokenizer), and its text embeddings as a
     function."""
-    llm = rl.load(path, s.device, checkpointing=s.device != "cpu", seed=s.seed)
+    dtype = getattr(torch, s.dtype) if s.dtype else None
+    llm = rl.load(path, s.device, checkpointing=s.device != "cpu", compute=dtype, seed=s.seed)
     encode = functools.partial(rl.encode, *llm, budget=sampling(s).budget)
     # a tiny LLM knows words, and little of sentences
     return llm, reward.word_means(encode) if s.llm == "tiny" else encode
@@ -267,6 +285,38 @@ def ask(llm, adapter, prompts, how: rl.Sampling, name):
     """The texts that an adapter answers."""
     rl.use(llm[0], adapter)
     return rl.generate(*llm, prompts, how, name)[0]
+
+
+def own_sentences(run, data, llm):
+    """What the base LLM writes of each item, to be aligned on: it keeps its language and learns
+    the form (rejection sampling, as in STaR, arXiv 2203.14465). An entry an item: (event numbers of
+    the people shown, its sound answers of OWN_ANSWERS, those best grounded first), index 0 empty.
+    Users held out from the reward model are not shown: it learns from these sentences."""
+    s = run.settings
+    kept = run.load("sentences", "align")
+    if kept is None:
+        rng = np.random.default_rng([s.seed, 103])
+        held_users, _ = reward.held_out(data, s.seed)
+        shown = []
+        for events in data.events_by_item:
+            events = rng.permutation(events[~held_users[data.events["user"][events]]])
+            # some with fewer users, or nobody
+            shown.append(events[: rng.integers(D.PEOPLE + 1)].tolist())
+        asked = np.repeat(np.arange(1, data.n_items + 1), OWN_ANSWERS)
+        prompts = [D.reason_prompt(data, i, "", shown[i]) for i in asked]
+        how = replace(sampling(s), start=D.ASKED_START, max_new=40)
+        with llm[0].disable_adapter():
+            texts, _ = rl.generate(*llm, prompts, how, "the LLM's own sentences")
+        found = [{} for _ in shown]
+        for i, text in zip(asked, texts, strict=True):
+            sound = D.own_sentence(data, i, text, shown[i])
+            if sound:
+                share, reason = sound
+                found[i][reason] = share
+        best_first = [sorted(mine, key=lambda reason: -mine[reason]) for mine in found]
+        print(f"  {np.mean(list(map(bool, best_first[1:]))):.0%} of the items have a sound one")
+        kept = run.save(list(zip(shown, best_first, strict=True)))
+    return kept
 
 
 def train_adapter(run, data, llm, name, steps, mix):
@@ -492,7 +542,7 @@ def choose(new: reward.Rewards, old: reward.Rewards, k, signs, margin):
     # a flipped gain moves the mean, and so the reward, by (sign - 1) gain
     moves = [new.audience_weight[j] * ((signs - 1) * gains[j]).mean() for j in mine]
     best = mine[np.argmax(new.total[mine] + moves)]
-    sound = new.format_ok[best] and new.grounded[best] >= old.grounded[k]
+    sound = new.format_ok[best] and new.ungrounded[best] <= old.ungrounded[k]
     return best, bool(sound and is_convincing(signs * gains[best], margin))
 
 
@@ -634,14 +684,38 @@ def reason_figures(data, llm, judge, reasons):
     for kind, answers in reasons.items():
         texts = [answers[i] for i in items]
         found = reward.rewards(judge, items, texts, people, others, reward.TRAIN_TIME)
+        said = [D.parse_answer(answer)[0] for answer in answers[1:]]
+        phrases = [phrase for reason in said for phrase in D.sentence_phrases(reason)]
         out[kind] = {
             "grounded": float(found.grounded.mean()),
             "format_ok": float(found.format_ok.mean()),
             "mean_reward": float(found.total.mean()),
-            "distinct": len({D.parse_answer(answer)[0] for answer in answers[1:]}) / data.n_items,
+            "distinct": len(set(said)) / data.n_items,
+            "distinct_phrases": len(set(phrases)) / max(1, len(phrases)),
             "mean_tokens": float(np.mean([len(ids) for ids in llm[1](answers[1:])["input_ids"]])),
         }
+        if data.style == "sentence":
+            out[kind]["foreign_names"] = float((found.ungrounded * found.format_ok).mean())
     return out
+
+
+def add_confirmed(metrics, data, reasons, seed):
+    """Of sources with reviews: how much of each kind of reasons the reviews of held-out choices
+    say, beside three controls, with paired intervals over these reviews. Feeds nothing."""
+    named = {}
+    for kind, answers in reasons.items():
+        named[kind] = [D.sentence_phrases(D.parse_answer(answer)[0]) for answer in answers]
+    controls = reward.confirmed_controls(data, named["curec"], seed)
+    shares = {name: reward.confirmed(data, said) for name, said in (named | controls).items()}
+    metrics["confirmed"] = {"reviews": len(shares["curec"])}
+    for name, values in shares.items():
+        entry = metrics["reasons"][name] if name in named else metrics["confirmed"]
+        entry["confirmed" if name in named else name] = float(values.mean())
+    pairs = [("rl", "aligned"), ("curec", "rl"), ("curec", "bestof")]
+    for a, b in pairs + [("curec", name) for name in controls]:
+        row = {"a": a, "b": b, "metric": "confirmed", "seeds": 1}
+        row |= recommender.paired_bootstrap(shares[a][None], shares[b][None])
+        metrics["comparisons"].append(row)
 
 
 # --------------------------------------------------------- algorithm, 9 and 10: the arms
@@ -652,6 +726,9 @@ def arm_inputs(s, data, encode, reasons, preferences):
     vectors = {}
     for arm in s.arms.split(","):
         row = ARMS[arm]
+        if "reviews" in row.texts and not data.reviews:
+            data.notes = [*data.notes, f"there are no reviews: the arm {arm} is left out"]
+            continue
         parts = []
         for kind in row.texts:
             if kind not in vectors:
@@ -669,6 +746,9 @@ def item_texts(s, data, reasons, kind):
     """A text an item of one kind (see recommender.Arm); of reasons, without what tells the item."""
     if kind == "item":
         return [D.item_text(item) for item in data.items[1:]]
+    if kind == "reviews":
+        shown, _ = one_shot_people(data, s.seed)
+        return [" . ".join(filter(None, map(data.review, events))) for events in shown[1:]]
     if kind == "truth":
         texts = [" ".join(drivers) for drivers in data.truth["late"][1:]]
     else:
@@ -724,7 +804,13 @@ def add_truth(metrics, data, judge, weights, reasons):
     truth = data.truth
     named = {}
     for kind, answers in reasons.items():
-        named[kind] = [D.parse_answer(answer)[1] for answer in answers]
+        named[kind] = []
+        for own, answer in zip(data.phrases, answers, strict=True):
+            phrases = D.parse_answer(answer, data.style)[1]
+            if data.style == "sentence":
+                # of all its words the aspects
+                phrases = [w for w in own if D.stem(w) in phrases]
+            named[kind].append(phrases)
         metrics["reasons"][kind] |= reward.truth_figures(named[kind], truth)
     shown, _ = one_shot_people(data, judge.seed)
     counted = reward.counted_reasons(data, shown).items()
@@ -881,6 +967,8 @@ def changed(begun, s, data):
 def fingerprint(data):
     """A short digest of all that a run takes from its data."""
     told = [data.items, data.users, [data.seqs, data.times, data.ratings or []]]
+    if data.reviews:
+        told.append(data.reviews)
     text = json.dumps(told, default=np.ndarray.tolist)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -991,7 +1079,7 @@ def write_report(run, data, lines):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
     parts = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
-    for name in "dataset ppo reward lane time_s peak_memory_mb".split():
+    for name in "dataset ppo reward confirmed lane time_s peak_memory_mb".split():
         if name in m:
             parts.append(f"{name}: {figures(m[name])}")
     if s.quick:
@@ -1044,6 +1132,7 @@ def dry_run(s):
     drawn = ppo_updates(s, train) * s.ppo_batch
     asked = drawn + 2 * min(drawn, len(train)) + 2 * len(held_out)
     asked += (3 + 2 * s.windows * s.proposals) * data.n_items
+    asked += OWN_ANSWERS * data.n_items * (s.style == "sentence")
     # prompts learnt, most answers
     work = {
         "reasons": (32 * s.align_steps, asked),
@@ -1201,7 +1290,8 @@ def resolve(s):
     if not torch.cuda.is_available():
         devices = ["cpu"]
     device = s.device or devices[0]
-    known = [arm for arm, row in ARMS.items() if demo or "truth" not in row.texts]
+    missing = "reviews" if demo else "truth"
+    known = [arm for arm, row in ARMS.items() if missing not in row.texts]
     # arms of the method "demo" run there beside those of curec
     methods = {s.method, "demo"} if demo and s.method == "curec" else {s.method}
     arms = [arm for arm in known if methods & set(ARMS[arm].methods.split())]
@@ -1230,8 +1320,13 @@ def resolve(s):
         if value not in ("demo", "tiny") and os.path.isdir(value):
             filled[name] = os.path.abspath(value)
     tiny = llm == "tiny"
+    style = s.style or ("pair" if tiny else "sentence")
+    if tiny and style == "sentence":
+        raise DataError("--style sentence needs a pretrained --llm: the tiny one writes pairs only")
     usual = {
-        "max_new": 24 if tiny else 128,
+        "style": style,
+        "evidence": "histories" if style == "pair" else "both",
+        "max_new": 24 if tiny else 96,
         "micro_batch": 16 if tiny else 4,
         "proposals": 24 if tiny else 12,
         "ppo_lr": 3e-3 if tiny else 1e-5,

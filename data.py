@@ -37,14 +37,21 @@ import numpy as np
 from tqdm import tqdm
 
 # prompts: items shown of each history (what was chosen just before says most); users shown; words
-# of a title and of an item's text
+# of a title, of an item's text and of a review; words kept of a review
 PROMPT_HISTORY, PEOPLE = 1, 8
-TITLE_WORDS, TEXT_WORDS = 12, 40
+TITLE_WORDS, TEXT_WORDS, REVIEW_WORDS = 12, 40, 12
+KEPT_WORDS = 60
+SENTENCE_WORDS = 24  # most words of a reason of the style "sentence"
 # a word that fewer items have tells which item it is: the reward's encoder never sees it
 MIN_ITEMS = 5
 # a title or description that more items share, and more than 5 % of them, is none: markup
 MAX_NAMESAKES = 10
 TIES = ("file", "shuffle")  # order within a timestamp
+STYLES = (
+    "pair",
+    "sentence",
+)  # of reasons: two phrases of the item, or a sentence free in its words
+EVIDENCE = ("both", "histories")  # of the people shown: reviews too, or not
 # LANE's m preferences a user; items of a history that the two relatives show
 PREFERENCES, RELATIVES_HISTORY = 5, 10
 
@@ -56,6 +63,12 @@ STOPWORDS = frozenset(
     "will with you your "
     "people choose "
     "count fl fluid inch inches ml ounce ounces oz pack pcs set size value".split()
+)
+# and in sentences
+SENTENCE_STOPWORDS = STOPWORDS | frozenset(
+    "because but buy buyers could do does don't he her his i i'm i've if it's item items just like "
+    "made make makes many me much my perfect product products really she some such then there "
+    "things thing those use uses want were while would".split()
 )
 
 
@@ -74,6 +87,12 @@ class Dataset:
     seqs: list  # a user: item numbers in time order, (L,) int64
     times: list  # a user: seconds since 1970, (L,) int64; float64 where a source has fractions
     ratings: list | None = None  # a user: (L,) float; None where the source has none
+    reviews: list | None = None  # a user: L texts, "" where none; None where the source has none
+    style: str = "pair"  # of reasons: one of STYLES
+    evidence: str = "histories"  # shown in prompts: one of EVIDENCE
+    # style "sentence": an item's people shown and what the LLM wrote of them, best first (see
+    # curec.own_sentences); index 0 empty
+    sentences: list = ()
     # demo only: drivers an item, "early" and "late"; "since": when; "popularity" of an item and
     # "follower" of an aspect are for tests/bench alone
     truth: dict | None = None
@@ -108,6 +127,12 @@ class Dataset:
         """What the user of a train event had chosen before it, oldest first."""
         return self.train[self.events["user"][event]][: self.events["pos"][event]]
 
+    def review(self, event):
+        """What the user of a train event wrote about its item; "" where there is nothing."""
+        if not self.reviews:
+            return ""
+        return self.reviews[self.events["user"][event]][self.events["pos"][event]]
+
     @cached_property
     def counts(self):
         """Train interactions of each item, (n_items + 1,)."""
@@ -136,11 +161,26 @@ class Dataset:
         return STOPWORDS | {w for w, n in self.document_frequency.items() if n > self.n_items / 2}
 
     @cached_property
-    def masked_words(self):
-        """Hidden from the reward: common words; few items' words and brands, which tell an item."""
+    def vocabulary(self):
+        """Number of items whose text has a word or, where reviews are shown, a train review."""
+        if self.evidence != "both":
+            return self.document_frequency
+        said = [set(words(item_text(item))) for item in self.items[1:]]
+        for i, events in enumerate(self.events_by_item[1:]):
+            said[i].update(*(words(self.review(e)) for e in events))
+        return Counter(w for item_words in said for w in item_words)
+
+    @cached_property
+    def identifying_words(self):
+        """Words that tell an item: those of fewer than MIN_ITEMS items, and of brands."""
         branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
-        frequency = self.document_frequency.items()
-        return self.common_words | {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
+        frequency = self.vocabulary.items()
+        return {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
+
+    @cached_property
+    def masked_words(self):
+        """Hidden from the reward: common words, and what tells an item."""
+        return self.common_words | self.identifying_words
 
     @cached_property
     def phrases(self):
@@ -290,6 +330,12 @@ PROMPT = (
     "Buyers of an item had chosen before:\n{}\nReason so far: {}\nItem: {}\n"
     "Why do people choose it?"
 )
+SENTENCE_PROMPT = (
+    "Buyers had chosen before:\n{}\nReason so far: {}\nItem: {}\n"
+    "In one short sentence, why do people choose it?"
+)
+# what the LLM that is asked for a sentence goes on from, and how that sentence then starts
+ASKED_START, SENTENCE_START = "People choose it because it", "It"
 REASON_START = "people choose it for "
 REASON = REASON_START + "{} and {}"
 ANSWER = "<think> {} </think> <reason> {} </reason>"
@@ -299,26 +345,35 @@ REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 
 
 def people_shown(data, events):
-    """A line for each of up to PEOPLE train events: what its user had chosen before."""
+    """A line for each of up to PEOPLE train events: what its user had chosen before and, where
+    reviews are shown, the first words of what that user wrote of this item."""
     lines = []
     for e in events[:PEOPLE]:
-        lines.append("- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:]))
+        line = "- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:])
+        if data.evidence == "both" and data.review(e):
+            line += f"; wrote: {' '.join(data.review(e).split()[:REVIEW_WORDS])}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def reason_prompt(data, item, reason, events):
     """The one prompt for reasons: the people shown, the reason so far ("" = none), the item."""
     people = people_shown(data, events) or "- nobody yet"
-    return PROMPT.format(people, reason or "none", item_text(data.items[item]))
+    prompt = SENTENCE_PROMPT if data.style == "sentence" else PROMPT
+    return prompt.format(people, reason or "none", item_text(data.items[item]))
 
 
-def parse_answer(text):
+def parse_answer(text, style="pair"):
     """Decoded answer -> (reason, the phrases it names, format_ok). The format: one think, one
-    reason, two different phrases."""
+    reason; two different phrases, or a sentence of at most SENTENCE_WORDS words that repeats no
+    phrase."""
     answer = ANSWER_PATTERN.fullmatch(text[:10_000])
     if not answer:
         return "", [], False
     reason = " ".join(answer[2].split())
+    if style == "sentence":
+        phrases = sentence_phrases(reason)
+        return reason, phrases, is_sentence(reason, phrases)
     found = REASON_PATTERN.fullmatch(reason)
     if not found or " and " in found[2]:
         return reason, [], False
@@ -327,25 +382,82 @@ def parse_answer(text):
     return reason, phrases, bool(first and second and first != second)
 
 
-def grounded(data, item, reason):
-    """Share of the reason's content words that the item's own text says; 0 where it has none."""
-    content = [w for w in words(reason) if w not in STOPWORDS]
+def sentence_phrases(reason):
+    """The phrases of a sentence: its content words, stemmed."""
+    return [stem(w) for w in words(reason) if w not in SENTENCE_STOPWORDS]
+
+
+def is_sentence(reason, phrases):
+    """One sentence of a fitting length, with phrases and without one twice?"""
+    length = len(reason.split())
+    one = not re.search(r"[.!?;:]\s|[.!?]{2}", reason)
+    return bool(one and phrases and length <= SENTENCE_WORDS and len(set(phrases)) == len(phrases))
+
+
+def grounded(data, item, reason, shown=()):
+    """(Share of the reason's phrases that the item's own text says, penalty of the others in 0 to
+    1); (0, 1) where it has none. Of a sentence what the people shown say counts too, and other
+    words are free (an LLM may know that almond oil soothes): the penalty is for a foreign name."""
     said = set(words(item_text(data.items[item])))
-    return sum(w in said for w in content) / len(content) if content else 0.0
+    if data.style == "pair":
+        content = [w for w in words(reason) if w not in STOPWORDS]
+        share = sum(w in said for w in content) / len(content) if content else 0.0
+        return share, 1 - share
+    said = {stem(w) for w in said.union(words(people_shown(data, shown)))}
+    phrases = sentence_phrases(reason)
+    share = sum(w in said for w in phrases) / len(phrases) if phrases else 0.0
+    foreign = any(stem(w) not in said for w in names(data, reason))
+    return share, float(foreign or not phrases)
+
+
+def names(data, reason):
+    """A sentence's words that could name another item: identifying words, numbers, and words that
+    it begins with a capital letter and no item says."""
+    found = []
+    for k, token in enumerate(reason.split()):
+        for w in words(token):
+            named = k and token[0].isupper() and w not in data.vocabulary
+            if w not in SENTENCE_STOPWORDS and (
+                named or w[0].isdigit() or w in data.identifying_words
+            ):
+                found.append(w)
+    return found
 
 
 def mask_identity(data, text):
     """What the reward's encoder reads of a text: its words without brands, numbers, common ones
-    and those of few items; sorted, or a causal encoder would pay "A and B" unlike "B and A"."""
+    and those of few items. Of a pair sorted, or a causal encoder would pay "A and B" unlike "B and
+    A"."""
     kept = [w for w in words(text) if w not in data.masked_words and not w[0].isdigit()]
-    return " ".join(sorted(kept)) or "item"
+    return " ".join(kept if data.style == "sentence" else sorted(kept)) or "item"
 
 
 def random_reason(data, item, rng, size=2):
-    """A grounded reason that names phrases of the item drawn at random."""
+    """A reason drawn at random: one that names grounded phrases of the item or, half of the time,
+    a sentence of the LLM's where there are some."""
+    if data.sentences and data.sentences[item][1] and rng.random() < 0.5:
+        return rng.choice(data.sentences[item][1])
     own = data.phrases[item]
     drawn = sorted(rng.permutation(own)[:size], key=own.index)
     return REASON_START + (" and ".join(drawn) or "itself")
+
+
+def own_sentence(data, item, text, shown):
+    """The first sentence of what an LLM wrote after ASKED_START: (its groundedness, the reason), or
+    None where it is too long or short, repeats itself, is in a script that neither the item nor the
+    evidence is in, or names what neither says."""
+    first = re.split(r"(?<=[.!?])\s|\n", text.strip())[0].rstrip(" .!?,;:")
+    reason = f"{SENTENCE_START} {first}."
+    evidence = people_shown(data, shown) + item_text(data.items[item])
+    readable = scripts(first) <= scripts(evidence) and not re.search(r'[<>"]', first)
+    share, foreign = grounded(data, item, reason, shown)
+    sound = is_sentence(reason, sentence_phrases(reason)) and len(reason.split()) >= 4
+    return (share, reason) if sound and readable and not foreign else None
+
+
+def scripts(text):
+    """The scripts that a text's letters are of: LATIN, CYRILLIC, ..."""
+    return {unicodedata.name(c, "").partition(" ")[0] for c in text if c.isalpha()}
 
 
 def shared_phrases(data, item, events):
@@ -400,12 +512,18 @@ def alignment_samples(data, n, rng, mix):
 
 
 def reason_sample(data, item, events, rng, current="", follow=1.0):
-    """(prompt, answer) with a weak target. The thought names the item's two phrases most shared
+    """(prompt, answer) with a weak target; of a sentence the best that the LLM itself wrote, where
+    there is one, of the people it was shown. The thought names the item's two phrases most shared
     with the histories shown. The reason names them in a share `follow` of the samples, else two at
     random: which of them matter is left to the reward. Phrases stand in the item's order."""
     own = data.phrases[item]
+    if data.style == "sentence":
+        # they were shown to the LLM that wrote it
+        events, kept = data.sentences[item]
     shared = sorted(shared_phrases(data, item, events)[:2], key=own.index)
     thought = f"most shared {' and '.join(shared)}" if shared else "nothing shared"
+    if data.style == "sentence" and kept:
+        return reason_prompt(data, item, current, events), ANSWER.format(thought, kept[0])
     kept = shared if rng.random() < follow else []
     named = list(dict.fromkeys([*kept, *rng.permutation(own)]))[:2]
     answer = ANSWER.format(thought, REASON.format(*sorted(named, key=own.index)))
@@ -455,8 +573,8 @@ class Subset:
     limit_users: int = 0  # drawn by seed; 0: all
 
 
-# time: seconds since 1970; rating: nan where there is none
-Row = namedtuple("Row", "user item time rating")
+# time: seconds since 1970; rating: nan where there is none; review: "" where there is none
+Row = namedtuple("Row", "user item time rating review")
 
 
 def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset:
@@ -519,7 +637,7 @@ def from_rows(name, rows, described, skipped) -> Dataset:
         problem = f"{name}: no user has 3 interactions left; lower --k-core or the limits"
         raise DataError("; ".join([problem, *notes]))
     kept = [row for row in rows if sizes[row.user] >= 3]
-    _, chosen, times, ratings = zip(*kept, strict=True)
+    _, chosen, times, ratings, reviews = zip(*kept, strict=True)
     number = {item: i for i, item in enumerate(sorted(set(chosen)), 1)}
     records, fields = read_items(described, number.keys(), skipped)
     items = [item_record(item, records.get(item, {})) for item in number]
@@ -539,11 +657,17 @@ def from_rows(name, rows, described, skipped) -> Dataset:
     if 1900 <= early <= late <= 2100 or 19_000_101 <= early <= late <= 21_001_231:
         notes.append("times look like dates, but numbers are seconds since 1970: write 2020-09-13")
     unit = np.int64 if all(map(float.is_integer, times)) else np.float64
-    ends = np.cumsum([sizes[user] for user in users])[:-1]
+    whole = np.cumsum([sizes[user] for user in users])
+    ends = whole[:-1]
     seqs = np.split(np.array([number[item] for item in chosen]), ends)
     times = np.split(np.array(times, unit), ends)
     ratings = np.split(np.array(ratings), ends) if set(ratings) <= {1, 2, 3, 4, 5} else None
-    return Dataset(name, [{}, *items], users, seqs, times, ratings, notes=notes, fields=fields)
+    told = None
+    if any(reviews):
+        told = [list(reviews[end - sizes[u] : end]) for u, end in zip(users, whole, strict=True)]
+    data = Dataset(name, [{}, *items], users, seqs, times, ratings, told)
+    data.notes, data.fields = notes, fields
+    return data
 
 
 # ---------------------------------------------------------------------- real data: files and fields
@@ -575,6 +699,8 @@ FIELDS = {
     "item": ITEM,
     "time": "timestamp time unixreviewtime datetime date reviewdate",
     "rating": "rating overall stars starrating",
+    "review": "review reviewtext text comment",
+    "summary": "summary title headline",
     "id": "id " + ITEM,
     "title": "title name itemname productname producttitle movietitle",
     "brand": "brand store",
@@ -696,12 +822,17 @@ def read_interactions(path, skipped):
 
 def parse_row(fields):
     """The interaction that a record tells of."""
-    user, item, time, rating = (pick(fields, name) for name in Row._fields)
+    user, item, time, rating, review = (pick(fields, name) for name in Row._fields)
     try:
         rating = float(rating)
     except (TypeError, ValueError):
         rating = float("nan")
-    return Row(parse_id(user), parse_id(item), parse_time(time), rating)
+    if review:
+        said = f"{pick(fields, 'summary') or ''} . {review}".split()
+        # twice: markup may be among the words
+        review = clean(" ".join(said[: 2 * KEPT_WORDS]))
+        review = " ".join(review.split()[:KEPT_WORDS]).strip(" .")
+    return Row(parse_id(user), parse_id(item), parse_time(time), rating, review or "")
 
 
 def parse_id(value):

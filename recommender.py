@@ -466,7 +466,8 @@ class Arm:
     one_seed: bool = False  # draws nothing, or is taught once
 
 
-# besides "item", an item's own text, and "truth", the demo's drivers: reasons, of the LLM after
+# besides "item", an item's own text, "truth", the demo's drivers, and "reviews", as prompts showed
+# them (the control for evidence): reasons, of the LLM after
 # alignment, after PPO, the control for correction, corrected, the corrected shuffled among items
 REASON_TEXTS = ("aligned", "rl", "bestof", "curec", "shuffled")
 
@@ -477,11 +478,12 @@ ARMS = {
     "id": Arm((), (), "curec lane knowledge"),
     "text-init": Arm((), ("id",), "lane", titles=True),
     "content": Arm(("item",), ("id",), "curec"),
+    "reviews": Arm(("item", "reviews"), ("content",), "curec"),
     "placebo": Arm(("item", "shuffled"), ("content",), "curec"),
     "aligned": Arm(("item", "aligned"), ("content",), "curec"),
     "rl": Arm(("item", "rl"), ("content", "aligned"), "curec"),
     "bestof": Arm(("item", "bestof"), ("content",), "curec"),
-    "curec": Arm(("item", "curec"), ("content", "placebo", "rl", "bestof"), "curec"),
+    "curec": Arm(("item", "curec"), ("content", "reviews", "placebo", "rl", "bestof"), "curec"),
     "lane-placebo": Arm((), (), "lane", titles=True, preferences="shuffled"),
     "lane": Arm((), ("id", "text-init", "lane-placebo"), "lane", titles=True, preferences="own"),
     "knowledge": Arm((), ("id", "markov"), "knowledge", one_seed=True),

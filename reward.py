@@ -37,7 +37,8 @@ import data as D
 from recommender import Block, pad
 
 FORMAT_PENALTY = 2.0  # in units of A: nats
-UNGROUNDED_PENALTY = 2.0  # times the share of the reason's words that the item does not say
+# times the share of a pair's words that the item does not say; a sentence's for a foreign name
+UNGROUNDED_PENALTY = 2.0
 AUDIENCE_WEIGHT = 0.5  # w
 STATES = 256  # |N|
 MAX_AUDIENCE = 16  # most users of an audience
@@ -349,7 +350,8 @@ class Rewards:
     shown: np.ndarray  # A(shown, r)
     audience: np.ndarray  # A(audience, r)
     audience_weight: np.ndarray
-    grounded: np.ndarray  # share of the reason's words that the item says
+    grounded: np.ndarray  # share of the reason's words that the item says (see data.grounded)
+    ungrounded: np.ndarray  # what is penalised of the others, 0 to 1
     format_ok: np.ndarray
     by_audience: list  # of M arrays: the lift of each user of the audience
 
@@ -363,7 +365,8 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     """R of decoded answers about these items: what PPO, correction, its control and all figures
     ask. answers: K an item, item by item; shown, audience: an array of event numbers an item."""
     item_of = np.repeat(np.arange(len(items)), len(answers) // len(items))
-    reasons, _, format_ok = zip(*map(D.parse_answer, answers), strict=True)
+    parsed = [D.parse_answer(answer, judge.data.style) for answer in answers]
+    reasons, _, format_ok = zip(*parsed, strict=True)
     format_ok = np.array(format_ok)
     by_shown = judge.lifts(reasons, [shown[k] for k in item_of], period)
     by_audience = judge.lifts(reasons, [audience[k] for k in item_of], period)
@@ -372,16 +375,49 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     weight[[len(values) == 0 for values in by_shown]] = 1.0
     weight[[len(values) == 0 for values in by_audience]] = 0.0
     a_shown, a_audience = mean_of_each(by_shown), mean_of_each(by_audience)
-    said = [D.grounded(judge.data, items[k], reasons[j]) for j, k in enumerate(item_of)]
-    grounded = np.array(said)
+    said = []
+    for reason, k in zip(reasons, item_of, strict=True):
+        said.append(D.grounded(judge.data, items[k], reason, shown[k]))
+    grounded, ungrounded = np.array(said).T
     total = (1 - weight) * a_shown + weight * a_audience
-    total = total - FORMAT_PENALTY * ~format_ok - UNGROUNDED_PENALTY * (1 - grounded)
-    return Rewards(total, a_shown, a_audience, weight, grounded, format_ok, by_audience)
+    total = total - FORMAT_PENALTY * ~format_ok - UNGROUNDED_PENALTY * ungrounded
+    parts = (a_shown, a_audience, weight, grounded, ungrounded)
+    return Rewards(total, *parts, format_ok, by_audience)
 
 
 def mean_of_each(arrays):
     """The mean of each array, 0 of an empty one."""
     return np.array([values.mean() if len(values) else 0.0 for values in arrays])
+
+
+# ------------------------------------------ confirmed: held-out reviews, which feed nothing else
+def confirmed(data, phrases):
+    """For each held-out choice (valid and test) whose user wrote a review, user by user: the share
+    of the item's phrases, stemmed, that the review says, 0 where it has none: (reviews,). phrases:
+    a list an item, index 0 empty."""
+    shares = []
+    for seq, reviews in zip(data.seqs, data.reviews, strict=True):
+        for item, review in zip(seq[-2:], reviews[-2:], strict=True):
+            said = {D.stem(w) for w in D.words(review)}
+            named = phrases[item]
+            if said:
+                shares.append(sum(w in said for w in named) / max(1, len(named)))
+    return np.array(shares)
+
+
+def confirmed_controls(data, phrases, seed):
+    """What else could stand in a reason, {control: phrases an item, index 0 empty}: these phrases
+    shuffled among items, the title's, and as many of the most frequent of the train reviews."""
+    rng = np.random.default_rng([seed, 97])
+    shuffled = [phrases[0], *(phrases[i] for i in 1 + rng.permutation(data.n_items))]
+    titles = [D.sentence_phrases(title) for title in data.titles]
+    said = Counter()
+    for events in data.events_by_item:
+        for e in events:
+            said.update(set(D.sentence_phrases(data.review(e))))
+    size = round(np.mean([len(named) for named in phrases[1:]]))
+    frequent = [word for word, _ in said.most_common(size)]
+    return {"shuffled": shuffled, "title": titles, "frequent": [frequent] * len(phrases)}
 
 
 # ------------------------------------------------- truth: figures of the demo, which feed nothing

@@ -35,6 +35,7 @@ import torch
 import torch.nn as nn
 import transformers as hf
 from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer
+from torch.utils.checkpoint import checkpoint as checkpoint_part
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -108,6 +109,10 @@ class Checkpoint:
             write_atomically(self.path, state)
 
 
+# logits in float32 that are in memory at once: 32 MB
+MAX_LOGITS = 1 << 23
+
+
 # -------------------------------------------------------------------- loading, modes, adapters
 def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0):
     """Any Hugging Face causal LM in NF4, the rest of it in dtype compute, with a new LoRA adapter
@@ -115,7 +120,8 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model
 
-    compute = compute or (torch.bfloat16 if str(device).startswith("cuda") else torch.float32)
+    compute = compute or default_dtype(device)
+    check_layers(name)
     # load_in_4bit is no longer a model argument, and this config's defaults are still fp4, single
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     nf4 = hf.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=compute)
@@ -166,6 +172,29 @@ def load(name, device="cpu", rank=16, checkpointing=False, compute=None, seed=0)
     if found:
         raise OSError(f"the LLM '{name}' {found}; choose another --llm")
     return model, tokenizer
+
+
+def default_dtype(device):
+    """bfloat16 on CUDA cards that compute it in hardware, from Ampere on (is_bf16_supported says
+    yes to emulation too, which is slow), float16 on older ones, float32 on a CPU."""
+    if not str(device).startswith("cuda"):
+        return torch.float32
+    ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if ampere else torch.float16
+
+
+def check_layers(name):
+    """Refuses an LLM with layers of linear attention, before anything of it is downloaded."""
+    try:
+        config = hf.AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
+    # whatever is wrong with it, the loading itself says in full
+    except Exception:
+        return
+    if "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        raise OSError(
+            f"the LLM '{name}' has layers of linear attention, which 4-bit loading breaks; choose "
+            "an --llm with full attention, such as Qwen/Qwen3-1.7B"
+        )
 
 
 @torch.no_grad()
@@ -262,9 +291,11 @@ class MicroBatch(NamedTuple):
     mask: torch.Tensor  # (b, R) answer tokens, True = real
 
 
-def prompt_ids(tokenizer, prompt):
-    """Token ids of a prompt, in the tokenizer's chat template where it has one. A title is
-    anybody's text: a control token in it (the end of a turn, say) becomes a space."""
+def prompt_ids(tokenizer, prompt, start=""):
+    """Token ids of a prompt, in the tokenizer's chat template where it has one, and of the words
+    that the answer is to start with. A title is anybody's text: a control token in it (the end of a
+    turn, say) becomes a space."""
+    start = text_ids(tokenizer, start) if start else []
     control = []
     for token in tokenizer.added_tokens_decoder.values():
         # words, blanks and single letters are harmless
@@ -275,9 +306,12 @@ def prompt_ids(tokenizer, prompt):
         for text in control:
             prompt = prompt.replace(text, " ")
     if not tokenizer.chat_template:
-        return tokenizer(prompt + "\n")["input_ids"]
+        return tokenizer(prompt + "\n")["input_ids"] + start
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # the template of a model that thinks opens its thought, or adds an empty one: ours comes here
+    text = re.sub(r"<think>\s*(</think>\s*)?$", "", text)
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + start
 
 
 def text_ids(tokenizer, text):
@@ -341,10 +375,28 @@ def logps_and_states(model, batch: MicroBatch, temperature=1.0):
     states = llm.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
     # the head sees the states of answers alone, never those of prompts
     states = states.take_along_dim(positions - 1, 1)
-    # in float32: in bfloat16 they would be 1e-2 apart
-    logits = llm.get_output_embeddings()(states).float() / temperature  # (b, R, V)
     chosen = batch.ids[..., None].gather(1, positions)
-    return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1), states
+    head = llm.get_output_embeddings()
+    return token_logps(head, states, chosen, temperature), states
+
+
+def token_logps(head, states, chosen, temperature=1.0):
+    """Log-probabilities (b, R) of the tokens chosen (b, R, 1) after these states (b, R, D). The
+    logits of a vocabulary of 151,936 are most of a pass's memory: never more than MAX_LOGITS of
+    them are there at once, and backward computes them again, part by part."""
+
+    def part_logps(states, chosen):
+        # in float32: in bfloat16 they would be 1e-2 apart
+        logits = head(states).float() / temperature  # (rows, V)
+        return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1)
+
+    rows = max(1, MAX_LOGITS // len(head.weight))
+    parts = zip(states.flatten(0, 1).split(rows), chosen.flatten(0, 1).split(rows), strict=True)
+    if chosen[..., 0].numel() <= rows:
+        logps = [part_logps(*part) for part in parts]
+    else:
+        logps = [checkpoint_part(part_logps, *part, use_reentrant=False) for part in parts]
+    return torch.cat(logps).view(chosen.shape[:2])
 
 
 # -------------------------------------------------------------------------------------- generation
@@ -354,6 +406,7 @@ class Sampling:
     temperature: float = 1.0
     budget: int = 32_768  # padded tokens of a batch
     seed: int = 0
+    start: str = ""  # words that every answer is made to start with
 
 
 def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
@@ -362,7 +415,8 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
     torch.manual_seed(sampling.seed)
     how = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
     how["max_new_tokens"] = sampling.max_new
-    ids = [one for (one,) in decode(model, tokenizer, prompts, how, sampling.budget, name)]
+    rows = [prompt_ids(tokenizer, prompt, sampling.start) for prompt in prompts]
+    ids = [one for (one,) in decode(model, tokenizer, rows, how, sampling.budget, name)]
     if name:
         print(f"  {name}: {len(ids):,} answers")
     # for the reward; the policy trains on the sampled ids: to tokenise a text may give others
@@ -372,16 +426,15 @@ def generate(model, tokenizer, prompts, sampling=Sampling(), name=""):
 
 
 @torch.no_grad()
-def decode(model, tokenizer, prompts, how, budget, name="", trie=None):
-    """The answers to each prompt, lists of ids up to an end token. how: of the GenerationConfig.
-    trie: ids that may follow each list of ids."""
+def decode(model, tokenizer, rows, how, budget, name="", trie=None):
+    """The answers to each prompt, lists of ids up to an end token. rows: token ids of prompts. how:
+    of the GenerationConfig. trie: ids that may follow each list of ids."""
     ends = end_tokens(model)
     # replaced as a whole: a checkpoint's own would fill in what is unset (repetition_penalty,
     # top_k = 50), and answers would come from another distribution than PPO trains
     config = hf.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **how)
     causal_lm(model).generation_config = config
     beams = config.num_beams or 1
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     groups = by_length([beams * (len(row) + config.max_new_tokens) for row in rows], budget)
     out = [[]] * len(rows)
     for group in tqdm(groups, name, leave=False, disable=None if name else True):
@@ -844,7 +897,8 @@ def retrieve(model, tokenizer, prompts, tries, beams=20, budget=32_768):
     how = {"do_sample": False, "length_penalty": 0.0, "num_beams": beams}
     how |= {"num_return_sequences": beams, "max_new_tokens": max(map(len, paths))}
     out = []
-    for answers in decode(model, tokenizer, prompts, how, budget, "beam search", trie):
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    for answers in decode(model, tokenizer, rows, how, budget, "beam search", trie):
         # where few titles are left, beams repeat some
         found = list(dict.fromkeys(paths.get(tuple(answer), -1) for answer in answers))
         out.append(found + [-1] * (beams - len(found)))
