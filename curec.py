@@ -748,7 +748,7 @@ def item_texts(s, data, reasons, kind):
         return [D.item_text(item) for item in data.items[1:]]
     if kind == "reviews":
         shown, _ = one_shot_people(data, s.seed)
-        return [" . ".join(filter(None, map(data.review, events))) for events in shown[1:]]
+        return [" . ".join(D.review_shown(data, e) for e in events) for events in shown[1:]]
     if kind == "truth":
         texts = [" ".join(drivers) for drivers in data.truth["late"][1:]]
     else:

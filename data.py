@@ -351,9 +351,14 @@ def people_shown(data, events):
     for e in events[:PEOPLE]:
         line = "- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:])
         if data.evidence == "both" and data.review(e):
-            line += f"; wrote: {' '.join(data.review(e).split()[:REVIEW_WORDS])}"
+            line += f"; wrote: {review_shown(data, e)}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def review_shown(data, event):
+    """The first words of what the user of a train event wrote."""
+    return " ".join(data.review(event).split()[:REVIEW_WORDS])
 
 
 def reason_prompt(data, item, reason, events):
