@@ -92,11 +92,9 @@ class Settings:
     limit_items: int = option(0, "keep the N items chosen most, then a 5-core; 0: all")
     limit_users: int = option(0, "then keep N users drawn by seed; 0: all")
     llm: str = option("", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]", "LLM")
-    style: str = option(
-        "", "of reasons; default: pair (two phrases) for tiny, else sentence", choices=D.STYLES
-    )
+    style: str = option("", "of reasons; default: pair for tiny, else sentence", choices=D.STYLES)
     evidence: str = option(
-        "", "shown of people; default: histories for pair, else both", choices=D.EVIDENCE
+        "", "of people; default: histories for pair, else both", choices=D.EVIDENCE
     )
     dtype: str = option("", "of 4-bit computation; default: by the device", choices=DTYPES)
     encoder: str = option("", "Hugging Face text encoder; default: the LLM's own states")
@@ -169,7 +167,7 @@ def whole_method(run: "Run"):
     rank_score = teach_knowledge(run, data, llm) if needs["knowledge"] else None
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
-    if reasons and data.reviews:
+    if reasons and data.reviews and any(any(told[-2:]) for told in data.reviews):
         add_confirmed(run.metrics, data, reasons, s.seed)
     if reasons and data.truth:
         add_truth(run.metrics, data, judge, weights, reasons)
@@ -261,7 +259,8 @@ def check_context(s, data, llm):
     """Refuses an LLM whose context is too short for the longest prompts."""
     prompts = []
     for i in range(1, data.n_items + 1):
-        prompts.append(D.reason_prompt(data, i, D.REASON.format("x", "y"), data.events_by_item[i]))
+        longest = "x " * D.SENTENCE_WORDS
+        prompts.append(D.reason_prompt(data, i, longest, data.events_by_item[i]))
     if needed(s)["preferences"] or needed(s)["knowledge"]:
         prompts += [D.history_question(data, seq, "prefer") for seq in data.train]
     rl.check_context(*llm, sorted(prompts, key=len)[-20:], max(64, s.max_new))
@@ -727,7 +726,7 @@ def arm_inputs(s, data, encode, reasons, preferences):
     for arm in s.arms.split(","):
         row = ARMS[arm]
         if "reviews" in row.texts and not data.reviews:
-            data.notes = [*data.notes, f"there are no reviews: the arm {arm} is left out"]
+            print(f"note: the data set has no reviews: the arm {arm} is left out")
             continue
         parts = []
         for kind in row.texts:
@@ -951,7 +950,9 @@ def changed(begun, s, data):
     """What of a run to resume is not as it was, as text; "" where all is. Places may change: of
     the data its fingerprint counts, of a folder with a model its name."""
     other = {}
-    for name, value in begun["settings"].items():
+    # what older runs could not choose
+    older = {"style": "pair", "evidence": "histories", "dtype": ""}
+    for name, value in (older | begun["settings"]).items():
         now = getattr(s, name, None)
         same = value == now
         if name in ("llm", "encoder") and os.path.isabs(value) and os.path.isabs(now):
@@ -1230,7 +1231,7 @@ def score(run, data, weights, lines, flags):
     reasons = [flags.score, lines[item - 1]["reason"]]
     answers = [D.ANSWER.format("by hand", reason) for reason in reasons]
     found = reward.rewards(judge, [item], answers, [shown], [audience], reward.TRAIN_TIME)
-    parts = "total shown audience grounded format_ok".split()
+    parts = "total shown audience grounded ungrounded format_ok".split()
     rows = []
     for k, reason in enumerate(reasons):
         rows.append({"reason": reason} | {part: getattr(found, part)[k].item() for part in parts})

@@ -47,10 +47,8 @@ MIN_ITEMS = 5
 # a title or description that more items share, and more than 5 % of them, is none: markup
 MAX_NAMESAKES = 10
 TIES = ("file", "shuffle")  # order within a timestamp
-STYLES = (
-    "pair",
-    "sentence",
-)  # of reasons: two phrases of the item, or a sentence free in its words
+# of reasons: two phrases of the item, or a sentence free in its words
+STYLES = ("pair", "sentence")
 EVIDENCE = ("both", "histories")  # of the people shown: reviews too, or not
 # LANE's m preferences a user; items of a history that the two relatives show
 PREFERENCES, RELATIVES_HISTORY = 5, 10

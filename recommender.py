@@ -466,9 +466,9 @@ class Arm:
     one_seed: bool = False  # draws nothing, or is taught once
 
 
-# besides "item", an item's own text, "truth", the demo's drivers, and "reviews", as prompts showed
-# them (the control for evidence): reasons, of the LLM after
-# alignment, after PPO, the control for correction, corrected, the corrected shuffled among items
+# besides "item", an item's own text, "truth", the demo's drivers, and "reviews" as prompts show
+# them (the control for evidence): reasons, of the LLM after alignment, after PPO, the control for
+# correction, corrected, the corrected shuffled among items
 REASON_TEXTS = ("aligned", "rl", "bestof", "curec", "shuffled")
 
 # texts, against, methods

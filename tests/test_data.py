@@ -557,7 +557,7 @@ def test_reason_samples_show_histories_cut_just_before_the_choice(world):
         reason, named, format_ok = data.parse_answer(answer)
         assert format_ok
         assert set(named) <= set(dataset.phrases[item])
-        assert data.grounded(dataset, item, reason) == 1
+        assert data.grounded(dataset, item, reason) == (1, 0)
     assert users_shown > 100
 
 
@@ -699,7 +699,8 @@ def test_parsers_survive_what_an_untrained_policy_writes(world, garbage):
     start = time.process_time()
     assert data.parse_answer(garbage)[2] is False
     assert data.parse_preferences(garbage) == []
-    assert 0 <= data.grounded(world, 1, garbage) <= 1
+    share, penalty = data.grounded(world, 1, garbage)
+    assert 0 <= share == 1 - penalty <= 1
     assert data.mask_identity(world, garbage)
     assert isinstance(data.clean(garbage), str)
     assert time.process_time() - start < 10
@@ -707,13 +708,14 @@ def test_parsers_survive_what_an_untrained_policy_writes(world, garbage):
 
 # -------------------------------------------------------------------------- words, phrases, titles
 def test_grounded_counts_the_items_own_words(world):
-    """Guards: template words counted as content, words of other items counted as grounded."""
+    """Guards: template words counted as content, words of other items counted as grounded; a
+    penalty of other words than those that are not."""
     own, another = world.phrases[1][:2]
     foreign = next(word for word in data.ASPECTS if word not in world.phrases[1])
-    assert data.grounded(world, 1, data.REASON.format(own, another)) == 1.0
-    assert data.grounded(world, 1, data.REASON.format(own, foreign)) == 0.5
-    assert data.grounded(world, 1, data.REASON.format(foreign, foreign)) == 0.0
-    assert data.grounded(world, 1, "people choose it for") == 0.0
+    assert data.grounded(world, 1, data.REASON.format(own, another)) == (1.0, 0.0)
+    assert data.grounded(world, 1, data.REASON.format(own, foreign)) == (0.5, 0.5)
+    assert data.grounded(world, 1, data.REASON.format(foreign, foreign)) == (0.0, 1.0)
+    assert data.grounded(world, 1, "people choose it for") == (0.0, 1.0)
 
 
 def test_mask_identity_hides_brands_numbers_and_rare_words(world):
@@ -846,7 +848,7 @@ def test_reasons_can_be_written_in_any_script(tmp_path, script):
     for i in range(1, dataset.n_items + 1):
         assert len(dataset.phrases[i]) >= 2
         reason = data.random_reason(dataset, i, rng)
-        assert data.grounded(dataset, i, reason) == 1
+        assert data.grounded(dataset, i, reason) == (1, 0)
         assert data.parse_answer(data.ANSWER.format("x", reason))[2]
         assert data.mask_identity(dataset, reason) != "item"
         _, answer = data.reason_sample(dataset, i, dataset.events_by_item[i], rng)
@@ -1171,7 +1173,7 @@ def test_ratings_that_are_not_one_to_five_are_left_out(tmp_path, odd):
 def test_k_core_is_repeated_until_nothing_falls_out():
     """Guards: one pass in place of many: item w falls, then user c, then item z, and only then is
     it a core."""
-    rows = [data.Row(user, item, 1, 5.0) for user, item in "ax ay az bx by cz cw".split()]
+    rows = [data.Row(user, item, 1, 5.0, "") for user, item in "ax ay az bx by cz cw".split()]
     square = [row for row in rows if row.user in "ab" and row.item in "xy"]
     assert data.core(rows, 2) == square
     assert data.core(rows, 1) == rows
