@@ -524,9 +524,10 @@ def reason_sample(data, item, events, rng, current="", follow=1.0):
         # they were shown to the LLM that wrote it
         events, kept = data.sentences[item]
     shared = sorted(shared_phrases(data, item, events)[:2], key=own.index)
-    thought = f"most shared {' and '.join(shared)}" if shared else "nothing shared"
     if data.style == "sentence" and kept:
+        thought = f"they mention {' and '.join(shared)}" if shared else "they say little"
         return reason_prompt(data, item, current, events), ANSWER.format(thought, kept[0])
+    thought = f"most shared {' and '.join(shared)}" if shared else "nothing shared"
     kept = shared if rng.random() < follow else []
     named = list(dict.fromkeys([*kept, *rng.permutation(own)]))[:2]
     answer = ANSWER.format(thought, REASON.format(*sorted(named, key=own.index)))
