@@ -167,7 +167,7 @@ def whole_method(run: "Run"):
     rank_score = teach_knowledge(run, data, llm) if needs["knowledge"] else None
     inputs = arm_inputs(s, data, encode, reasons, preferences)
     train_and_test_arms(run, data, inputs, rank_score)
-    if reasons and data.reviews and any(any(told[-2:]) for told in data.reviews):
+    if reasons and data.reviews:
         add_confirmed(run.metrics, data, reasons, s.seed)
     if reasons and data.truth:
         add_truth(run.metrics, data, judge, weights, reasons)
@@ -706,6 +706,8 @@ def add_confirmed(metrics, data, reasons, seed):
         named[kind] = [D.sentence_phrases(D.parse_answer(answer)[0]) for answer in answers]
     controls = reward.confirmed_controls(data, named["curec"], seed)
     shares = {name: reward.confirmed(data, said) for name, said in (named | controls).items()}
+    if not len(shares["curec"]):
+        return
     metrics["confirmed"] = {"reviews": len(shares["curec"])}
     for name, values in shares.items():
         entry = metrics["reasons"][name] if name in named else metrics["confirmed"]
@@ -747,7 +749,8 @@ def item_texts(s, data, reasons, kind):
         return [D.item_text(item) for item in data.items[1:]]
     if kind == "reviews":
         shown, _ = one_shot_people(data, s.seed)
-        return [" . ".join(D.review_shown(data, e) for e in events) for events in shown[1:]]
+        said = [[D.review_shown(data, e) for e in events] for events in shown[1:]]
+        return [" . ".join(filter(None, texts)) for texts in said]
     if kind == "truth":
         texts = [" ".join(drivers) for drivers in data.truth["late"][1:]]
     else:

@@ -418,11 +418,11 @@ def names(data, reason):
     it begins with a capital letter and no item says."""
     found = []
     for k, token in enumerate(reason.split()):
+        capital = k > 0 and token.lstrip("\"'([{\u201c\u2018\u00ab")[:1].isupper()
         for w in words(token):
-            named = k and token[0].isupper() and w not in data.vocabulary
-            if w not in SENTENCE_STOPWORDS and (
-                named or w[0].isdigit() or w in data.identifying_words
-            ):
+            unknown = capital and w not in data.vocabulary
+            telling = unknown or w[0].isdigit() or w in data.identifying_words
+            if telling and w not in SENTENCE_STOPWORDS:
                 found.append(w)
     return found
 
@@ -831,12 +831,12 @@ def parse_row(fields):
         rating = float(rating)
     except (TypeError, ValueError):
         rating = float("nan")
+    review = clean(review)
     if review:
-        said = f"{pick(fields, 'summary') or ''} . {review}".split()
-        # twice: markup may be among the words
-        review = clean(" ".join(said[: 2 * KEPT_WORDS]))
-        review = " ".join(review.split()[:KEPT_WORDS]).strip(" .")
-    return Row(parse_id(user), parse_id(item), parse_time(time), rating, review or "")
+        headline = clean(pick(fields, "summary"))
+        review = " . ".join(filter(None, [headline, review]))
+        review = " ".join(review.split()[:KEPT_WORDS])
+    return Row(parse_id(user), parse_id(item), parse_time(time), rating, review)
 
 
 def parse_id(value):
