@@ -831,7 +831,7 @@ def parse_row(fields):
         rating = float(rating)
     except (TypeError, ValueError):
         rating = float("nan")
-    review = clean(review)
+    review = clean(review).strip(" .")
     if review:
         headline = clean(pick(fields, "summary"))
         review = " . ".join(filter(None, [headline, review]))
