@@ -249,7 +249,9 @@ def open_llm(s, path):
     """The LLM in 4 bits with a new adapter, (model, tokenizer), and its text embeddings as a
     function."""
     dtype = getattr(torch, s.dtype) if s.dtype else None
-    llm = rl.load(path, s.device, checkpointing=s.device != "cpu", compute=dtype, seed=s.seed)
+    # of a pretrained LLM a pass without it takes gigabytes more, and no less time
+    checkpointing = s.device != "cpu" or s.llm != "tiny"
+    llm = rl.load(path, s.device, checkpointing=checkpointing, compute=dtype, seed=s.seed)
     encode = functools.partial(rl.encode, *llm, budget=sampling(s).budget)
     # a tiny LLM knows words, and little of sentences
     return llm, reward.word_means(encode) if s.llm == "tiny" else encode
