@@ -1079,7 +1079,7 @@ def write_report(run, data, lines):
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if s.device != "cpu":
-        m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+        m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated(s.device) / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
     parts = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
     for name in "dataset ppo reward confirmed lane time_s peak_memory_mb".split():
@@ -1124,7 +1124,7 @@ def dry_run(s):
     for path in absent:
         print(f"download {files[path]} to {path}; prompts are counted when it is there")
     if s.llm != "tiny":
-        size = rl.forecast(s.llm, sampling(s).budget)
+        size = rl.forecast(s.llm, s.micro_batch, 512 + s.max_new, sampling(s).budget)
         print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
     if absent:
         return
@@ -1196,7 +1196,7 @@ def speed_of(s, prompts):
     generation writes), or measured for some seconds where the LLM is here; else None."""
     if s.tokens_per_second:
         return s.tokens_per_second, 2 * s.tokens_per_second
-    if s.llm == "tiny" or not rl.forecast(s.llm, 1):
+    if s.llm == "tiny" or not rl.forecast(s.llm):
         return None
     llm, _ = open_llm(s, s.llm)
     return rl.measure_speed(*llm, prompts[:64], s.micro_batch)

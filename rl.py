@@ -109,6 +109,8 @@ class Checkpoint:
             write_atomically(self.path, state)
 
 
+# fitted to measured peaks (tests/bench/bench_llm.py shapes): of a pass with gradients, of reading
+WITHIN_A_LAYER, WHILE_READING = 1.5, 1.0
 # times the loss in float16, whose small gradients would be rounded to 0
 LOSS_SCALE = 1024.0
 # logits in float32 that are in memory at once: 32 MB
@@ -393,7 +395,9 @@ def accumulate_gradients(model, weights, batches, loss_of):
         except torch.OutOfMemoryError:
             if max(len(batch.rows) for batch in batches) == 1:
                 raise
-        # not within the except: what its traceback holds would stay in memory
+        # what the failed pass holds would stay in memory: its loss, and within the except its
+        # traceback
+        loss = None
         batches = [half for batch in batches for half in halves(batch)]
         note_halving(model, f"micro-batches of {max(len(batch.rows) for batch in batches)}")
     for weight in weights:
@@ -594,9 +598,10 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         found, batches = accumulate_gradients(model, weights, batches, loss_of)
         size = max(len(batch.rows) for batch in batches)
         losses.append(sum(found))
-        if not np.isfinite(losses[-1]):
+        norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
+        # float16 may overflow in the gradient alone: a step would make every weight NaN
+        if not np.isfinite(losses[-1] + norm):
             raise OSError(f"{name}: the loss is not finite; --dtype float32 may help")
-        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
@@ -961,22 +966,47 @@ def measure_speed(model, tokenizer, prompts, micro_batch, max_new=16):
 
     start = time.perf_counter()
     accumulate_gradients(model, weights, batches, loss_of)
+    # a card computes on after backward has returned: waits for it
+    weights[0].grad.sum().item()
     tokens = sum(len(row) for row in rows) + sum(map(len, answers[: len(rows)]))
     return written, tokens / (time.perf_counter() - start)
 
 
-def forecast(name, budget):
-    """{"parameters", "memory_gb"} of an LLM whose config is on disk or in the cache, else {}. CUDA
-    memory by arithmetic, not measured: 0.9 GB a billion weights with adapters and Adam, and for a
-    pass of 32,768 tokens 2 GB + 0.75 GB a billion weights."""
+def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16):
+    """{"parameters", "load_gb", "alignment_gb", "generation_gb", "ppo_gb"} of an LLM whose config
+    is on disk or in the cache, else {}: the peak of each stage by arithmetic. length: tokens of a
+    prompt with its answer; budget: of a batch of generation; size: bytes of the dtype of
+    computation."""
     try:
         config = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):
         return {}
+    text = config.get_text_config()
+    layers, width = text.num_hidden_layers, text.hidden_size
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    weights = sum(m.weight.numel() for m in linear)
+    sides = sum(m.in_features + m.out_features for m in linear)
     n = model.num_parameters()
-    return {"parameters": n, "memory_gb": 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768}
+    # NF4 with its double-quantised scales; a LoRA weight in float32, with gradient and Adam 16 B
+    load = 0.52 * weights + size * (n - weights) + 4 * rank * sides
+    adam = 12 * rank * sides
+    # checkpoints of all layers; within one, inputs and outputs of its linear maps, beside them in
+    # float32 what the adapters read and add; backward needs them again
+    tokens = micro_batch * length
+    activations = tokens * (size * layers * width + WITHIN_A_LAYER * (size + 4) * sides / layers)
+    logits = 3 * 4 * min(MAX_LOGITS, tokens * len(head.weight))
+    training = load + adam + activations + logits
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    cache = budget * 2 * layers * heads * head_size * size
+    widest = max((m.in_features + m.out_features for m in linear), default=0)
+    reading = budget * WHILE_READING * (size + 4) * widest
+    stages = {"load": load, "alignment": training, "generation": load + cache + reading}
+    stages["ppo"] = max(training, stages["generation"]) + 4 * rank * sides
+    return {"parameters": n} | {f"{stage}_gb": 1e-9 * value for stage, value in stages.items()}
 
 
 # ===================================================== the two relatives: the LLM as a recommender
