@@ -111,7 +111,7 @@ class Settings:
     baseline: str = option("critic", "of PPO's advantages", choices=BASELINES)
     ppo_lr: float = option(0.0, "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
     windows: int = option(2, "windows of the correction, equal in train events")
-    proposals: int = option(0, "for an item and window; 0: 24 for tiny, else 12")
+    proposals: int = option(0, "for an item and window; 0: 24 for tiny, else 4")
     margin: float = option(0.25, "standard errors that the gain of a correction exceeds")
     method: str = option("curec", "whose arms: CURec's or a relative's", "evaluation", METHODS)
     arms: str = option("", "instead: all, or some of " + ARM_NAMES)
@@ -124,6 +124,7 @@ class Settings:
     resume: bool = option(False, "go on after the last finished unit of work, or start")
     overwrite: bool = option(False, "replace the run that the run folder holds")
     dry_run: bool = option(False, "only print what would be downloaded, asked and learnt")
+    tokens_per_second: float = option(0.0, "of generation, for the hours of --dry-run")
     debug: bool = option(False, "show the traceback of an error")
     run: str = option("", "the run folder to look at", "look back")
     explain: str = option("", "USER: top items with their reasons")
@@ -171,6 +172,8 @@ def whole_method(run: "Run"):
         add_confirmed(run.metrics, data, reasons, s.seed)
     if reasons and data.truth:
         add_truth(run.metrics, data, judge, weights, reasons)
+    if llm:
+        data.notes = [*data.notes, *rl.memory_notes(llm[0])]
     write_report(run, data, lines)
 
 
@@ -1082,7 +1085,7 @@ def write_report(run, data, lines):
     unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
     m["peak_memory_mb"] = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if s.device != "cpu":
-        m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated() / 2**20
+        m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated(s.device) / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
     parts = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
     for name in "dataset ppo reward confirmed lane time_s peak_memory_mb".split():
@@ -1127,28 +1130,82 @@ def dry_run(s):
     for path in absent:
         print(f"download {files[path]} to {path}; prompts are counted when it is there")
     if s.llm != "tiny":
-        size = rl.forecast(s.llm, sampling(s).budget)
+        size = rl.forecast(s.llm, s.micro_batch, 512 + s.max_new, sampling(s).budget)
         print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
     if absent:
         return
     data = load_data(s)
     print(f"{len(data.users)} users, {data.n_items} items", *data.notes, sep="\n  note: ")
-    train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
-    words = np.mean([len(q.prompt.split()) for q in train + held_out])
-    drawn = ppo_updates(s, train) * s.ppo_batch
-    asked = drawn + 2 * min(drawn, len(train)) + 2 * len(held_out)
-    asked += (3 + 2 * s.windows * s.proposals) * data.n_items
-    asked += OWN_ANSWERS * data.n_items * (s.style == "sentence")
-    # prompts learnt, most answers
-    work = {
-        "reasons": (32 * s.align_steps, asked),
-        "preferences": (0, 2 * len(data.users)),
-        "knowledge": (32 * s.knowledge_steps, 2 * len(data.users)),
-    }
-    for stage, (learnt, answers) in work.items():
-        if needed(s)[stage]:
-            print(f"{stage}: {learnt:,} prompts learnt, at most {answers:,} answers")
-    print(f"a prompt has about {words:.0f} words, an answer at most {s.max_new} tokens")
+    print(f"arms: {s.arms}")
+    works = planned_work(s, data)
+    prompts = first_prompts(data, one_shot_people(data, s.seed)[0])
+    speed = speed_of(s, prompts) if works else None
+    # about 1.5 tokens a word; answers end before their limit
+    prompt_tokens = 1.5 * np.mean([len(prompt.split()) for prompt in prompts])
+    answer_tokens = 0.6 * s.max_new
+    total = 0.0
+    for work in works:
+        text = f"{work.stage}: {work.learnt:,} prompts learnt, at most {work.answers:,} answers"
+        if speed:
+            seconds = work.answers * answer_tokens / speed[0]
+            seconds += work.passes * (prompt_tokens + answer_tokens) / speed[1]
+            total += seconds / 3600
+            text += f", {seconds / 3600:.2f} hours; fewer with {work.flag}"
+        print(text)
+    print(f"a prompt has about {prompt_tokens:.0f} tokens, an answer at most {s.max_new}")
+    if speed:
+        rates = "{:,.0f} tokens/s of generation and {:,.0f} of training".format(*speed)
+        print(f"about {total:.2f} hours at {rates}; the arms' recommenders come on top")
+    elif works and s.llm != "tiny":
+        print("hours are known with --tokens-per-second N, or when the LLM is here")
+
+
+class Work(NamedTuple):
+    """What a stage of a run asks of the LLM."""
+
+    stage: str
+    learnt: int  # prompts with answers, in training
+    passes: float  # of training, forward and backward, a prompt with its answer each
+    answers: int  # at most
+    flag: str  # makes it shorter
+
+
+def planned_work(s, data):
+    """The stages that ask the LLM, in their order."""
+    needs = needed(s)
+    n = data.n_items
+    works = []
+    if needs["reasons"]:
+        train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
+        drawn = ppo_updates(s, train) * s.ppo_batch
+        asked = drawn + 2 * min(drawn, len(train)) + 2 * len(held_out)
+        learnt = 32 * s.align_steps
+        if s.style == "sentence":
+            works.append(Work("own sentences", 0, 0, OWN_ANSWERS * n, "--limit-items"))
+        works.append(Work("alignment", learnt, learnt, 0, "--align-steps"))
+        # two epochs; old and reference log-probabilities, a third of a pass each
+        works.append(Work("PPO", drawn, drawn * 8 / 3, asked, "--ppo-updates"))
+        works.append(Work("one-shot reasons", 0, 0, 3 * n, "--limit-items"))
+        proposals = 2 * s.windows * s.proposals * n
+        works.append(Work("correction and its control", 0, 0, proposals, "--proposals"))
+    if needs["preferences"]:
+        works.append(Work("preferences", 0, 0, 2 * len(data.users), "--limit-users"))
+    if needs["knowledge"]:
+        learnt = 32 * s.knowledge_steps
+        asked = 2 * len(data.users)
+        works.append(Work("knowledge", learnt, learnt, asked, "--knowledge-steps"))
+    return works
+
+
+def speed_of(s, prompts):
+    """Tokens a second of generation and of training: as given (training reads twice as many as
+    generation writes), or measured for some seconds where the LLM is here; else None."""
+    if s.tokens_per_second:
+        return s.tokens_per_second, 2 * s.tokens_per_second
+    if s.llm == "tiny" or not rl.forecast(s.llm):
+        return None
+    llm, _ = open_llm(s, s.llm)
+    return rl.measure_speed(*llm, prompts[:64], s.micro_batch)
 
 
 def look(flags):
@@ -1249,7 +1306,7 @@ QUICK = {"tiny_steps": 90, "align_steps": 12, "ppo_updates": 2, "ppo_batch": 32,
 QUICK |= {"knowledge_steps": 12, "seeds": 1, "epochs": 3}
 LOOK_FLAGS = set("run explain history score item".split())
 # flags that are no setting of a run
-NOT_KEPT = LOOK_FLAGS | set("resume overwrite dry_run debug".split())
+NOT_KEPT = LOOK_FLAGS | set("resume overwrite dry_run debug tokens_per_second".split())
 # the least that is allowed, 0 else
 LEAST = {"k_core": -1, "temperature": 0.01, "ppo_batch": 8, "align_steps": 1, "knowledge_steps": 1}
 LEAST |= {"seeds": 1, "windows": 1, "epochs": 1}
@@ -1334,7 +1391,7 @@ def resolve(s):
         "evidence": "histories" if style == "pair" else "both",
         "max_new": 24 if tiny else 96,
         "micro_batch": 16 if tiny else 4,
-        "proposals": 24 if tiny else 12,
+        "proposals": 24 if tiny else 4,
         "ppo_lr": 3e-3 if tiny else 1e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
     }

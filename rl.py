@@ -109,6 +109,10 @@ class Checkpoint:
             write_atomically(self.path, state)
 
 
+# fitted to measured peaks (tests/bench/bench_llm.py shapes): of a pass with gradients, of reading
+WITHIN_A_LAYER, WHILE_READING = 1.5, 1.0
+# times the loss in float16, whose small gradients would be rounded to 0
+LOSS_SCALE = 1024.0
 # logits in float32 that are in memory at once: 32 MB
 MAX_LOGITS = 1 << 23
 
@@ -217,7 +221,8 @@ def flaw(model, tokenizer, prompt):
     logits = model(input_ids=torch.tensor([prompt], device=model.device)).logits
     weights = [weight for weight in model.parameters() if weight.is_floating_point()]
     if not all(x.isfinite().all() for x in [logits, *weights]):
-        return "has weights or logits that are NaN or infinite"
+        advice = " in float16: give --dtype float32" if logits.dtype == torch.float16 else ""
+        return "has weights or logits that are NaN or infinite" + advice
     return None
 
 
@@ -365,6 +370,55 @@ def micro_batches(rows, prompts, answers, device, size):
     return batches
 
 
+def halves(batch):
+    """A micro-batch as two, of half its rows each; of one row itself."""
+    middle = -(-len(batch.rows) // 2)
+    parts = [MicroBatch(*(x[:middle] for x in batch)), MicroBatch(*(x[middle:] for x in batch))]
+    return [part for part in parts if len(part.rows)]
+
+
+def accumulate_gradients(model, weights, batches, loss_of):
+    """Gradients of the sum of the losses of micro-batches. loss_of: micro-batch -> (loss, what to
+    keep of it). Where memory runs out the step starts again with halves, which give the same
+    gradients: (what was kept, the micro-batches that fitted)."""
+    scale = LOSS_SCALE if model.dtype == torch.float16 else 1.0
+    while True:
+        for weight in weights:
+            weight.grad = None
+        kept = []
+        try:
+            for batch in batches:
+                loss, stats = loss_of(batch)
+                (loss * scale).backward()
+                kept.append(stats)
+            break
+        except torch.OutOfMemoryError:
+            if max(len(batch.rows) for batch in batches) == 1:
+                raise
+        # what the failed pass holds would stay in memory: its loss, and within the except its
+        # traceback
+        loss = None
+        batches = [half for batch in batches for half in halves(batch)]
+        note_halving(model, f"micro-batches of {max(len(batch.rows) for batch in batches)}")
+    for weight in weights:
+        if weight.grad is not None and scale != 1:
+            weight.grad /= scale
+    return kept, batches
+
+
+def note_halving(model, smaller):
+    """Says once that memory ran out, and keeps it with the model for the report."""
+    torch.cuda.empty_cache()
+    if not memory_notes(model):
+        print(f"note: memory ran out; going on with {smaller}")
+    model.memory_notes = [f"memory ran out: at last {smaller} (--micro-batch starts smaller)"]
+
+
+def memory_notes(model):
+    """What note_halving keeps; empty where memory was enough."""
+    return getattr(model, "memory_notes", [])
+
+
 def logps_and_states(model, batch: MicroBatch, temperature=1.0):
     """Log-probabilities (b, R) of the answer tokens, and the hidden states (b, R, D) that predict
     them; those of padding mean nothing. The one function for rollout, reference and update, at the
@@ -437,25 +491,43 @@ def decode(model, tokenizer, rows, how, budget, name="", trie=None):
     beams = config.num_beams or 1
     groups = by_length([beams * (len(row) + config.max_new_tokens) for row in rows], budget)
     out = [[]] * len(rows)
-    for group in tqdm(groups, name, leave=False, disable=None if name else True):
-        ids, mask = pad_ids([rows[i] for i in group], model.device, "left")
-        prompt_length = ids.shape[1]
-
-        def allowed(_, seen, start=prompt_length):
-            """A beam that has left the trie has probability 0, but has to go on: to EOS."""
-            return list(trie.get(tuple(seen[start:].tolist()), ends))
-
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            past_key_values=prompt_cache(model, ids, mask, beams),
-            prefix_allowed_tokens_fn=allowed if trie else None,
-        )
-        made = made[:, prompt_length:].view(len(group), beams, -1).tolist()
-        for i, answers in zip(group, made, strict=True):
+    bar = tqdm(total=len(rows), desc=name, leave=False, disable=None if name else True)
+    while groups:
+        group = groups[0]
+        try:
+            made = decode_group(model, [rows[i] for i in group], beams, trie)
+        except torch.OutOfMemoryError:
+            if len(group) == 1:
+                raise
+            made = None
+        if made is None:
+            groups = [half for group in groups for half in (group[::2], group[1::2]) if half]
+            note_halving(model, f"groups of {len(groups[0])} answers")
+            continue
+        for i, answers in zip(groups.pop(0), made, strict=True):
             # nothing after an end is real
             out[i] = [up_to_end(answer, ends) for answer in answers]
+        bar.update(len(group))
+    bar.close()
     return out
+
+
+def decode_group(model, rows, beams, trie):
+    """Answers to some prompts (lists of ids) in one batch, lists of ids (len(rows), beams, R)."""
+    ids, mask = pad_ids(rows, model.device, "left")
+    prompt_length = ids.shape[1]
+
+    def allowed(_, seen):
+        """A beam that has left the trie has probability 0, but has to go on: to EOS."""
+        return list(trie.get(tuple(seen[prompt_length:].tolist()), end_tokens(model)))
+
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        past_key_values=prompt_cache(model, ids, mask, beams),
+        prefix_allowed_tokens_fn=allowed if trie else None,
+    )
+    return made[:, prompt_length:].view(len(rows), beams, -1).tolist()
 
 
 def up_to_end(ids, ends):
@@ -505,24 +577,31 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         losses = checkpoint.state["losses"]
         weights.load_state_dict(checkpoint.state["weights"])
         optimizer.load_state_dict(checkpoint.state["optimizer"])
+    size = config.micro_batch
     todo = draw(len(samples), config.batch, steps, [config.seed, 17])[len(losses) :]
     bar = tqdm(todo, name, steps, initial=len(losses), unit="step", mininterval=1, disable=None)
     for step, rows in enumerate(bar, len(losses)):
         prompts = [prompt_ids(tokenizer, samples[i][0]) for i in rows]
         answers = [answer_ids(tokenizer, samples[i][1]) for i in rows]
         tokens = sum(map(len, answers))
-        losses.append(0.0)
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
-        size = config.micro_batch
-        for batch in micro_batches(range(config.batch), prompts, answers, model.device, size):
+
+        def loss_of(batch, tokens=tokens):
             logp, _ = logps_and_states(model, batch)
             # a mean of the micro-batches' means would weigh the tokens of short ones more
             loss = -(logp * batch.mask).sum() / tokens
-            loss.backward()
-            losses[-1] += loss.item()
-        nn.utils.clip_grad_norm_(weights, 1.0)
+            return loss, loss.item()
+
+        batches = micro_batches(range(config.batch), prompts, answers, model.device, size)
+        found, batches = accumulate_gradients(model, weights, batches, loss_of)
+        size = max(len(batch.rows) for batch in batches)
+        losses.append(sum(found))
+        norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
+        # float16 may overflow in the gradient alone: a step would make every weight NaN
+        if not np.isfinite(losses[-1] + norm):
+            raise OSError(f"{name}: the loss is not finite; --dtype float32 may help")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix_str(f"loss {np.mean(losses[-20:]):.3f}")
@@ -730,14 +809,18 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     for k in np.concatenate([rng.permutation(len(minibatches)) for _ in range(config.epochs)]):
         tokens = sum(batch.mask.sum() for batch in minibatches[k])
         step = Counter()
-        for batch in minibatches[k]:
+
+        def loss_of(batch, tokens=tokens):
             logp, states = logps_and_states(model, batch, config.sampling.temperature)
             values = head(states.float()).squeeze(-1)
             part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
             loss, stats = ppo_loss(logp, values, part, batch.mask, tokens, config.value_coef)
-            loss.backward()
+            return loss, stats | {"loss": loss.item()}
+
+        found, minibatches[k] = accumulate_gradients(model, parameters, minibatches[k], loss_of)
+        for stats in found:
             # Counter.update adds up
-            step.update(stats | {"loss": loss.item()})
+            step.update(stats)
         step["grad_norm"] = nn.utils.clip_grad_norm_(parameters, 1.0).item()
         # a step that would do harm: not finite, or ratios out of all proportion
         step["skipped"] = not np.isfinite(step["loss"] + step["grad_norm"]) or step["ratio"] > 10
@@ -863,18 +946,67 @@ def initialize_to_copy(model):
     first.q_proj.bias[size // 2 : size // 2 + 3] = -5.0 * turn.sin()
 
 
-def forecast(name, budget):
-    """{"parameters", "memory_gb"} of an LLM whose config is on disk or in the cache, else {}. CUDA
-    memory by arithmetic, not measured: 0.9 GB a billion weights with adapters and Adam, and for a
-    pass of 32,768 tokens 2 GB + 0.75 GB a billion weights."""
+def measure_speed(model, tokenizer, prompts, micro_batch, max_new=16):
+    """Tokens a second of generation (of answers) and of training (of prompts and answers), each
+    measured once; draws some answers and changes no weight."""
+    sampling = Sampling(max_new)
+    # the first call pays for what is loaded once
+    generate(model, tokenizer, prompts[:1], sampling)
+    start = time.perf_counter()
+    _, answers = generate(model, tokenizer, prompts, sampling)
+    written = sum(map(len, answers)) / (time.perf_counter() - start)
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts[:micro_batch]]
+    use(model, model.active_adapter, trainable=True)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    batches = micro_batches(range(len(rows)), rows, answers, model.device, micro_batch)
+
+    def loss_of(batch):
+        logp, _ = logps_and_states(model, batch)
+        return -(logp * batch.mask).sum(), None
+
+    start = time.perf_counter()
+    accumulate_gradients(model, weights, batches, loss_of)
+    # a card computes on after backward has returned: waits for it
+    weights[0].grad.sum().item()
+    tokens = sum(len(row) for row in rows) + sum(map(len, answers[: len(rows)]))
+    return written, tokens / (time.perf_counter() - start)
+
+
+def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16):
+    """{"parameters", "load_gb", "alignment_gb", "generation_gb", "ppo_gb"} of an LLM whose config
+    is on disk or in the cache, else {}: the peak of each stage by arithmetic. length: tokens of a
+    prompt with its answer; budget: of a batch of generation; size: bytes of the dtype of
+    computation."""
     try:
         config = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):
         return {}
+    text = config.get_text_config()
+    layers, width = text.num_hidden_layers, text.hidden_size
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    weights = sum(m.weight.numel() for m in linear)
+    sides = sum(m.in_features + m.out_features for m in linear)
     n = model.num_parameters()
-    return {"parameters": n, "memory_gb": 0.9e-9 * n + (2 + 0.75e-9 * n) * budget / 32_768}
+    # NF4 with its double-quantised scales; a LoRA weight in float32, with gradient and Adam 16 B
+    load = 0.52 * weights + size * (n - weights) + 4 * rank * sides
+    adam = 12 * rank * sides
+    # checkpoints of all layers; within one, inputs and outputs of its linear maps, beside them in
+    # float32 what the adapters read and add; backward needs them again
+    tokens = micro_batch * length
+    activations = tokens * (size * layers * width + WITHIN_A_LAYER * (size + 4) * sides / layers)
+    logits = 3 * 4 * min(MAX_LOGITS, tokens * len(head.weight))
+    training = load + adam + activations + logits
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    cache = budget * 2 * layers * heads * head_size * size
+    widest = max((m.in_features + m.out_features for m in linear), default=0)
+    reading = budget * WHILE_READING * (size + 4) * widest
+    stages = {"load": load, "alignment": training, "generation": load + cache + reading}
+    stages["ppo"] = max(training, stages["generation"]) + 4 * rank * sides
+    return {"parameters": n} | {f"{stage}_gb": 1e-9 * value for stage, value in stages.items()}
 
 
 # ===================================================== the two relatives: the LLM as a recommender

@@ -629,7 +629,7 @@ def test_a_look_changes_no_file(copied):
 # ------------------------------------------------------------------------------- before a run
 def asked_at_most(said):
     """{part of the method: most answers} as --dry-run prints them."""
-    found = re.findall(r"^(\w[\w ]*): .* at most ([\d,]+) answers$", said, re.M)
+    found = re.findall(r"^(\w[\w -]*): .* at most ([\d,]+) answers", said, re.M)
     return {stage: int(number.replace(",", "")) for stage, number in found}
 
 
@@ -646,14 +646,15 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert curec.main([*SMALL, "--dry-run"]) == 0
     assert list(tmp_path.iterdir()) == []
-    assert list(asked_at_most(capsys.readouterr().out)) == ["reasons"]
+    stages = ["alignment", "PPO", "one-shot reasons", "correction and its control"]
+    assert list(asked_at_most(capsys.readouterr().out)) == stages
 
 
 def test_a_dry_run_tells_as_many_answers_as_are_asked(finished, capsys):
     """Guards: counts that are not those of the run. No line of the run tells what PPO itself
     samples: one update of 12."""
     assert curec.main([*SMALL, "--dry-run"]) == 0
-    most = asked_at_most(capsys.readouterr().out)["reasons"]
+    most = sum(asked_at_most(capsys.readouterr().out).values())
     names = ("held-out", "reference", "reasons", "first", "correction", "best of")
     asked = answers_printed(finished.out, *names) + 12
     assert 100 < asked <= most

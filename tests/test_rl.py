@@ -645,7 +645,7 @@ def test_a_models_own_code_is_never_run(tiny, tmp_path):
     path = with_code(tiny, tmp_path, "config.json")
     with pytest.raises(OSError, match="could not be loaded"):
         rl.load(path)
-    assert rl.forecast(path, 32_768) == {}
+    assert rl.forecast(path) == {}
     assert not (tmp_path / "mark").exists()
 
 
@@ -803,31 +803,46 @@ def offline(monkeypatch):
     ids=model_type,
 )
 def test_a_forecast_counts_the_parameters_of_a_config_on_disk(config, tmp_path, offline):
-    """Guards: tied weights counted twice; memory that ignores the size of a batch."""
+    """Guards: tied weights counted twice."""
     config.save_pretrained(tmp_path)
     model = hf.AutoModelForCausalLM.from_config(config)
-    found = rl.forecast(str(tmp_path), 32_768)
+    found = rl.forecast(str(tmp_path))
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
-    assert rl.forecast(str(tmp_path), 65_536)["memory_gb"] > 1.5 * found["memory_gb"]
+
+
+def test_a_forecast_grows_with_what_it_is_asked_for(tmp_path, offline):
+    """Guards: memory that ignores the size of a pass, of a batch of generation or of a number."""
+    qwen2().save_pretrained(tmp_path)
+    usual = rl.forecast(str(tmp_path))
+    larger = rl.forecast(str(tmp_path), micro_batch=8)
+    assert larger["alignment_gb"] > usual["alignment_gb"]
+    assert larger["generation_gb"] == usual["generation_gb"]
+    wider = rl.forecast(str(tmp_path), budget=65_536)
+    assert wider["generation_gb"] > 1.5 * usual["generation_gb"]
+    assert wider["alignment_gb"] == usual["alignment_gb"]
+    assert rl.forecast(str(tmp_path), size=4)["load_gb"] > usual["load_gb"]
 
 
 def test_a_forecast_of_a_real_shape(tmp_path, offline):
-    """Guards: a memory estimate that leaves out a part. Qwen2.5-1.5B: 0.7 GB of weights, 0.5 GB of
-    embeddings, 0.4 GB of adapters with their optimiser, 3.5 GB of a pass."""
+    """Guards: a memory estimate that leaves out a part. Qwen2.5-1.5B: 1.31 billion weights in 4
+    bits (0.68 GB), embeddings in bfloat16 (0.47 GB), 18.5 million of adapters (0.07 GB; gradient
+    and Adam 0.22 GB); 28,672 bytes of keys and values a token (0.94 GB)."""
     shape = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
     shape |= {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151_936}
     hf.Qwen2Config(**shape, tie_word_embeddings=True).save_pretrained(tmp_path)
-    found = rl.forecast(str(tmp_path), 32_768)
+    found = rl.forecast(str(tmp_path))
     assert found["parameters"] == 1_543_714_304
-    assert found["memory_gb"] == pytest.approx(4.9, abs=0.5)
+    assert found["load_gb"] == pytest.approx(0.68 + 0.47 + 0.07, abs=0.02)
+    assert found["alignment_gb"] > found["load_gb"] + 0.22
+    assert found["generation_gb"] > found["load_gb"] + 0.94
 
 
 def test_a_forecast_of_an_unknown_model_is_empty(tmp_path, offline):
     """Guards: a forecast that fails, or downloads, for a model that is not here or is damaged."""
-    assert rl.forecast(str(tmp_path / "no" / "such" / "model"), 32_768) == {}
-    assert rl.forecast("org/not-in-the-cache-7B", 32_768) == {}
+    assert rl.forecast(str(tmp_path / "no" / "such" / "model")) == {}
+    assert rl.forecast("org/not-in-the-cache-7B") == {}
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", ')
-    assert rl.forecast(str(tmp_path), 32_768) == {}
+    assert rl.forecast(str(tmp_path)) == {}
 
 
 def test_a_forecast_reads_the_cache(tmp_path, monkeypatch, offline):
@@ -838,8 +853,8 @@ def test_a_forecast_reads_the_cache(tmp_path, monkeypatch, offline):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
     llama().save_pretrained(tmp_path / "plain")
-    plain = rl.forecast(str(tmp_path / "plain"), 32_768)
-    assert rl.forecast("org/here", 32_768) == plain
+    plain = rl.forecast(str(tmp_path / "plain"))
+    assert rl.forecast("org/here") == plain
 
 
 # --------------------------------------------------------------------------------------- adapters

@@ -10,10 +10,12 @@ generation: tokens a second on the demo's prompts. Rounds alternate between ours
 fixed-size batches in the order of the prompts, all with the same model, temperature and longest
 answer. Two kinds of work: every prompt once, and every prompt six times, as proposals are sampled.
 
-shapes: randomly initialised models with the shapes of Qwen2.5, written to disk and loaded in NF4 by
-rl.load; prompts of 512 and answers of 128 tokens; random weights end no answer early. Tokens a
-second: of prompt and answer for align, of answers for generation and for a whole PPO update.
-Peak: torch.cuda.max_memory_reserved of each piece of work, the weights included.
+shapes: randomly initialised models with the shapes of Qwen2.5 or Qwen3, written to disk and loaded
+in NF4 by rl.load; prompts of 512 and answers of 128 tokens; random weights end no answer early.
+Tokens a second: of prompt and answer for align, of answers for generation and for a whole PPO
+update.
+Peak: torch.cuda.max_memory_reserved of each piece of work, the weights included; on a CPU what the
+process takes more than before it loaded the model. Beside it what rl.forecast says.
 
 Results go to bench_llm.json beside this file, one entry a command.
 """
@@ -26,6 +28,7 @@ import platform
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 
 HERE = pathlib.Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[2]))
@@ -39,12 +42,17 @@ import curec
 import data as D
 import rl
 
-# Qwen2.5's config.json: hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
+# config.json of Qwen2.5 and Qwen3, whose heads are 128 wide: hidden, intermediate, layers, heads,
+# key-value heads, vocabulary, tied
 SHAPES = {
     "tiny": (64, 128, 2, 4, 2, 512, True),
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "1.5B": (1536, 8960, 28, 12, 2, 151_936, True),
     "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "Qwen3-tiny": (64, 128, 2, 4, 2, 512, True),
+    "Qwen3-0.6B": (1024, 3072, 28, 16, 8, 151_936, True),
+    "Qwen3-1.7B": (2048, 6144, 28, 16, 8, 151_936, True),
+    "Qwen3-8B": (4096, 12_288, 36, 32, 8, 151_936, False),
 }
 WORDS = "red green blue old calm loud warm dark soft tall thin wide cold dry new odd".split()
 MAX_NEW = 24  # of the part generation
@@ -135,17 +143,28 @@ def shapes(args) -> dict:
     return result
 
 
+def resident(name: str) -> float:
+    """VmRSS (now) or VmHWM (its peak) of this process, in GB; Linux."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024e-9 * int(status.partition(name + ":")[2].split()[0])
+
+
 class Meter:
-    """Tokens a second and peak memory of each piece of work."""
+    """Tokens a second and peak memory of each piece of work; on a CPU what the process has more
+    than when this was made."""
 
     def __init__(self, device: str):
         self.cuda, self.found = device.startswith("cuda"), {}
+        self.at_first = 0.0 if self.cuda else resident("VmRSS")
 
     def start(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        else:
+            # 5: the peak starts anew
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
         self.begun = time.perf_counter()
 
     def stop(self, name: str, tokens: int = 0) -> None:
@@ -154,8 +173,8 @@ class Meter:
         seconds, self.found[name] = time.perf_counter() - self.begun, {}
         if tokens:
             self.found[name]["tokens_per_s"] = tokens / seconds
-        if self.cuda:
-            self.found[name]["peak_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        peak = torch.cuda.max_memory_reserved() / 1e9 if self.cuda else resident("VmHWM")
+        self.found[name]["peak_gb"] = peak - self.at_first
 
 
 def shape(args, size: str, samples: list) -> dict:
@@ -163,11 +182,17 @@ def shape(args, size: str, samples: list) -> dict:
     rows, micro_batch = args.rows, args.micro_batch
     prompts = [prompt for prompt, _ in samples]
     sampling = rl.Sampling(args.answer, budget=8192 * micro_batch)
-    meter = Meter(args.device)
     with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, size, args.device)
+        # in a process of its own: the memory that it takes is no longer there
+        with get_context("spawn").Pool(1) as pool:
+            pool.apply(write_model, (folder, size, args.device))
+        size_of = 2 if args.device.startswith("cuda") else 4
+        length = args.prompt + args.answer
+        budget = min(sampling.budget, rows * length)
+        told = rl.forecast(folder, min(rows, micro_batch), length, budget, size_of)
+        meter = Meter(args.device)
         meter.start()
-        llm = rl.load(folder, args.device, checkpointing=meter.cuda)
+        llm = rl.load(folder, args.device, checkpointing=True)
         meter.stop("load")
     rl.use(llm[0], "align", trainable=True)
     meter.start()
@@ -183,6 +208,9 @@ def shape(args, size: str, samples: list) -> dict:
     meter.start()
     rl.ppo(*llm, prompts, by_length, config)
     meter.stop("one PPO update", rows * args.answer)
+    works = {"load": "load", "align": "alignment", "generation": "generation"}
+    for work, stage in (works | {"one PPO update": "ppo"}).items():
+        meter.found[work]["forecast_gb"] = told[f"{stage}_gb"]
     return meter.found
 
 
@@ -202,7 +230,9 @@ def write_model(folder: str, size: str, device: str) -> None:
     )
     tokenizer.save_pretrained(folder)
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
-    config = hf.Qwen2Config(
+    qwen3 = size.startswith("Qwen3")
+    config = (hf.Qwen3Config if qwen3 else hf.Qwen2Config)(
+        **({"head_dim": 128} if qwen3 else {}),
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
@@ -216,7 +246,7 @@ def write_model(folder: str, size: str, device: str) -> None:
     )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = hf.Qwen2ForCausalLM(config)
+        model = hf.AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
 
