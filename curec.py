@@ -754,8 +754,7 @@ def item_texts(s, data, reasons, kind):
         return [D.item_text(item) for item in data.items[1:]]
     if kind == "reviews":
         shown, _ = one_shot_people(data, s.seed)
-        said = [[D.review_shown(data, e) for e in events] for events in shown[1:]]
-        return [" . ".join(filter(None, texts)) for texts in said]
+        return [D.reviews_shown(data, events) for events in shown[1:]]
     if kind == "truth":
         texts = [" ".join(drivers) for drivers in data.truth["late"][1:]]
     else:

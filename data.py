@@ -359,6 +359,11 @@ def review_shown(data, event):
     return " ".join(data.review(event).split()[:REVIEW_WORDS])
 
 
+def reviews_shown(data, events):
+    """What a prompt shows of the reviews of these events, as one text."""
+    return " . ".join(filter(None, [review_shown(data, e) for e in events]))
+
+
 def reason_prompt(data, item, reason, events):
     """The one prompt for reasons: the people shown, the reason so far ("" = none), the item."""
     people = people_shown(data, events) or "- nobody yet"
