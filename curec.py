@@ -4,14 +4,16 @@ they help an ordinary recommender to rank and to say why.
     python curec.py --dataset demo            everything offline on a laptop's CPU, in minutes
 
      1. data: a chronological sequence per user -> train | valid (last but one) | test (last)
-     2. align: teach a 4-bit LLM with LoRA the form of reasons, and recommendation knowledge
+     2. align: teach a 4-bit LLM with LoRA the form of reasons (of sentences, on its own best
+        ones), and recommendation knowledge
      3. reward model: train a small sequential recommender that sees an item by its reason alone,
         in rounds, each from reasons that the round before has chosen
      4. PPO: sample reasons, reward them, update the adapter `policy`; `align` is the reference
      5. correction: cut train time into windows; an item starts with a reason from its text alone
      6.    at the end of a window: show the LLM the reason and a third of the item's new choosers
      7.    it proposes corrections; the other new choosers (the audience) judge the best of them
-     8.    accept it if their paired gain exceeds a margin; the timeline keeps what happened
+     8. accept it if well-formed, no worse grounded, and their paired gain exceeds a margin; the
+        timeline keeps what happened
      9. downstream: train SASRec with the last reasons as item features, beside control arms
     10. evaluate: rank the whole catalogue for each test user; compare arms with paired intervals
 
@@ -58,8 +60,9 @@ from recommender import ARMS, METHODS, REASON_TEXTS
 DEFAULT_LLM = "Qwen/Qwen3-1.7B"
 # weak targets: which phrases matter is left to the reward
 ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
-# style "sentence": answers of the base LLM for an item, the best of which it is aligned on
-OWN_ANSWERS = 4
+# style "sentence": answers of the base LLM for an item, the best of which it is aligned on; their
+# tokens: a sentence of 24 words, and what is cut off
+OWN_ANSWERS, OWN_TOKENS = 4, 40
 # of an answer's advantage: two answers of `align` and a value head, or the mean of GROUP answers
 BASELINES, GROUP = ("critic", "group"), 8
 DTYPES = ("float32", "bfloat16", "float16")
@@ -93,23 +96,21 @@ class Settings:
     limit_users: int = option(0, "then keep N users drawn by seed; 0: all")
     llm: str = option("", f"tiny (demo and CPU) | name or path [{DEFAULT_LLM}]", "LLM")
     style: str = option("", "of reasons; default: pair for tiny, else sentence", choices=D.STYLES)
-    evidence: str = option(
-        "", "of people; default: histories for pair, else both", choices=D.EVIDENCE
-    )
+    evidence: str = option("", "of people; both: reviews too [sentence]", choices=D.EVIDENCE)
     dtype: str = option("", "of 4-bit computation; default: by the device", choices=DTYPES)
     encoder: str = option("", "Hugging Face text encoder; default: the LLM's own states")
     tiny_steps: int = option(0, "of the tiny LLM; 0: one an item, 1000 at least, 4000 at most")
     align_steps: int = option(200, "supervised LoRA steps, 32 prompts each")
     temperature: float = option(0.7, "of reasons and of PPO's answers; of proposals it is 1")
     max_new: int = option(0, "longest answer in tokens; 0: 24 for tiny, else 96")
-    micro_batch: int = option(0, "rows a pass; lower to save memory; 0: 16 for tiny or 4")
+    micro_batch: int = option(0, "rows a pass; fewer save memory; 0: 16 tiny, else 4")
     knowledge_steps: int = option(600, "supervised LoRA steps of the arm knowledge")
     ppo_updates: int = option(
         0, "PPO updates; 0: 60 for tiny, else 20, and fewer for a small catalogue", "method"
     )
     ppo_batch: int = option(192, "answers sampled for each PPO update")
     baseline: str = option("critic", "of PPO's advantages", choices=BASELINES)
-    ppo_lr: float = option(0.0, "PPO learning rate at first; 0: 3e-3 for tiny, else 1e-5")
+    ppo_lr: float = option(0.0, "first PPO learning rate; 0: 3e-3 tiny, else 1e-5")
     windows: int = option(2, "windows of the correction, equal in train events")
     proposals: int = option(0, "for an item and window; 0: 24 for tiny, else 4")
     margin: float = option(0.25, "standard errors that the gain of a correction exceeds")
@@ -124,7 +125,7 @@ class Settings:
     resume: bool = option(False, "go on after the last finished unit of work, or start")
     overwrite: bool = option(False, "replace the run that the run folder holds")
     dry_run: bool = option(False, "only print what would be downloaded, asked and learnt")
-    tokens_per_second: float = option(0.0, "of generation, for the hours of --dry-run")
+    tokens_per_second: float = option(0.0, "for the hours of --dry-run")
     debug: bool = option(False, "show the traceback of an error")
     run: str = option("", "the run folder to look at", "look back")
     explain: str = option("", "USER: top items with their reasons")
@@ -159,6 +160,8 @@ def whole_method(run: "Run"):
     if needs["reasons"]:
         if s.style == "sentence":
             data.sentences = own_sentences(run, data, llm)
+            written = sum(bool(sentences) for _, sentences in data.sentences)
+            run.metrics["own_sentences"] = {"items_with": written, "items": data.n_items}
         train_adapter(run, data, llm, "align", s.align_steps, ALIGNMENT)
         judge, weights = fit_reward_model(run, data, encode)
         reinforce(run, data, llm, judge, cuts)
@@ -197,6 +200,8 @@ def load_data(s):
     data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
     data.style = s.style or "pair"
     data.evidence = s.evidence if data.reviews else "histories"
+    if not data.reviews and (s.evidence == "both" or "reviews" in s.arms.split(",")):
+        data.notes = [*data.notes, "no reviews: none are shown, the arm reviews is left out"]
     if needed(s)["reasons"]:
         data.check_reasons()
     return data
@@ -263,8 +268,9 @@ def open_llm(s, path):
 def check_context(s, data, llm):
     """Refuses an LLM whose context is too short for the longest prompts."""
     prompts = []
+    # the reason so far may be as long as an answer
+    longest = "x " * s.max_new
     for i in range(1, data.n_items + 1):
-        longest = "x " * D.SENTENCE_WORDS
         prompts.append(D.reason_prompt(data, i, longest, data.events_by_item[i]))
     if needed(s)["preferences"] or needed(s)["knowledge"]:
         prompts += [D.history_question(data, seq, "prefer") for seq in data.train]
@@ -308,7 +314,7 @@ def own_sentences(run, data, llm):
             shown.append(events[: rng.integers(D.PEOPLE + 1)].tolist())
         asked = np.repeat(np.arange(1, data.n_items + 1), OWN_ANSWERS)
         prompts = [D.reason_prompt(data, i, "", shown[i]) for i in asked]
-        how = replace(sampling(s), start=D.ASKED_START, max_new=40)
+        how = replace(sampling(s), start=D.ASKED_START, max_new=OWN_TOKENS)
         with llm[0].disable_adapter():
             texts, _ = rl.generate(*llm, prompts, how, "the LLM's own sentences")
         found = [{} for _ in shown]
@@ -318,7 +324,6 @@ def own_sentences(run, data, llm):
                 share, reason = sound
                 found[i][reason] = share
         best_first = [sorted(mine, key=lambda reason: -mine[reason]) for mine in found]
-        print(f"  {np.mean(list(map(bool, best_first[1:]))):.0%} of the items have a sound one")
         kept = run.save(list(zip(shown, best_first, strict=True)))
     return kept
 
@@ -539,7 +544,8 @@ def accept(judge, window: Window, current, proposals, margin):
 
 def choose(new: reward.Rewards, old: reward.Rewards, k, signs, margin):
     """(Number of the proposal of highest reward for the k-th item, is it accepted?). It must be
-    well-formed, no less grounded, and convince the audience. signs: -1 flips a user's gain."""
+    well-formed, penalised no more for what is not said, and convince the audience. signs: -1 flips
+    a user's gain."""
     K = len(new.total) // len(old.total)
     mine = range(k * K, (k + 1) * K)
     gains = {j: new.by_audience[j] - old.audience_values(k) for j in mine}
@@ -679,8 +685,9 @@ def write_reasons(run, data, llm, judge, cuts):
 
 
 def reason_figures(data, llm, judge, reasons):
-    """Share grounded and well-formed, mean reward and length of each kind of reasons; rewards by
-    the one-shot people, of items that have them."""
+    """Shares of each kind of reasons that are grounded, well-formed and different, of different
+    phrases and (sentences) of foreign names; mean reward and length. Rewards by the one-shot
+    people, of items that have them."""
     shown, audience = one_shot_people(data, judge.seed)
     items = [i for i in range(1, data.n_items + 1) if len(shown[i])]
     people, others = [shown[i] for i in items], [audience[i] for i in items]
@@ -714,9 +721,10 @@ def add_confirmed(metrics, data, reasons, seed):
     if not len(shares["curec"]):
         return
     metrics["confirmed"] = {"reviews": len(shares["curec"])}
-    for name, values in shares.items():
-        entry = metrics["reasons"][name] if name in named else metrics["confirmed"]
-        entry["confirmed" if name in named else name] = float(values.mean())
+    for kind in named:
+        metrics["reasons"][kind]["confirmed"] = float(shares[kind].mean())
+    for name in controls:
+        metrics["confirmed"][name] = float(shares[name].mean())
     pairs = [("rl", "aligned"), ("curec", "rl"), ("curec", "bestof")]
     for a, b in pairs + [("curec", name) for name in controls]:
         row = {"a": a, "b": b, "metric": "confirmed", "seeds": 1}
@@ -733,7 +741,6 @@ def arm_inputs(s, data, encode, reasons, preferences):
     for arm in s.arms.split(","):
         row = ARMS[arm]
         if "reviews" in row.texts and not data.reviews:
-            print(f"note: the data set has no reviews: the arm {arm} is left out")
             continue
         parts = []
         for kind in row.texts:
@@ -1087,7 +1094,7 @@ def write_report(run, data, lines):
         m["peak_memory_mb"]["gpu"] = torch.cuda.max_memory_allocated(s.device) / 2**20
     rl.write_atomically(f"{s.out}/metrics.json", json.dumps(m, indent=1))
     parts = [f"# CURec on {data.name}", f"LLM: {s.llm}", *data.notes]
-    for name in "dataset ppo reward confirmed lane time_s peak_memory_mb".split():
+    for name in "dataset own_sentences ppo reward confirmed lane time_s peak_memory_mb".split():
         if name in m:
             parts.append(f"{name}: {figures(m[name])}")
     if s.quick:
@@ -1129,7 +1136,9 @@ def dry_run(s):
     for path in absent:
         print(f"download {files[path]} to {path}; prompts are counted when it is there")
     if s.llm != "tiny":
-        size = rl.forecast(s.llm, s.micro_batch, 512 + s.max_new, sampling(s).budget)
+        dtype = getattr(torch, s.dtype) if s.dtype else rl.default_dtype(s.device)
+        sizes = (512 + s.max_new, sampling(s).budget, dtype.itemsize)
+        size = rl.forecast(s.llm, s.micro_batch, *sizes)
         print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
     if absent:
         return
@@ -1201,7 +1210,7 @@ def speed_of(s, prompts):
     generation writes), or measured for some seconds where the LLM is here; else None."""
     if s.tokens_per_second:
         return s.tokens_per_second, 2 * s.tokens_per_second
-    if s.llm == "tiny" or not rl.forecast(s.llm):
+    if s.llm == "tiny" or not rl.weights_are_here(s.llm):
         return None
     llm, _ = open_llm(s, s.llm)
     return rl.measure_speed(*llm, prompts[:64], s.micro_batch)
@@ -1433,6 +1442,8 @@ def main(argv=None):
         text = str(e) if isinstance(e, (DataError, OSError)) else f"{type(e).__name__}: {e}"
         if run and run.stage != "load" and not isinstance(e, DataError):
             text += f" (in stage {run.stage}; what is finished is kept: --resume goes on)"
+        if "probability tensor" in text:
+            text = f"the LLM's logits are not finite; --dtype float32 may help ({text})"
         # a worker process that is gone was most likely killed for its memory
         if isinstance(e, (MemoryError, BrokenProcessPool)) or "out of memory" in text:
             text += "; less memory: --micro-batch 1, a smaller --llm, --max-new or --limit-items"

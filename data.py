@@ -7,9 +7,12 @@
     history(e)   =  what that user had chosen before event e, oldest first
 
 Items are numbered 1..n; 0 is padding. Sources: the made-up `demo` world, Amazon files of 2014,
-2018 and 2023, a folder of your own. The demo's hidden truth (why each item is chosen) is read by
-the truth figures and by the arms `oracle` and `oracle-only` alone; what trains a model reads
-`train`, `events` and `items`.
+2018 and 2023, a folder of your own. What trains a model reads `train`, `events`, `items` and the
+reviews of events; the demo's hidden truth (why each item is chosen) is read by the truth figures
+and by the arms `oracle` and `oracle-only` alone, reviews of held-out choices by `reward.confirmed`.
+
+A reason of the style "pair" names two of the words that its item offers (Dataset.phrases); the
+phrases of a "sentence" are its own content words, stemmed (sentence_phrases).
 Every random stream is default_rng([seed, salt, ...]), with a salt of its own for each use.
 """
 
@@ -160,7 +163,7 @@ class Dataset:
 
     @cached_property
     def vocabulary(self):
-        """Number of items whose text has a word or, where reviews are shown, a train review."""
+        """Number of items whose text has a word or, where reviews are shown, an event's review."""
         if self.evidence != "both":
             return self.document_frequency
         said = [set(words(item_text(item))) for item in self.items[1:]]
@@ -172,8 +175,9 @@ class Dataset:
     def identifying_words(self):
         """Words that tell an item: those of fewer than MIN_ITEMS items, and of brands."""
         branded = Counter(w for item in self.items[1:] for w in set(words(item["brand"])))
-        frequency = self.vocabulary.items()
-        return {w for w, n in frequency if n < MIN_ITEMS or branded[w] > n / 2}
+        told = self.document_frequency
+        brands = {w for w, n in branded.items() if n > told[w] / 2}
+        return brands | {w for w, n in self.vocabulary.items() if n < MIN_ITEMS}
 
     @cached_property
     def masked_words(self):
@@ -343,10 +347,10 @@ REASON_PATTERN = re.compile(r"people choose it for (.{1,80}?) and (.{1,80}?)")
 
 
 def people_shown(data, events):
-    """A line for each of up to PEOPLE train events: what its user had chosen before and, where
-    reviews are shown, the first words of what that user wrote of this item."""
+    """A line for each of these train events: what its user had chosen before and, where reviews are
+    shown, the first words of what that user wrote of this item."""
     lines = []
-    for e in events[:PEOPLE]:
+    for e in events:
         line = "- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:])
         if data.evidence == "both" and data.review(e):
             line += f"; wrote: {review_shown(data, e)}"
@@ -360,13 +364,13 @@ def review_shown(data, event):
 
 
 def reviews_shown(data, events):
-    """What a prompt shows of the reviews of these events, as one text."""
+    """The first words of these events' reviews, as prompts with --evidence both show them."""
     return " . ".join(filter(None, [review_shown(data, e) for e in events]))
 
 
 def reason_prompt(data, item, reason, events):
     """The one prompt for reasons: the people shown, the reason so far ("" = none), the item."""
-    people = people_shown(data, events) or "- nobody yet"
+    people = people_shown(data, events[:PEOPLE]) or "- nobody yet"
     prompt = SENTENCE_PROMPT if data.style == "sentence" else PROMPT
     return prompt.format(people, reason or "none", item_text(data.items[item]))
 
@@ -397,36 +401,45 @@ def sentence_phrases(reason):
 
 def is_sentence(reason, phrases):
     """One sentence of a fitting length, with phrases and without one twice?"""
-    length = len(reason.split())
+    length = len(words(reason))
     one = not re.search(r"[.!?;:]\s|[.!?]{2}", reason)
     return bool(one and phrases and length <= SENTENCE_WORDS and len(set(phrases)) == len(phrases))
 
 
-def grounded(data, item, reason, shown=()):
-    """(Share of the reason's phrases that the item's own text says, penalty of the others in 0 to
-    1); (0, 1) where it has none. Of a sentence what the people shown say counts too, and other
-    words are free (an LLM may know that almond oil soothes): the penalty is for a foreign name."""
+def said_of(data, item, until=np.inf):
+    """The words that an item's own text says; of the style "sentence", stemmed, and with what
+    prompts show of the people who chose it before the time `until`."""
     said = set(words(item_text(data.items[item])))
+    if data.style == "pair":
+        return said
+    events = data.events_by_item[item]
+    told = people_shown(data, events[data.events["time"][events] < until])
+    return {stem(w) for w in said.union(words(told))}
+
+
+def grounding(data, reason, said):
+    """(Share of the reason's phrases that are said, see said_of; penalty of the others, 0 to 1). Of
+    a pair the penalty is the rest of the share. In a sentence words that no item says are free (an
+    LLM may know that almond oil soothes): it is 1 for a possible name, or without a phrase."""
     if data.style == "pair":
         content = [w for w in words(reason) if w not in STOPWORDS]
         share = sum(w in said for w in content) / len(content) if content else 0.0
         return share, 1 - share
-    said = {stem(w) for w in said.union(words(people_shown(data, shown)))}
     phrases = sentence_phrases(reason)
     share = sum(w in said for w in phrases) / len(phrases) if phrases else 0.0
-    foreign = any(stem(w) not in said for w in names(data, reason))
+    foreign = any(stem(w) not in said for w in possible_names(data, reason))
     return share, float(foreign or not phrases)
 
 
-def names(data, reason):
-    """A sentence's words that could name another item: identifying words, numbers, and words that
-    it begins with a capital letter and no item says."""
+def possible_names(data, reason):
+    """A sentence's words that could name another item: words of few items, brands, numbers, and
+    words with a capital letter within it that most items do not say."""
     found = []
     for k, token in enumerate(reason.split()):
         capital = k > 0 and token.lstrip("\"'([{\u201c\u2018\u00ab")[:1].isupper()
         for w in words(token):
-            unknown = capital and w not in data.vocabulary
-            telling = unknown or w[0].isdigit() or w in data.identifying_words
+            named = capital and w not in data.common_words
+            telling = named or w[0].isdigit() or w in data.identifying_words
             if telling and w not in SENTENCE_STOPWORDS:
                 found.append(w)
     return found
@@ -451,16 +464,19 @@ def random_reason(data, item, rng, size=2):
 
 
 def own_sentence(data, item, text, shown):
-    """The first sentence of what an LLM wrote after ASKED_START: (its groundedness, the reason), or
-    None where it is too long or short, repeats itself, is in a script that neither the item nor the
-    evidence is in, or names what neither says."""
+    """The first sentence of what an LLM wrote after ASKED_START, of the people shown: (its
+    groundedness, the reason). None where it is too long or short, repeats itself or the question,
+    is in a script that neither the item nor these people write, or names what neither says."""
     first = re.split(r"(?<=[.!?])\s|\n", text.strip())[0].rstrip(" .!?,;:")
     reason = f"{SENTENCE_START} {first}."
-    evidence = people_shown(data, shown) + item_text(data.items[item])
-    readable = scripts(first) <= scripts(evidence) and not re.search(r'[<>"]', first)
-    share, foreign = grounded(data, item, reason, shown)
-    sound = is_sentence(reason, sentence_phrases(reason)) and len(reason.split()) >= 4
-    return (share, reason) if sound and readable and not foreign else None
+    fields = data.items[item]
+    told = [fields["title"], fields["description"], *(data.review(e) for e in shown)]
+    readable = scripts(first) <= scripts(" ".join(told)) and not re.search(r'[<>"]', first)
+    phrases = sentence_phrases(reason)
+    sound = is_sentence(reason, phrases) and len(words(reason)) >= 4
+    echo = {"choose", "sentence", "short"}.intersection(words(reason))
+    share, foreign = grounding(data, reason, said_of(data, item))
+    return (share, reason) if sound and readable and not (foreign or echo) else None
 
 
 def scripts(text):
@@ -520,19 +536,22 @@ def alignment_samples(data, n, rng, mix):
 
 
 def reason_sample(data, item, events, rng, current="", follow=1.0):
-    """(prompt, answer) with a weak target; of a sentence the best that the LLM itself wrote, where
-    there is one, of the people it was shown. The thought names the item's two phrases most shared
+    """(prompt, answer) with a weak target. The thought names the item's two phrases most shared
     with the histories shown. The reason names them in a share `follow` of the samples, else two at
-    random: which of them matter is left to the reward. Phrases stand in the item's order."""
+    random: which of them matter is left to the reward. Phrases stand in the item's order. Of the
+    style "sentence" the reason is the best that the LLM itself wrote, where there is one, of the
+    people that it was shown."""
     own = data.phrases[item]
+    answers = []
     if data.style == "sentence":
-        # they were shown to the LLM that wrote it
-        events, kept = data.sentences[item]
+        events, answers = data.sentences[item]
     shared = sorted(shared_phrases(data, item, events)[:2], key=own.index)
-    if data.style == "sentence" and kept:
-        thought = f"they mention {' and '.join(shared)}" if shared else "they say little"
-        return reason_prompt(data, item, current, events), ANSWER.format(thought, kept[0])
-    thought = f"most shared {' and '.join(shared)}" if shared else "nothing shared"
+    found = "they mention" if data.style == "sentence" else "most shared"
+    thought = f"{found} {' and '.join(shared)}" if shared else "nothing shared"
+    if answers:
+        # a reason so far that is the answer would teach to copy it
+        current = "" if current == answers[0] else current
+        return reason_prompt(data, item, current, events), ANSWER.format(thought, answers[0])
     kept = shared if rng.random() < follow else []
     named = list(dict.fromkeys([*kept, *rng.permutation(own)]))[:2]
     answer = ANSWER.format(thought, REASON.format(*sorted(named, key=own.index)))
@@ -593,14 +612,14 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
         return demo(seed, 200, 120) if small else demo(seed)
     skipped = Counter()
     if isdir(name):
-        reviews, described = find_file(name, INTERACTIONS), find_file(name, ITEMS)
+        interactions, described = find_file(name, INTERACTIONS), find_file(name, ITEMS)
     else:
         files = amazon_files(name, data_dir)
         for path, url in files.items():
             if not exists(path):
                 download(path, url)
-        reviews, described = files
-    rows = read_interactions(reviews, skipped)
+        interactions, described = files
+    rows = read_interactions(interactions, skipped)
     if subset.ties == "shuffle":
         np.random.default_rng([seed, 11]).shuffle(rows)
     rows.sort(key=lambda row: (row.user, row.time))  # stable: equal times keep their order
@@ -608,7 +627,7 @@ def load(name, data_dir="data", seed=0, small=False, subset=Subset()) -> Dataset
     for row in rows:
         first.setdefault((row.user, row.item), row)
     skipped["repeated user-item pairs: the first is kept"] = len(rows) - len(first)
-    default = 0 if "_5.json" in basename(reviews) else 5
+    default = 0 if "_5.json" in basename(interactions) else 5
     k_core = subset.k_core if subset.k_core >= 0 else default
     rows = core(first.values(), k_core)
     skipped[f"interactions outside the {k_core}-core: left out"] = len(first) - len(rows)
@@ -671,12 +690,11 @@ def from_rows(name, rows, described, skipped) -> Dataset:
     seqs = np.split(np.array([number[item] for item in chosen]), ends)
     times = np.split(np.array(times, unit), ends)
     ratings = np.split(np.array(ratings), ends) if set(ratings) <= {1, 2, 3, 4, 5} else None
-    told = None
+    texts = None
     if any(reviews):
-        told = [list(reviews[end - sizes[u] : end]) for u, end in zip(users, whole, strict=True)]
-    data = Dataset(name, [{}, *items], users, seqs, times, ratings, told)
-    data.notes, data.fields = notes, fields
-    return data
+        texts = [list(reviews[end - sizes[u] : end]) for u, end in zip(users, whole, strict=True)]
+    entries = (users, seqs, times, ratings, texts)
+    return Dataset(name, [{}, *items], *entries, notes=notes, fields=fields)
 
 
 # ---------------------------------------------------------------------- real data: files and fields
@@ -709,7 +727,7 @@ FIELDS = {
     "time": "timestamp time unixreviewtime datetime date reviewdate",
     "rating": "rating overall stars starrating",
     "review": "review reviewtext text comment",
-    "summary": "summary title headline",
+    "summary": "summary headline",
     "id": "id " + ITEM,
     "title": "title name itemname productname producttitle movietitle",
     "brand": "brand store",
@@ -838,7 +856,9 @@ def parse_row(fields):
         rating = float("nan")
     review = clean(review).strip(" .")
     if review:
-        headline = clean(pick(fields, "summary"))
+        # Amazon's reviews of 2023 call it title; elsewhere that is the item's
+        of_2023 = fields.get("title") if "parentasin" in fields else ""
+        headline = clean(pick(fields, "summary") or of_2023)
         review = " . ".join(filter(None, [headline, review]))
         review = " ".join(review.split()[:KEPT_WORDS])
     return Row(parse_id(user), parse_id(item), parse_time(time), rating, review)

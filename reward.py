@@ -6,18 +6,21 @@
     h(e)   = unit(mean_j z(item_j) + SASRec(z(item_1) .. z(item_t)))   chosen before event e
     s(e,r) = cos(h(e), z(r)) / tau                 tau is learnt, P starts as the identity
     A(S,r) = mean_{e in S} s(e,r) - logmeanexp_{e in N} s(e,r)     the lift of r for users S
-    R(r)   = (1 - w) A(shown, r) + w A(audience, r) - format penalty - ungrounded penalty
+    R(r)   = (1 - w) A(shown, r) + w A(audience, r) - 2 [malformed] - 2 u(r)
 
     shown:    users in the prompt that wrote the reason, each as an event (see data.py)
     audience: other users who chose the item; N: the states of 256 events of the same period
+    u(r):     of a pair the share of its words that the item does not say; of a sentence 1 if it
+              names what neither the item nor its people so far say (see data.grounding)
 
 The target item is represented by its reason alone: if the score also saw its ID or its text, the
 reason would tell it nothing new, and the reward would ignore the reason. The task of
 training is to pick the chosen item's reason among those of all train items, a softmax. In round 1
-every item gets a new random reason each epoch (some of its phrases), or its reason would become an
-item ID. Later rounds mix (hard EM): in four of five draws the reason that the judge of the round
-before chose, else a random one, so that better reasons teach more and the item's other words still
-occur. That this makes no ID is checked where the epoch is chosen: held-out users x held-out items.
+every item gets a new random reason each epoch (some of its phrases or, half of the time, one of the
+LLM's own sentences where there are some), or its reason would become an item ID. Later rounds mix
+(hard EM): in four of five draws the reason that the judge of the round before chose, else a random
+one, so that better reasons teach more and the item's other words still occur. That this makes no ID
+is checked where the epoch is chosen: held-out users x held-out items.
 
 Left out: an LLM as judge, preference data in pairs.
 """
@@ -194,7 +197,7 @@ class Judge:
 
     def draw_reasons(self, items, chosen, rng):
         """A reason for each of these items: in most draws the chosen one, where there are, else two
-        or three phrases at random."""
+        or three phrases, or a sentence, at random."""
         reasons = []
         for i in items:
             if chosen and rng.random() < CHOSEN_SHARE:
@@ -350,8 +353,8 @@ class Rewards:
     shown: np.ndarray  # A(shown, r)
     audience: np.ndarray  # A(audience, r)
     audience_weight: np.ndarray
-    grounded: np.ndarray  # share of the reason's words that the item says (see data.grounded)
-    ungrounded: np.ndarray  # what is penalised of the others, 0 to 1
+    grounded: np.ndarray  # share of the reason's phrases that are said, see data.grounding
+    ungrounded: np.ndarray  # u(r)
     format_ok: np.ndarray
     by_audience: list  # of M arrays: the lift of each user of the audience
 
@@ -375,10 +378,11 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     weight[[len(values) == 0 for values in by_shown]] = 1.0
     weight[[len(values) == 0 for values in by_audience]] = 0.0
     a_shown, a_audience = mean_of_each(by_shown), mean_of_each(by_audience)
-    said = []
+    said = [D.said_of(judge.data, item, period[1]) for item in items]
+    found = []
     for reason, k in zip(reasons, item_of, strict=True):
-        said.append(D.grounded(judge.data, items[k], reason, shown[k]))
-    grounded, ungrounded = np.array(said).T
+        found.append(D.grounding(judge.data, reason, said[k]))
+    grounded, ungrounded = np.array(found).T
     total = (1 - weight) * a_shown + weight * a_audience
     total = total - FORMAT_PENALTY * ~format_ok - UNGROUNDED_PENALTY * ungrounded
     parts = (a_shown, a_audience, weight, grounded, ungrounded)

@@ -16,6 +16,7 @@ Left out: vLLM, several GPUs, a value model of its own, reward-model training (s
 Source: "The N Implementation Details of RLHF with PPO" (arXiv 2403.17031).
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -44,6 +45,14 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 hf.utils.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+# fitted to measured peaks (tests/bench/bench_llm.py shapes): of a pass with gradients, of reading
+WITHIN_A_LAYER, WHILE_READING = 1.5, 1.0
+# times the loss in float16, whose small gradients would be rounded to 0
+LOSS_SCALE = 1024.0
+# logits in float32 that are in memory at once: 32 MB
+MAX_LOGITS = 1 << 23
 
 
 # ----------------------------------------------------------------- files that are whole at any time
@@ -107,14 +116,6 @@ class Checkpoint:
     def save(self, state):
         if self.path:
             write_atomically(self.path, state)
-
-
-# fitted to measured peaks (tests/bench/bench_llm.py shapes): of a pass with gradients, of reading
-WITHIN_A_LAYER, WHILE_READING = 1.5, 1.0
-# times the loss in float16, whose small gradients would be rounded to 0
-LOSS_SCALE = 1024.0
-# logits in float32 that are in memory at once: 32 MB
-MAX_LOGITS = 1 << 23
 
 
 # -------------------------------------------------------------------- loading, modes, adapters
@@ -300,7 +301,7 @@ def prompt_ids(tokenizer, prompt, start=""):
     """Token ids of a prompt, in the tokenizer's chat template where it has one, and of the words
     that the answer is to start with. A title is anybody's text: a control token in it (the end of a
     turn, say) becomes a space."""
-    start = text_ids(tokenizer, start) if start else []
+    begun = text_ids(tokenizer, start) if start else []
     control = []
     for token in tokenizer.added_tokens_decoder.values():
         # words, blanks and single letters are harmless
@@ -311,12 +312,12 @@ def prompt_ids(tokenizer, prompt, start=""):
         for text in control:
             prompt = prompt.replace(text, " ")
     if not tokenizer.chat_template:
-        return tokenizer(prompt + "\n")["input_ids"] + start
+        return tokenizer(prompt + "\n")["input_ids"] + begun
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # the template of a model that thinks opens its thought, or adds an empty one: ours comes here
     text = re.sub(r"<think>\s*(</think>\s*)?$", "", text)
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + start
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + begun
 
 
 def text_ids(tokenizer, text):
@@ -399,19 +400,28 @@ def accumulate_gradients(model, weights, batches, loss_of):
         # traceback
         loss = None
         batches = [half for batch in batches for half in halves(batch)]
-        note_halving(model, f"micro-batches of {max(len(batch.rows) for batch in batches)}")
+        rows = max(len(batch.rows) for batch in batches)
+        note_halving(model, "rows", rows, "micro-batches")
     for weight in weights:
-        if weight.grad is not None and scale != 1:
+        if weight.grad is not None:
             weight.grad /= scale
     return kept, batches
 
 
-def note_halving(model, smaller):
-    """Says once that memory ran out, and keeps it with the model for the report."""
+def note_halving(model, limit, value, what):
+    """Says once that memory ran out, and keeps with the model the limit that later work starts at
+    ("rows" of a micro-batch, "budget" of generation), and a note for the report."""
     torch.cuda.empty_cache()
+    smaller = f"{what} of {value}"
     if not memory_notes(model):
         print(f"note: memory ran out; going on with {smaller}")
     model.memory_notes = [f"memory ran out: at last {smaller} (--micro-batch starts smaller)"]
+    model.memory_limits = getattr(model, "memory_limits", {}) | {limit: value}
+
+
+def within_limit(model, limit, value):
+    """A size that is asked for, or the smaller one that note_halving has kept."""
+    return min(value, getattr(model, "memory_limits", {}).get(limit, value))
 
 
 def memory_notes(model):
@@ -489,6 +499,7 @@ def decode(model, tokenizer, rows, how, budget, name="", trie=None):
     config = hf.GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, **how)
     causal_lm(model).generation_config = config
     beams = config.num_beams or 1
+    budget = within_limit(model, "budget", budget)
     groups = by_length([beams * (len(row) + config.max_new_tokens) for row in rows], budget)
     out = [[]] * len(rows)
     bar = tqdm(total=len(rows), desc=name, leave=False, disable=None if name else True)
@@ -502,7 +513,8 @@ def decode(model, tokenizer, rows, how, budget, name="", trie=None):
             made = None
         if made is None:
             groups = [half for group in groups for half in (group[::2], group[1::2]) if half]
-            note_halving(model, f"groups of {len(groups[0])} answers")
+            budget //= 2
+            note_halving(model, "budget", budget, "generation in batches of tokens")
             continue
         for i, answers in zip(groups.pop(0), made, strict=True):
             # nothing after an end is real
@@ -577,7 +589,6 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         losses = checkpoint.state["losses"]
         weights.load_state_dict(checkpoint.state["weights"])
         optimizer.load_state_dict(checkpoint.state["optimizer"])
-    size = config.micro_batch
     todo = draw(len(samples), config.batch, steps, [config.seed, 17])[len(losses) :]
     bar = tqdm(todo, name, steps, initial=len(losses), unit="step", mininterval=1, disable=None)
     for step, rows in enumerate(bar, len(losses)):
@@ -588,15 +599,16 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
 
+        # tokens are bound now: the next step has others
         def loss_of(batch, tokens=tokens):
             logp, _ = logps_and_states(model, batch)
             # a mean of the micro-batches' means would weigh the tokens of short ones more
             loss = -(logp * batch.mask).sum() / tokens
             return loss, loss.item()
 
+        size = within_limit(model, "rows", config.micro_batch)
         batches = micro_batches(range(config.batch), prompts, answers, model.device, size)
-        found, batches = accumulate_gradients(model, weights, batches, loss_of)
-        size = max(len(batch.rows) for batch in batches)
+        found, _ = accumulate_gradients(model, weights, batches, loss_of)
         losses.append(sum(found))
         norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
         # float16 may overflow in the gradient alone: a step would make every weight NaN
@@ -734,7 +746,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         scores = raw * (scale or 1.0) - config.no_eos_penalty * ~finished
         scores = group_advantages(scores, config.group)
         # 3. reference and old log-probabilities, old values
-        minibatches = shuffled_minibatches(tokenizer, asked, answers, rng, config, model.device)
+        minibatches = shuffled_minibatches(model, tokenizer, asked, answers, rng, config)
         ref_logp, old_logp, old_values = look_back(model, head, minibatches, mask, config)
         # 4. per-token rewards: the KL penalty everywhere, the score on the last real token
         kl = old_logp - ref_logp
@@ -775,15 +787,16 @@ def adapted_beta(beta, kl, target):
     return beta * (1 + 0.1 * float(np.clip(kl / target - 1, -0.2, 0.2))) if target else beta
 
 
-def shuffled_minibatches(tokenizer, prompts, answers, rng, config, device):
+def shuffled_minibatches(model, tokenizer, prompts, answers, rng, config):
     """The rows of a rollout, shuffled into minibatches: lists of micro-batches. The same ones for
     old, reference and new log-probabilities, or rounding would move the first ratio from 1."""
-    encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    encoded = [prompt_ids(tokenizer, prompt, config.sampling.start) for prompt in prompts]
+    size = within_limit(model, "rows", config.micro_batch)
     shuffled = rng.permutation(len(prompts))
     minibatches = []
     for start in range(0, len(prompts), config.minibatch):
         rows = shuffled[start : start + config.minibatch]
-        minibatches.append(micro_batches(rows, encoded, answers, device, config.micro_batch))
+        minibatches.append(micro_batches(rows, encoded, answers, model.device, size))
     return minibatches
 
 
@@ -810,6 +823,7 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
         tokens = sum(batch.mask.sum() for batch in minibatches[k])
         step = Counter()
 
+        # tokens are bound now: the next step has others
         def loss_of(batch, tokens=tokens):
             logp, states = logps_and_states(model, batch, config.sampling.temperature)
             values = head(states.float()).squeeze(-1)
@@ -946,6 +960,7 @@ def initialize_to_copy(model):
     first.q_proj.bias[size // 2 : size // 2 + 3] = -5.0 * turn.sin()
 
 
+# ------------------------------------------------------------ before a run: its time and its memory
 def measure_speed(model, tokenizer, prompts, micro_batch, max_new=16):
     """Tokens a second of generation (of answers) and of training (of prompts and answers), each
     measured once; draws some answers and changes no weight."""
@@ -970,6 +985,15 @@ def measure_speed(model, tokenizer, prompts, micro_batch, max_new=16):
     weights[0].grad.sum().item()
     tokens = sum(len(row) for row in rows) + sum(map(len, answers[: len(rows)]))
     return written, tokens / (time.perf_counter() - start)
+
+
+def weights_are_here(name):
+    """Are an LLM's weights on disk or in the cache, so that loading it downloads nothing?"""
+    for file in ("model.safetensors", "model.safetensors.index.json"):
+        with contextlib.suppress(OSError):
+            if hf.utils.cached_file(name, file, local_files_only=True):
+                return True
+    return False
 
 
 def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16):
