@@ -194,13 +194,18 @@ def needed(s):
     return needs | {"LLM": any(needs.values()) or (embeddings and not s.encoder)}
 
 
+def asks_for(s, text):
+    """Does an arm take this text (see recommender.Arm)?"""
+    return any(text in ARMS[arm].texts for arm in s.arms.split(","))
+
+
 def load_data(s):
     """The data set, large enough for what the arms need."""
     subset = D.Subset(s.ties, s.k_core, s.limit_items, s.limit_users)
     data = D.load(s.dataset, s.data_dir, s.seed, s.quick, subset)
     data.style = s.style or "pair"
     data.evidence = s.evidence if data.reviews else "histories"
-    if not data.reviews and (s.evidence == "both" or "reviews" in s.arms.split(",")):
+    if not data.reviews and (s.evidence == "both" or asks_for(s, "reviews")):
         data.notes = [*data.notes, "no reviews: none are shown, the arm reviews is left out"]
     if needed(s)["reasons"]:
         data.check_reasons()
@@ -661,7 +666,9 @@ def write_reasons(run, data, llm, judge, cuts):
             reasons[kind] = run.save(["", *texts])
     windows = list(correction_windows(data, cuts, s.seed))
     first, reasons["curec"], timelines, rows = correct(run, data, llm, judge, windows)
-    reasons["bestof"] = best_of(run, data, llm, judge, windows, first)
+    # half of the correction's cost: only where its arm is asked for
+    if asks_for(s, "bestof"):
+        reasons["bestof"] = best_of(run, data, llm, judge, windows, first)
     run.metrics["correction"] = rows
     for i, item in enumerate(data.items[1:], 1):
         # a reason of an item that says nothing is made up
@@ -725,8 +732,9 @@ def add_confirmed(metrics, data, reasons, seed):
         metrics["reasons"][kind]["confirmed"] = float(shares[kind].mean())
     for name in controls:
         metrics["confirmed"][name] = float(shares[name].mean())
-    pairs = [("rl", "aligned"), ("curec", "rl"), ("curec", "bestof")]
-    for a, b in pairs + [("curec", name) for name in controls]:
+    pairs = [("rl", "aligned"), ("curec", "rl")]
+    pairs += [("curec", name) for name in ("bestof", *controls) if name in shares]
+    for a, b in pairs:
         row = {"a": a, "b": b, "metric": "confirmed", "seeds": 1}
         row |= recommender.paired_bootstrap(shares[a][None], shares[b][None])
         metrics["comparisons"].append(row)
@@ -828,9 +836,11 @@ def add_truth(metrics, data, judge, weights, reasons):
     shown, _ = one_shot_people(data, judge.seed)
     counted = reward.counted_reasons(data, shown).items()
     metrics["counted_reasons"] = {name: reward.truth_figures(said, truth) for name, said in counted}
-    new = [np.array([reward.names_new_driver(named[kind], truth)]) for kind in ("curec", "bestof")]
-    row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
-    metrics["comparisons"].append(row | recommender.paired_bootstrap(*new))
+    if "bestof" in named:
+        kinds = ("curec", "bestof")
+        new = [np.array([reward.names_new_driver(named[kind], truth)]) for kind in kinds]
+        row = {"a": "curec", "b": "bestof", "metric": "new_driver", "seeds": 1}
+        metrics["comparisons"].append(row | recommender.paired_bootstrap(*new))
     metrics["reward"] |= reward.judge_figures(judge, truth, weights)
 
 
@@ -902,6 +912,7 @@ class Run:
         sizes["interactions"] = sum(map(len, data.seqs))
         self.metrics["dataset"] = {"name": data.name, **sizes, "ties": s.ties}
         print(figures(self.metrics["dataset"]), *data.notes, sep="\n  note: ")
+        print(f"arms: {s.arms}")
 
     def has(self, stage):
         """Is the stage finished?"""
@@ -1194,7 +1205,7 @@ def planned_work(s, data):
         # two epochs; old and reference log-probabilities, a third of a pass each
         works.append(Work("PPO", drawn, drawn * 8 / 3, asked, "--ppo-updates"))
         works.append(Work("one-shot reasons", 0, 0, 3 * n, "--limit-items"))
-        proposals = 2 * s.windows * s.proposals * n
+        proposals = (1 + asks_for(s, "bestof")) * s.windows * s.proposals * n
         works.append(Work("correction and its control", 0, 0, proposals, "--proposals"))
     if needs["preferences"]:
         works.append(Work("preferences", 0, 0, 2 * len(data.users), "--limit-users"))
