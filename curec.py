@@ -1206,7 +1206,7 @@ def planned_work(s, data):
         works.append(Work("PPO", drawn, drawn * 8 / 3, asked, "--ppo-updates"))
         works.append(Work("one-shot reasons", 0, 0, 3 * n, "--limit-items"))
         proposals = (1 + asks_for(s, "bestof")) * s.windows * s.proposals * n
-        works.append(Work("correction and its control", 0, 0, proposals, "--proposals"))
+        works.append(Work("correction", 0, 0, proposals, "--proposals"))
     if needs["preferences"]:
         works.append(Work("preferences", 0, 0, 2 * len(data.users), "--limit-users"))
     if needs["knowledge"]:

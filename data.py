@@ -486,7 +486,7 @@ def scripts(text):
 
 def shared_phrases(data, item, events):
     """The item's phrases that the prompt of these events shows too, most shared first."""
-    said = Counter(words(people_shown(data, events)))
+    said = Counter(words(people_shown(data, events[:PEOPLE])))
     return sorted((w for w in data.phrases[item] if said[w]), key=lambda w: -said[w])
 
 

@@ -378,10 +378,11 @@ def rewards(judge: Judge, items, answers, shown, audience, period) -> Rewards:
     weight[[len(values) == 0 for values in by_shown]] = 1.0
     weight[[len(values) == 0 for values in by_audience]] = 0.0
     a_shown, a_audience = mean_of_each(by_shown), mean_of_each(by_audience)
-    said = [D.said_of(judge.data, item, period[1]) for item in items]
+    # of an item once: it may be asked about many times
+    said = {item: D.said_of(judge.data, item, period[1]) for item in set(items)}
     found = []
     for reason, k in zip(reasons, item_of, strict=True):
-        found.append(D.grounding(judge.data, reason, said[k]))
+        found.append(D.grounding(judge.data, reason, said[items[k]]))
     grounded, ungrounded = np.array(found).T
     total = (1 - weight) * a_shown + weight * a_audience
     total = total - FORMAT_PENALTY * ~format_ok - UNGROUNDED_PENALTY * ungrounded

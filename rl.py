@@ -513,7 +513,9 @@ def decode(model, tokenizer, rows, how, budget, name="", trie=None):
             made = None
         if made is None:
             groups = [half for group in groups for half in (group[::2], group[1::2]) if half]
-            budget //= 2
+            # of the tokens that did not fit, which may be fewer than were allowed
+            longest = beams * (max(len(rows[i]) for i in group) + config.max_new_tokens)
+            budget = min(budget, len(group) * longest) // 2
             note_halving(model, "budget", budget, "generation in batches of tokens")
             continue
         for i, answers in zip(groups.pop(0), made, strict=True):

@@ -557,7 +557,7 @@ def test_reason_samples_show_histories_cut_just_before_the_choice(world):
         reason, named, format_ok = data.parse_answer(answer)
         assert format_ok
         assert set(named) <= set(dataset.phrases[item])
-        assert data.grounded(dataset, item, reason) == (1, 0)
+        assert grounded(dataset, item, reason) == (1, 0)
     assert users_shown > 100
 
 
@@ -699,7 +699,7 @@ def test_parsers_survive_what_an_untrained_policy_writes(world, garbage):
     start = time.process_time()
     assert data.parse_answer(garbage)[2] is False
     assert data.parse_preferences(garbage) == []
-    share, penalty = data.grounded(world, 1, garbage)
+    share, penalty = grounded(world, 1, garbage)
     assert 0 <= share == 1 - penalty <= 1
     assert data.mask_identity(world, garbage)
     assert isinstance(data.clean(garbage), str)
@@ -707,15 +707,20 @@ def test_parsers_survive_what_an_untrained_policy_writes(world, garbage):
 
 
 # -------------------------------------------------------------------------- words, phrases, titles
+def grounded(dataset, item, reason):
+    """(share, penalty) of a reason about an item."""
+    return data.grounding(dataset, reason, data.said_of(dataset, item))
+
+
 def test_grounded_counts_the_items_own_words(world):
     """Guards: template words counted as content, words of other items counted as grounded; a
     penalty of other words than those that are not."""
     own, another = world.phrases[1][:2]
     foreign = next(word for word in data.ASPECTS if word not in world.phrases[1])
-    assert data.grounded(world, 1, data.REASON.format(own, another)) == (1.0, 0.0)
-    assert data.grounded(world, 1, data.REASON.format(own, foreign)) == (0.5, 0.5)
-    assert data.grounded(world, 1, data.REASON.format(foreign, foreign)) == (0.0, 1.0)
-    assert data.grounded(world, 1, "people choose it for") == (0.0, 1.0)
+    assert grounded(world, 1, data.REASON.format(own, another)) == (1.0, 0.0)
+    assert grounded(world, 1, data.REASON.format(own, foreign)) == (0.5, 0.5)
+    assert grounded(world, 1, data.REASON.format(foreign, foreign)) == (0.0, 1.0)
+    assert grounded(world, 1, "people choose it for") == (0.0, 1.0)
 
 
 def test_mask_identity_hides_brands_numbers_and_rare_words(world):
@@ -848,7 +853,7 @@ def test_reasons_can_be_written_in_any_script(tmp_path, script):
     for i in range(1, dataset.n_items + 1):
         assert len(dataset.phrases[i]) >= 2
         reason = data.random_reason(dataset, i, rng)
-        assert data.grounded(dataset, i, reason) == (1, 0)
+        assert grounded(dataset, i, reason) == (1, 0)
         assert data.parse_answer(data.ANSWER.format("x", reason))[2]
         assert data.mask_identity(dataset, reason) != "item"
         _, answer = data.reason_sample(dataset, i, dataset.events_by_item[i], rng)

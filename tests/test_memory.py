@@ -172,6 +172,30 @@ def test_supervised_training_goes_on_with_halves(tiny, monkeypatch):
     assert len(rl.memory_notes(llm[0])) == 1
 
 
+def test_training_starts_with_what_fitted_before(tiny, monkeypatch, capsys):
+    """Guards: a stage after another that runs out of memory again; a limit of rows that cuts what
+    is smaller, or generation."""
+    llm = fresh_align(tiny)
+    how = rl.SupervisedConfig(2, batch=8, micro_batch=8)
+    tried = fits(monkeypatch, most=3)
+    rl.supervise(*llm, pairs(20), how)
+    assert tried == [8, 4, *[2] * 8]
+    tried.clear()
+    rl.supervise(*llm, pairs(20), how)
+    assert tried == [2] * 8
+    tried.clear()
+    rl.supervise(*llm, pairs(20), dataclasses.replace(how, steps=1, micro_batch=1))
+    assert tried == [1] * 8, "a smaller size stays what it is"
+    tried.clear()
+    rl.add_policy(llm[0])
+    run(*llm)
+    assert set(tried) == {2}
+    assert capsys.readouterr().out.count("note: memory ran out") == 1
+    assert len(rl.memory_notes(llm[0])) == 1
+    assert rl.within_limit(llm[0], "budget", 32_768) == 32_768
+    assert rl.within_limit(fresh_align(tiny)[0], "rows", 8) == 8, "another model"
+
+
 def test_ppo_goes_on_with_halves(tiny, monkeypatch):
     """Guards: an update that ends, or learns something else, where memory runs out; the second pass
     over its answers failing again."""
@@ -182,27 +206,59 @@ def test_ppo_goes_on_with_halves(tiny, monkeypatch):
     # two minibatches of 4, twice
     assert sorted(tried) == [2] * 8 + [4] * 2
     assert len(rl.memory_notes(llm[0])) == 1
+    tried.clear()
+    run(*llm)
+    assert tried == [2] * 8
+
+
+def groups_fit(monkeypatch, most):
+    """From now on generation has memory for so many rows: the rows of the groups tried."""
+    whole, tried = rl.decode_group, []
+
+    def decode_group(model, rows, *args):
+        tried.append(len(rows))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, rows, *args)
+
+    monkeypatch.setattr(rl, "decode_group", decode_group)
+    return tried
 
 
 def test_answers_go_on_with_halves_in_their_order(tiny, monkeypatch, capsys):
     """Guards: answers lost, made twice or given to another prompt where a group is cut."""
     llm = fresh(tiny)
     expected = greedy(*llm, PROMPTS[:9])
-    whole, tried = rl.decode_group, []
-
-    def decode_group(model, rows, *args):
-        tried.append(len(rows))
-        if len(rows) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, rows, *args)
-
-    monkeypatch.setattr(rl, "decode_group", decode_group)
+    tried = groups_fit(monkeypatch, most=3)
     capsys.readouterr()
     assert greedy(*llm, PROMPTS[:9]) == expected
     assert tried[:2] == [9, 5]
     assert sum(rows for rows in tried if rows <= 3) == 9
     assert capsys.readouterr().out.count("note: memory ran out") == 1
-    assert "groups of" in rl.memory_notes(llm[0])[0]
+    assert "generation in batches of" in rl.memory_notes(llm[0])[0]
+    assert "--micro-batch" in rl.memory_notes(llm[0])[0]
+
+
+@pytest.mark.parametrize("budget", ["full", "ample"])
+def test_generation_starts_with_what_fitted_before(budget, tiny, monkeypatch):
+    """Guards: each call running out of memory again, where its answers fill the budget or where
+    they were fewer; a limit that cuts other answers; one that a new model keeps."""
+    llm = fresh(tiny)
+    prompts = [PROMPTS[0]] * 8
+    tokens = 8 * (len(rl.prompt_ids(llm[1], prompts[0])) + 6)
+    budget = tokens if budget == "full" else 32_768
+    expected = greedy(*llm, prompts, budget=budget)
+    tried = groups_fit(monkeypatch, most=2)
+    assert greedy(*llm, prompts, budget=budget) == expected
+    assert tried == [8, 4, 2, 2, 2, 2]
+    tried.clear()
+    assert greedy(*llm, prompts, budget=budget) == expected
+    assert tried == [2, 2, 2, 2]
+    tried.clear()
+    # a smaller budget stays what it is
+    assert greedy(*llm, prompts, budget=1) == expected
+    assert tried == [1] * 8
+    assert rl.within_limit(fresh(tiny)[0], "budget", budget) == budget
 
 
 def test_an_answer_that_does_not_fit_is_an_error(tiny, monkeypatch):

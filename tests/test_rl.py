@@ -10,6 +10,7 @@ import copy
 import hashlib
 import http.server
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -837,6 +838,20 @@ def test_a_forecast_of_a_real_shape(tmp_path, offline):
     assert found["generation_gb"] > found["load_gb"] + 0.94
 
 
+@pytest.mark.parametrize("shards", [False, True])
+def test_weights_are_here_where_loading_downloads_nothing(shards, tiny, tmp_path, offline):
+    """Guards: gigabytes downloaded by --dry-run, to measure a speed, because a config is here."""
+    for name in (str(tmp_path), str(tmp_path / "nowhere"), "org/not-in-the-cache-7B"):
+        assert not rl.weights_are_here(name)
+    qwen2().save_pretrained(tmp_path)
+    assert rl.forecast(str(tmp_path))
+    assert not rl.weights_are_here(str(tmp_path)), "its config alone"
+    name = "model.safetensors.index.json" if shards else "model.safetensors"
+    (tmp_path / name).write_text("{}")
+    assert rl.weights_are_here(str(tmp_path))
+    assert rl.weights_are_here(tiny)
+
+
 def test_a_forecast_of_an_unknown_model_is_empty(tmp_path, offline):
     """Guards: a forecast that fails, or downloads, for a model that is not here or is damaged."""
     assert rl.forecast(str(tmp_path / "no" / "such" / "model")) == {}
@@ -1304,6 +1319,7 @@ def test_supervise_is_the_token_mean_whatever_the_micro_batch(micro_batch, tiny,
 
     def clip(parameters, norm):
         found.extend(p.grad.clone() for p in parameters)
+        return torch.tensor(norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     config = rl.SupervisedConfig(steps=1, batch=6, micro_batch=micro_batch)
@@ -1972,6 +1988,26 @@ def test_ppo_trains_on_the_sampled_ids(tiny, monkeypatch):
                 assert part.starts[k] == len(question)
                 assert part.mask[k].sum() == len(answers[i])
     assert sorted(np.concatenate([rows for _, rows in reward.seen])) == list(range(24))
+
+
+def test_ppo_trains_answers_behind_the_start_that_they_go_on_from(tiny, monkeypatch):
+    """Guards: log-probabilities of the answers after the bare prompt, which are those of another
+    distribution: the first ratio is 1 all the same."""
+    looks = record(monkeypatch, rl, "look_back")
+    model, tokenizer = fresh(tiny)
+    start = "red old warm"
+    for temperature in (1.0, 1e-3):
+        sampling = rl.Sampling(max_new=6, temperature=temperature, start=start)
+        config = rl.PPOConfig(1, 8, 4, 4, lr=0.0, value_lr=0.0, sampling=sampling)
+        (row,) = rl.ppo(model, tokenizer, PROMPTS, by_row, config)
+        assert row["first_ratio"] == pytest.approx(1, abs=1e-5)
+        minibatches = looks[-1].args[2]
+        begun = {tuple(rl.prompt_ids(tokenizer, prompt, start)) for prompt in PROMPTS}
+        for part in itertools.chain(*minibatches):
+            for ids, end in zip(part.ids.tolist(), part.starts.tolist(), strict=True):
+                assert tuple(ids[:end]) in begun
+    # each token was by far the likeliest one
+    assert row["entropy"] < 1
 
 
 def test_every_pass_of_an_update_has_the_same_shapes_and_whitened_advantages(tiny, monkeypatch):

@@ -14,6 +14,7 @@ import json
 import zlib
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_60_words_of_a_review_are_kept(tmp_path):
 
 def test_60_words_are_kept_of_headline_and_review(tmp_path):
     """Guards: a headline on top of them; the full stop after it is a word or none."""
-    (reviews,) = one_person(tmp_path, LONG, title="one").reviews
+    (reviews,) = one_person(tmp_path, LONG, summary="one").reviews
     for review in reviews:
         assert review.startswith("one . one one")
         assert 60 <= len(review.split()) <= 61
@@ -174,10 +175,25 @@ def test_60_words_are_kept_of_headline_and_review(tmp_path):
     "headline, wanted", [("Thing", "Thing . soft"), ("", "soft"), (None, "soft"), ("nan", "soft")]
 )
 def test_a_headline_without_a_review_is_none(headline, wanted, tmp_path):
-    """Guards: item titles, which tables repeat beside each choice, taken for reviews; "nan" before
-    what was written."""
-    dataset = one_person(tmp_path, ["", "soft", ""], title=headline)
+    """Guards: a headline alone taken for a review; "nan" before what was written."""
+    dataset = one_person(tmp_path, ["", "soft", ""], summary=headline)
     assert dataset.reviews == [["", wanted, ""]]
+
+
+@pytest.mark.parametrize(
+    "more, wanted",
+    [
+        ({}, "soft"),
+        ({"parent_asin": "x"}, "Thing . soft"),
+        ({"headline": "On it"}, "On it . soft"),
+        ({"parent_asin": "x", "summary": "On it"}, "On it . soft"),
+    ],
+)
+def test_a_title_is_a_headline_of_amazons_2023_alone(more, wanted, tmp_path):
+    """Guards: item titles, which tables of one's own repeat beside each choice, before each review;
+    the headlines of Amazon's reviews of 2023 lost."""
+    dataset = one_person(tmp_path, ["soft", "", "soft"], title="Thing", **more)
+    assert dataset.reviews == [[wanted, "", wanted]]
 
 
 @pytest.mark.parametrize("reviews", [["", "", ""], [" ", None, "<br>"]])
@@ -232,6 +248,23 @@ def test_people_shown_by_hand():
     assert "wrote" in D.reason_prompt(small_shop("pair"), 1, "", [0, 1])
 
 
+def test_a_prompt_cuts_at_people_and_what_was_said_does_not():
+    """Guards: prompts that grow with an item's people; those that other windows show, forgotten."""
+    titles = [{"title": f"thing{k} soft"} for k in range(1, 16)]
+    items = [{}, *(D.item_record(f"I{k}", fields) for k, fields in enumerate(titles))]
+    seqs = [np.array([k, 1, 14, 15]) for k in range(2, 14)]
+    people = [f"u{u}" for u in range(12)]
+    shop = D.Dataset("crowd", items, people, seqs, [np.arange(4) + 10 * u for u in range(12)])
+    shop.style = "sentence"
+    events = shop.events_by_item[1]
+    lines = [f"- thing{k} soft" for k in range(2, 14)]
+    assert D.people_shown(shop, events).splitlines() == lines
+    prompt = D.reason_prompt(shop, 1, "", events)
+    assert [line for line in prompt.splitlines() if line.startswith("- ")] == lines[: D.PEOPLE]
+    assert {f"thing{k}" for k in range(1, 14)} < D.said_of(shop, 1)
+    assert "thing14" not in D.said_of(shop, 1)
+
+
 def test_the_question_follows_the_style():
     """Guards: a sentence asked for where two phrases are, and the other way round."""
     asked = {style: D.reason_prompt(small_shop(style), 1, "", [0]) for style in D.STYLES}
@@ -251,6 +284,28 @@ def test_the_vocabulary_counts_items_whose_train_reviews_say_a_word():
     assert "lavender" in small_shop().masked_words
 
 
+def test_a_brand_that_many_reviews_mention_is_still_a_name():
+    """Guards: a brand that other items' reviews compare them with, free to be named and read by the
+    judge; a word that brands and titles share, taken for one."""
+    shop = small_shop()
+    others = [1, 2, 8, 9, 10, 11]  # none of them Kelmo's
+    seqs = [np.array([6, item, 12, 3]) for item in others]
+    times = [np.arange(4) + 10 * u for u in range(6)]
+    reviews = [["", "much better than Kelmo", "", ""]] * 6
+    shop = D.Dataset("loud", shop.items, [*"abcdef"], seqs, times, reviews=reviews)
+    shop.style, shop.evidence = "sentence", "both"
+    assert shop.document_frequency["kelmo"] == 5
+    assert shop.vocabulary["kelmo"] == 11, "more than twice as many"
+    assert "kelmo" in shop.identifying_words
+    assert D.mask_identity(shop, "soft kelmo warm") == "soft warm"
+    assert grounded(shop, 12, "It is a lamp like kelmo.") == (1 / 2, 1)
+    assert grounded(shop, 3, "It is soft kelmo.") == (1, 0)
+    # "soft" is in five titles, and now somebody's brand
+    shop.items[10]["brand"] = "Soft"
+    again = D.Dataset("loud", shop.items, shop.users, seqs, times, reviews=reviews)
+    assert "soft" not in again.identifying_words
+
+
 # ------------------------------------------------------------------------- the format of a sentence
 ROSES = "It soothes dry skin and smells of roses."
 PHRASES = {
@@ -267,6 +322,7 @@ def test_the_phrases_of_a_sentence_are_its_content_words(reason):
     assert D.sentence_phrases(reason) == PHRASES[reason].split()
 
 
+HAN = "".join(map(chr, range(0x4E00, 0x4E20)))  # 32 different letters
 SOUND = {
     ROSES: True,
     "soft": True,
@@ -283,6 +339,12 @@ SOUND = {
     "It is what it is": False,
     "": False,
     "...": False,
+    # signs are no words
+    "soft" + " -" * 24: True,
+    # scripts without spaces: each two letters are a word
+    "\u67d4\u8f6f\u6e29\u6696": True,
+    HAN[:25]: True,
+    HAN[:26]: False,
 }
 
 
@@ -324,77 +386,168 @@ def test_a_sentence_is_read_across_lines_and_a_pair_is_no_sentence_by_default():
 
 
 # -------------------------------------------------------------------------- what a sentence may say
-# about item 1: (share grounded, penalty) where nobody is shown, and where event 0 is
+def grounded(shop, item, reason, until=np.inf):
+    """(share, penalty) of a reason about an item at the time `until`."""
+    return D.grounding(shop, reason, D.said_of(shop, item, until))
+
+
+# about item 1: (share grounded, penalty) before anybody chose it, after event 0, and after event 1
 GROUNDED = {
-    "It soothes tired feet.": ((0, 0), (0, 0)),
-    "It is soft argan oil by Velora.": ((1, 0), (1, 0)),
-    "It is soft and soothes.": ((1 / 2, 0), (1 / 2, 0)),
-    "It is a Brush.": ((0, 0), (0, 0)),
-    "Soothing oil.": ((1 / 2, 0), (1 / 2, 0)),
-    "It is for quux fans.": ((0, 0), (0, 0)),
-    "It is for Quux fans.": ((0, 1), (0, 1)),
+    "It soothes tired feet.": ((0, 0), (0, 0), (0, 0)),
+    "It is soft argan oil by Velora.": ((1, 0), (1, 0), (1, 0)),
+    "It is soft and soothes.": ((1 / 2, 0), (1 / 2, 0), (1 / 2, 0)),
+    "Soothing oil.": ((1 / 2, 0), (1 / 2, 0), (1 / 2, 0)),
+    "It is for brushes.": ((0, 0), (0, 0), (1, 0)),
+    "It is for quux fans.": ((0, 0), (0, 0), (0, 0)),
+    # a capital letter within it makes a name, unless the word is said or common
+    "It is a Brush.": ((0, 1), (0, 1), (1, 0)),
+    "Brushes love it.": ((0, 0), (0, 0), (1 / 2, 0)),
+    "It is Soft and Of Use.": ((1, 0), (1, 0), (1, 0)),
+    "It is for Quux fans.": ((0, 1), (0, 1), (0, 1)),
     # a brand, of one item or of five
-    "It is soft like Nordel.": ((1 / 2, 1), (1 / 2, 1)),
-    "It is soft like nordel's Nordel.": ((1 / 3, 1), (1 / 3, 1)),
-    "It is soft like Kelmo.": ((1 / 2, 1), (1 / 2, 1)),
+    "It is soft like Nordel.": ((1 / 2, 1), (1 / 2, 1), (1 / 2, 1)),
+    "It is soft like nordel's Nordel.": ((1 / 3, 1), (1 / 3, 1), (1 / 3, 1)),
+    "It is soft like kelmo.": ((1 / 2, 1), (1 / 2, 1), (1 / 2, 1)),
     # the title of what was chosen before says it
-    "It is soft like jojoba.": ((1 / 2, 1), (1, 0)),
-    "It lasts 500 days.": ((0, 1), (1 / 3, 0)),
-    "It lasts 501 days.": ((0, 1), (0, 1)),
+    "It is soft like jojoba.": ((1 / 2, 1), (1, 0), (1, 0)),
+    "It lasts 500 days.": ((0, 1), (1 / 3, 0), (1 / 3, 0)),
+    "It lasts 501 days.": ((0, 1), (0, 1), (0, 1)),
     # the review says it
-    "It smells of lavender.": ((0, 1), (1, 0)),
-    "It beats Zyx.": ((0, 1), (1 / 2, 0)),
-    "It helps a mother.": ((0, 1), (0, 1)),
+    "It smells of lavender.": ((0, 1), (1, 0), (1, 0)),
+    "It beats Zyx.": ((0, 1), (1 / 2, 0), (1 / 2, 0)),
+    "It helps a mother.": ((0, 1), (0, 1), (0, 1)),
     # no phrase at all
-    "It is what it is.": ((0, 1), (0, 1)),
+    "It is what it is.": ((0, 1), (0, 1), (0, 1)),
 }
+# just before event 0, between the two, and after both
+UNTIL = (1, 11, np.inf)
 
 
 @pytest.mark.parametrize("reason", GROUNDED)
 def test_grounded_by_hand(reason):
     """Guards: words of an LLM's own punished, so that it only copies; another item's brand, rare
-    word or number, or a name of nothing we know, that goes unpunished; what the shown people wrote
-    taken for foreign, or what only the hidden rest of a review says for grounded."""
+    word or number, or a name of nothing we know, that goes unpunished; what people so far wrote
+    taken for foreign, or what is yet to come, or only the hidden rest of a review says, for
+    grounded."""
     shop = small_shop()
-    nobody, shown = GROUNDED[reason]
-    assert D.grounded(shop, 1, reason) == pytest.approx(nobody)
-    assert D.grounded(shop, 1, reason, [0]) == pytest.approx(shown)
+    for until, wanted in zip(UNTIL, GROUNDED[reason], strict=True):
+        assert grounded(shop, 1, reason, until) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("style", D.STYLES)
+@pytest.mark.parametrize("evidence", D.EVIDENCE)
+def test_what_is_said_grows_and_never_shrinks(style, evidence, tmp_path):
+    """Guards: a reason of an earlier window that is foreign in a later one, because it shows
+    others; of a pair, words that its item does not say."""
+    write_shop(tmp_path / "shop", told)
+    data = curec.load_data(settled(tmp_path / "shop", style=style, evidence=evidence))
+    assert (data.style, data.evidence) == (style, evidence)
+    sizes = []
+    for item in range(1, data.n_items + 1):
+        times = sorted(data.events["time"][data.events_by_item[item]])
+        said = [D.said_of(data, item, until) for until in (-np.inf, *times, np.inf)]
+        assert all(a <= b for a, b in pairwise(said))
+        assert said[-1] == D.said_of(data, item)
+        sizes.append((len(said[0]), len(said[-1])))
+        own = set(D.words(D.item_text(data.items[item])))
+        assert said[0] == (own if style == "pair" else {D.stem(w) for w in own})
+    grown = sum(last > first for first, last in sizes)
+    assert grown == (0 if style == "pair" else 18)
+
+
+def test_an_old_reason_is_not_foreign_in_a_later_window():
+    """Guards: a sound reason that a later window replaces, because the people whom it shows do not
+    say what those before them said."""
+    judge = SimpleNamespace(data=small_shop())
+    judge.lifts = lambda reasons, people, period: [np.zeros(len(events)) for events in people]
+    old, found = answer("It smells of lavender like Zyx."), []
+    for period in ((-np.inf, 1), (1, 11), (11, np.inf)):
+        # the last window shows event 1 alone
+        r = reward.rewards(judge, [1], [old], [np.array([1])], [np.array([], int)], period)
+        found.append((r.grounded[0], r.ungrounded[0], r.total[0]))
+    assert found == [(0, 1, -2), (1, 0, 0), (1, 0, 0)]
 
 
 @pytest.mark.parametrize("reason", ["It beats (Quux).", "It beats \u201cQuux\u201d."])
 def test_a_name_within_brackets_or_quotes_is_a_name(reason):
     """Guards: a foreign name that goes unpunished for the sign before it."""
-    assert D.grounded(small_shop(), 1, reason) == (0, 1)
+    assert grounded(small_shop(), 1, reason) == (0, 1)
+
+
+def test_a_capital_word_that_most_items_say_is_no_name():
+    """Guards: a catalogue of Brushes in which nobody may praise a Brush."""
+    items = [{}, *(D.item_record(f"I{k}", {"title": f"brush {k}"}) for k in range(11))]
+    items += [D.item_record("L", {"title": "lamp oil"})]
+    seqs = [np.array([1, 2, 3, 4])]
+    shop = D.Dataset("brushes", items, ["a"], seqs, [np.arange(4)], style="sentence")
+    assert D.possible_names(shop, "It is a Brush with a Lamp.") == ["lamp"]
+    assert D.possible_names(shop, "Lamp, it is a brush.") == ["lamp"], "of fewer than MIN_ITEMS"
+    assert D.possible_names(shop, "Quux, it is a brush.") == [], "of no item, where all begin so"
+    assert grounded(shop, 12, "It is a Brush.") == (0, 0)
 
 
 def test_grounded_without_reviews_as_evidence():
     """Guards: reviews that no prompt showed as evidence; a free word taken for a rare one."""
     shop = small_shop(evidence="histories")
-    assert D.grounded(shop, 1, "It smells of lavender.", [0]) == (0, 0)
-    assert D.grounded(shop, 1, "It beats Zyx.", [0]) == (0, 1)
-    assert D.grounded(shop, 1, "It is like jojoba.", [0]) == (1, 0)
+    assert grounded(shop, 1, "It smells of lavender.") == (0, 0)
+    assert grounded(shop, 1, "It beats Zyx.") == (0, 1)
+    assert grounded(shop, 1, "It is like jojoba.") == (1, 0)
+    assert grounded(shop, 1, "It is like jojoba.", until=1) == (0, 1)
 
 
 def test_a_pair_is_still_punished_for_each_foreign_word():
     """Guards: the reward of the demo changed by what sentences are allowed."""
     shop = small_shop("pair", "histories")
-    said = [D.grounded(shop, 1, f"people choose it for soft and {w}", [0]) for w in ("oil", "calm")]
+    # jojoba was chosen before: no pair may name it
+    said = [grounded(shop, 1, f"people choose it for soft and {w}") for w in ("oil", "jojoba")]
     assert said == [(1, 0), (1 / 2, 1 / 2)]
 
 
-def test_the_reward_takes_off_as_much_as_is_foreign(monkeypatch):
+def test_the_reward_takes_off_as_much_as_is_foreign():
     """Guards: an ungrounded sentence punished like a foreign name; a foreign name that the people
-    shown to another item said."""
+    of another item said."""
     judge = SimpleNamespace(data=small_shop())
     judge.lifts = lambda reasons, people, period: [np.zeros(len(events)) for events in people]
     texts = ["It soothes tired feet.", "It is soft like jojoba.", "It is soft like jojoba."]
     answers = [answer(texts[0]), answer(texts[1]), answer(texts[2]), "nothing"]
-    shown, audience = [np.array([0]), np.array([1])], [np.array([1]), np.array([0])]
-    found = reward.rewards(judge, [1, 1], answers, shown, audience, reward.TRAIN_TIME)
+    people = [np.array([0, 1]), np.array([0, 1])]
+    found = reward.rewards(judge, [1, 5], answers, people, people, reward.TRAIN_TIME)
     assert found.grounded.tolist() == [0, 1, 1 / 2, 0]
     assert found.ungrounded.tolist() == [0, 0, 1, 1]
     assert found.format_ok.tolist() == [True, True, True, False]
     assert found.total.tolist() == [0, 0, -reward.UNGROUNDED_PENALTY, -4]
+
+
+def choose(old, new):
+    """Is a new sentence about item 1, which all judges like more, accepted for an old one?"""
+    judge = SimpleNamespace(data=small_shop())
+
+    def lifts(reasons, people, period):
+        pairs = zip(reasons, people, strict=True)
+        return [np.full(len(events), float(reason == new)) for reason, events in pairs]
+
+    judge.lifts = lifts
+    people = [np.array([0])], [np.array([0, 1, 1])]
+    rated = (
+        reward.rewards(judge, [1], [answer(r)], *people, reward.TRAIN_TIME) for r in (new, old)
+    )
+    return curec.choose(*rated, 0, np.ones(3), 0.25)[1]
+
+
+@pytest.mark.parametrize(
+    "old, new, accepted",
+    [
+        ("It is soft argan oil.", "It soothes tired feet.", True),
+        ("It is soft argan oil.", "It is soft like Nordel.", False),
+        ("It is for Quux fans.", "It is soft like Nordel.", True),
+        ("It is for Quux fans.", "It is soft.", True),
+        ("It is soft argan oil.", "It is soft. It is warm.", False),
+    ],
+)
+def test_a_correction_in_words_of_its_own_may_be_accepted(old, new, accepted):
+    """Guards: copies of the item's text that no better sentence replaces; a foreign name that a
+    sound sentence is replaced by."""
+    assert choose(old, new) == accepted
 
 
 def test_the_judge_reads_a_sentence_in_its_order_and_a_pair_sorted():
@@ -427,6 +580,10 @@ DROPPED = {
     "no words": "...",
     "nothing": "",
     "nothing but stop words": "is what it is to me",
+    "signs in place of words": "is soft - -",
+    "an echo of the question": "is soft and people choose it",
+    "an echo of its form": "is a short and warm one",
+    "an echo of what is asked": "is one Sentence of oil",
 }
 
 
@@ -449,6 +606,33 @@ def test_a_sentence_in_the_items_own_script_is_kept():
     text = "\u043e\u0447\u0435\u043d\u044c \u043c\u044f\u0433\u043a\u0438\u0439 \u0442\u0443\u0442"
     assert D.own_sentence(small_shop(), 9, text, []) == (pytest.approx(1 / 3), f"It {text}.")
     assert D.own_sentence(small_shop(), 10, text, []) is None
+
+
+def test_a_sentence_may_say_what_any_of_the_items_people_said():
+    """Guards: a target of `align` that the reward calls grounded and the filter foreign."""
+    for shown in ([], [0], [1], [0, 1]):
+        found = D.own_sentence(small_shop(), 1, "is soft like jojoba", shown)
+        assert found == (1, "It is soft like jojoba.")
+    assert D.own_sentence(small_shop(), 2, "is soft like argan", [0]) is None, "of another item"
+
+
+def test_the_script_is_that_of_the_item_or_of_the_reviews_shown():
+    """Guards: Cyrillic in a catalogue in Latin, because one title of a history, a brand or a review
+    that was not shown is."""
+    shop = small_shop()
+    soft = "\u043c\u044f\u0433\u043a\u0438\u0439"
+    text = f"is soft and {soft}"
+    for where, readable in (("brand", False), ("title", True), ("description", True)):
+        changed = {**shop.items[1], where: f"{shop.items[1][where]} {soft}"}
+        items = [{}, changed, *shop.items[2:]]
+        other = replace(shop, items=items)
+        assert bool(D.own_sentence(other, 1, text, [0])) == readable, where
+    other = replace(shop, seqs=[np.array([9, 1, 3, 4]), shop.seqs[1]])
+    assert soft in D.people_shown(other, [0])
+    assert D.own_sentence(other, 1, text, [0]) is None, "a title of the history"
+    other = replace(shop, reviews=[["", f"It is {soft}", "", ""], shop.reviews[1]])
+    assert D.own_sentence(other, 1, text, [0]) == (1, f"It is soft and {soft}.")
+    assert D.own_sentence(other, 1, text, [1]) is None, "it was not shown"
 
 
 # ------------------------------------------------------------------- held-out reviews feed nothing
@@ -1021,6 +1205,30 @@ def test_evidence_follows_the_data(tmp_path):
     assert (data.style, data.evidence, data.reviews) == ("sentence", "histories", None)
 
 
+NO_REVIEWS = "no reviews: none are shown, the arm reviews is left out"
+
+
+@pytest.mark.parametrize(
+    "given, noted",
+    [
+        ({}, True),
+        ({"style": "pair"}, True),
+        ({"style": "pair", "arms": "curec"}, False),
+        ({"style": "pair", "arms": "curec", "evidence": "both"}, True),
+        ({"evidence": "histories", "arms": "reviews,content"}, True),
+        ({"evidence": "histories", "arms": "content"}, False),
+    ],
+)
+def test_a_report_notes_that_there_are_no_reviews(given, noted, tmp_path):
+    """Guards: an arm, or evidence that was asked for, missing without a word; a word on reviews to
+    those who asked for none, or have some."""
+    write_shop(tmp_path / "told", told)
+    assert NO_REVIEWS not in curec.load_data(settled(tmp_path / "told", **given)).notes
+    write_shop(tmp_path / "silent", lambda u, k: "")
+    notes = curec.load_data(settled(tmp_path / "silent", **given)).notes
+    assert (NO_REVIEWS in notes) == noted
+
+
 def test_a_fingerprint_tells_other_reviews(tmp_path):
     """Guards: --resume that goes on with other reviews than it began with."""
     digests = set()
@@ -1054,7 +1262,7 @@ def test_own_sentences_are_asked_of_the_base_about_each_item(shop_run, writer):
         asked += [D.reason_prompt(data, i, "", shown)] * curec.OWN_ANSWERS
         assert len(shown) <= D.PEOPLE
         assert set(shown) <= set(data.events_by_item[i].tolist())
-        shares = [D.grounded(data, i, reason, shown)[0] for reason in kept]
+        shares = [grounded(data, i, reason)[0] for reason in kept]
         assert shares == sorted(shares, reverse=True)
     assert writer.prompts == asked
     texts, _ = Writer()(PlainModel(), None, asked, None)
@@ -1100,6 +1308,9 @@ def test_reasons_are_aligned_on_the_llms_own_sentences(shop_run, writer):
         shown, kept = data.sentences[i]
         prompt, target = D.reason_sample(data, i, [0, 1, 2], rng, "It is so.", follow=0.0)
         assert prompt == D.reason_prompt(data, i, "It is so.", shown)
+        shared = sorted(D.shared_phrases(data, i, shown)[:2], key=data.phrases[i].index)
+        thought = f"they mention {' and '.join(shared)}" if shared else "nothing shared"
+        assert target.startswith(f"<think> {thought} </think>")
         reason, _, sound = D.parse_answer(target, "sentence" if kept else "pair")
         assert sound
         assert reason == kept[0] if kept else reason.startswith(D.REASON_START)
@@ -1109,6 +1320,28 @@ def test_reasons_are_aligned_on_the_llms_own_sentences(shop_run, writer):
     own = [reason for reason in drawn if reason in data.sentences[1][1]]
     assert 60 < len(own) < 140
     assert set(own) == set(data.sentences[1][1])
+
+
+def test_a_reason_so_far_that_is_the_target_is_not_shown(shop_run, writer):
+    """Guards: an `align` that learns to copy the reason so far: half of the samples show one of the
+    LLM's own, the best of which is the target."""
+    data, s = shop_run
+    data.sentences = own_sentences(data, s)
+    rng = np.random.default_rng(0)
+    (i, shown, best, other) = next(
+        (i, shown, *kept[:2]) for i, (shown, kept) in enumerate(data.sentences) if len(kept) > 1
+    )
+    for current, seen in ((best, ""), (other, other), ("", "")):
+        prompt, target = D.reason_sample(data, i, [], rng, current)
+        assert prompt == D.reason_prompt(data, i, seen, shown)
+        assert D.parse_answer(target, "sentence")[0] == best
+    so_far = 0
+    mix = replace(curec.ALIGNMENT, reason_share=1.0)
+    for prompt, target in D.alignment_samples(data, 500, rng, mix):
+        current = prompt.split("Reason so far: ")[1].split("\n")[0]
+        assert current not in target
+        so_far += current != "none"
+    assert so_far > 150
 
 
 # ---------------------------------------------------------------------------------- a whole run
@@ -1144,12 +1377,15 @@ def test_a_whole_run_writes_sentences_and_confirms_them(tmp_path, monkeypatch, c
     assert m["reasons"]["curec"]["format_ok"] > 0.3
     assert m["reasons"]["curec"]["confirmed"] > 0
     kept = torch.load(run / "state/sentences.pt", weights_only=True)["value"]
+    written = sum(bool(mine) for _, mine in kept)
+    assert m["own_sentences"] == {"items_with": written, "items": 18}
     assert sum(SENTENCE in mine for _, mine in kept) > 9
     lines = [json.loads(line) for line in (run / "reasons.jsonl").read_text().splitlines()]
     assert [line["item"] for line in lines] == [f"i{i:02d}" for i in range(18)]
     assert any(line["reason"] == SENTENCE for line in lines)
     report = (run / "report.md").read_text()
     assert "confirmed: reviews 60" in report
+    assert "own_sentences: items_with" in report
     assert "| curec - reviews | ndcg@10 |" in report
     assert "nan" not in report
     # it is taken up again, and looked at
