@@ -420,6 +420,7 @@ def test_a_new_row_of_arms_is_all_that_a_new_arm_takes(copied, monkeypatch, caps
     assert not torch.equal(weights["features"][:, :8], content["features"][:, :8])
 
 
+@pytest.mark.slow
 def test_a_group_baseline_runs_through_and_asks_no_reference(copied, capsys):
     """Guards: answers of `align` to every prompt that nothing reads; groups whose mean advantage is
     not 0; a critic beside them. Alignment and judge are the finished run's: its config.json is made
@@ -1450,6 +1451,7 @@ def test_an_interrupted_correction_goes_on_after_its_last_window(fake_llm, tmp_p
     assert len(again.calls) == 4, "a finished stage asks nothing"
 
 
+@pytest.mark.slow
 def test_correction_moves_reasons_towards_the_truth(fake_llm, tmp_path):
     """With random proposals and an ideal encoder, corrected reasons name drivers more often than
     first ones; a judge that has learnt what follows what moves them further than one that only

@@ -370,7 +370,7 @@ def ppo(model, tokenizer, checkpoint, **settings):
     return figures(rl.ppo(model, tokenizer, PROMPTS, Rewards(1.0), config, checkpoint))
 
 
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("group", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_ppo_is_the_same_on_the_card(llm, group):
     """Guards: masks, rewards, ends of answers, the value head, or the log-probabilities that an
     update looks back at, on the CPU."""
@@ -383,6 +383,7 @@ def test_ppo_is_the_same_on_the_card(llm, group):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_ppo_goes_on_on_the_card(llm):
     """Guards: a checkpoint's weights or Adam's moments, read on the CPU, that stay there."""
     checkpoint = Kept()
