@@ -1371,7 +1371,7 @@ def test_a_whole_run_writes_sentences_and_confirms_them(tmp_path, monkeypatch, c
     assert m["confirmed"]["reviews"] == 60
     for name in ("shuffled", "title", "frequent"):
         assert 0 <= m["confirmed"][name] <= 1
-    for kind in ("aligned", "rl", "bestof", "curec"):
+    for kind in ("aligned", "rl", "curec"):
         assert 0 <= m["reasons"][kind]["confirmed"] <= 1
         assert m["reasons"][kind]["foreign_names"] <= 1
     assert m["reasons"]["curec"]["format_ok"] > 0.3
