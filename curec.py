@@ -160,8 +160,6 @@ def whole_method(run: "Run"):
     if needs["reasons"]:
         if s.style == "sentence":
             data.sentences = own_sentences(run, data, llm)
-            written = sum(bool(sentences) for _, sentences in data.sentences)
-            run.metrics["own_sentences"] = {"items_with": written, "items": data.n_items}
         train_adapter(run, data, llm, "align", s.align_steps, ALIGNMENT)
         judge, weights = fit_reward_model(run, data, encode)
         reinforce(run, data, llm, judge, cuts)
@@ -330,6 +328,8 @@ def own_sentences(run, data, llm):
                 found[i][reason] = share
         best_first = [sorted(mine, key=lambda reason: -mine[reason]) for mine in found]
         kept = run.save(list(zip(shown, best_first, strict=True)))
+    written = sum(bool(sentences) for _, sentences in kept)
+    run.metrics["own_sentences"] = {"items_with": written, "items": data.n_items}
     return kept
 
 

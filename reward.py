@@ -40,8 +40,7 @@ import data as D
 from recommender import Block, pad
 
 FORMAT_PENALTY = 2.0  # in units of A: nats
-# times the share of a pair's words that the item does not say; a sentence's for a foreign name
-UNGROUNDED_PENALTY = 2.0
+UNGROUNDED_PENALTY = 2.0  # times u(r)
 AUDIENCE_WEIGHT = 0.5  # w
 STATES = 256  # |N|
 MAX_AUDIENCE = 16  # most users of an audience

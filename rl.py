@@ -47,7 +47,8 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-# fitted to measured peaks (tests/bench/bench_llm.py shapes): of a pass with gradients, of reading
+# guesses for forecast, fitted to nothing yet (tests/bench/bench_llm.py shapes measures peaks): how
+# often a pass with gradients, and reading prompts, hold the sides of a layer's linear maps
 WITHIN_A_LAYER, WHILE_READING = 1.5, 1.0
 # times the loss in float16, whose small gradients would be rounded to 0
 LOSS_SCALE = 1024.0
@@ -1000,9 +1001,9 @@ def weights_are_here(name):
 
 def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16):
     """{"parameters", "load_gb", "alignment_gb", "generation_gb", "ppo_gb"} of an LLM whose config
-    is on disk or in the cache, else {}: the peak of each stage by arithmetic. length: tokens of a
-    prompt with its answer; budget: of a batch of generation; size: bytes of the dtype of
-    computation."""
+    is on disk or in the cache, else {}: the peak of each stage by arithmetic, a lower bound.
+    length: tokens of a prompt with its answer; budget: of a batch of generation; size: bytes of the
+    dtype of computation."""
     try:
         config = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
