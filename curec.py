@@ -325,7 +325,8 @@ def own_sentences(run, data, llm):
             sound = D.own_sentence(data, i, text, shown[i])
             if sound:
                 share, reason = sound
-                found[i][reason] = share
+                # grounded phrases less the others: by their share, the shortest would be the best
+                found[i][reason] = len(D.sentence_phrases(reason)) * (2 * share - 1)
         best_first = [sorted(mine, key=lambda reason: -mine[reason]) for mine in found]
         kept = run.save(list(zip(shown, best_first, strict=True)))
     written = sum(bool(sentences) for _, sentences in kept)

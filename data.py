@@ -377,8 +377,8 @@ def reason_prompt(data, item, reason, events):
 
 def parse_answer(text, style="pair"):
     """Decoded answer -> (reason, the phrases it names, format_ok). The format: one think, one
-    reason; two different phrases, or a sentence of at most SENTENCE_WORDS words that repeats no
-    phrase."""
+    reason; two different phrases, or a sentence of at most SENTENCE_WORDS words with two phrases or
+    more, none of them twice."""
     answer = ANSWER_PATTERN.fullmatch(text[:10_000])
     if not answer:
         return "", [], False
@@ -400,10 +400,11 @@ def sentence_phrases(reason):
 
 
 def is_sentence(reason, phrases):
-    """One sentence of a fitting length, with phrases and without one twice?"""
-    length = len(words(reason))
+    """One sentence of a fitting length, with phrases, two at least, and none twice? One alone, as
+    in "It is great.", tells nothing of its item."""
     one = not re.search(r"[.!?;:]\s|[.!?]{2}", reason)
-    return bool(one and phrases and length <= SENTENCE_WORDS and len(set(phrases)) == len(phrases))
+    fits = len(phrases) >= 2 and len(words(reason)) <= SENTENCE_WORDS
+    return bool(one and fits and len(set(phrases)) == len(phrases))
 
 
 def said_of(data, item, until=np.inf):

@@ -16,8 +16,8 @@
 The target item is represented by its reason alone: if the score also saw its ID or its text, the
 reason would tell it nothing new, and the reward would ignore the reason. The task of
 training is to pick the chosen item's reason among those of all train items, a softmax. In round 1
-every item gets a new random reason each epoch (some of its phrases or, half of the time, one of the
-LLM's own sentences where there are some), or its reason would become an item ID. Later rounds mix
+every item gets a new random reason each epoch (some of its phrases; of sentences also what its
+people wrote, or one of the LLM's own), or its reason would become an item ID. Later rounds mix
 (hard EM): in four of five draws the reason that the judge of the round before chose, else a random
 one, so that better reasons teach more and the item's other words still occur. That this makes no ID
 is checked where the epoch is chosen: held-out users x held-out items.
@@ -179,11 +179,13 @@ class Judge:
         once, place = np.unique(masked, return_inverse=True)
         return self.whiten(self.raw_encode(once.tolist())[torch.from_numpy(place)])
 
-    def fit(self, rounds=ROUNDS, **how):
-        """Trains in rounds, each from scratch; the last model stays. After a round the judge
-        chooses a reason for every item, and the next learns from these most of the time: better
-        reasons make a better judge. Returns (a dict of figures a round, the weights before training
-        and after each round)."""
+    def fit(self, rounds=0, **how):
+        """Trains in rounds (default: ROUNDS, one of sentences), each from scratch; the last model
+        stays. After a round the judge chooses a reason for every item, and the next learns from
+        these most of the time: better reasons make a better judge. Returns (a dict of figures a
+        round, the weights before training and after each round)."""
+        # what people wrote, drawn again and again, was learnt by heart
+        rounds = rounds or (ROUNDS if self.data.style == "pair" else 1)
         chosen = None
         figures = []
         weights = [copy.deepcopy(self.model.state_dict())]
@@ -195,15 +197,29 @@ class Judge:
         return figures, weights
 
     def draw_reasons(self, items, chosen, rng):
-        """A reason for each of these items: in most draws the chosen one, where there are, else two
-        or three phrases, or a sentence, at random."""
+        """A reason for each of these items: in most draws the chosen one, where there are, else a
+        random one, of two or three phrases if it names phrases."""
         reasons = []
         for i in items:
             if chosen and rng.random() < CHOSEN_SHARE:
                 reasons.append(chosen[i])
             else:
-                reasons.append(D.random_reason(self.data, i, rng, rng.integers(2, 4)))
+                reasons.append(self.random_reason(i, rng, rng.integers(2, 4)))
         return reasons
+
+    def random_reason(self, item, rng, size=2):
+        """D.random_reason or, of sentences, half of the time what some of the item's people wrote:
+        a sentence of the LLM's says little of its item, and little is learnt from it."""
+        data = self.data
+        if data.style == "sentence" and data.evidence == "both" and rng.random() < 0.5:
+            # of held-out users, a review would tell what they are asked about
+            held_users, _ = held_out(data, self.seed)
+            people = data.events_by_item[item]
+            people = rng.permutation(people[~held_users[data.events["user"][people]]])
+            wrote = D.reviews_shown(data, people[: D.PEOPLE])
+            if wrote:
+                return wrote
+        return D.random_reason(data, item, rng, size)
 
     def fit_round(self, number, chosen=None, epochs=60, patience=6, per_epoch=20_000):
         """Trains on the train events of users and items that are not held out; the best epoch on
@@ -270,7 +286,7 @@ class Judge:
             for i in part:
                 events = rng.permutation(data.events_by_item[i])
                 events = events[~held_users[data.events["user"][events]]][:MAX_AUDIENCE]
-                reasons += [D.random_reason(data, i, rng) for _ in range(CANDIDATES)]
+                reasons += [self.random_reason(i, rng) for _ in range(CANDIDATES)]
                 people += [events] * CANDIDATES
             liked = mean_of_each(self.lifts(reasons, people, TRAIN_TIME))
             best = liked.reshape(-1, CANDIDATES).argmax(1)

@@ -9,7 +9,7 @@ Each docstring names the bug that the test guards against.
 import copy
 import hashlib
 import http.server
-import importlib.util
+import importlib
 import itertools
 import json
 import logging
@@ -2484,15 +2484,17 @@ def test_any_causal_lm_goes_through_align_generate_and_ppo(
 
 
 @pytest.mark.slow
-def test_the_benchmark_at_real_shapes_runs_on_a_cpu_at_a_tiny_one(tmp_path):
+def test_the_benchmark_at_real_shapes_runs_on_a_cpu_at_a_tiny_one(tmp_path, monkeypatch):
     """Guards: a script for a GPU that nobody has run before the GPU is there."""
-    spec = importlib.util.spec_from_file_location("bench_llm", HERE / "bench" / "bench_llm.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    monkeypatch.syspath_prepend(HERE / "bench")
+    # by its name: the process that writes the model imports it anew
+    bench = importlib.import_module("bench_llm")
     sizes = ["--sizes", "tiny", "--prompt", "24", "--answer", "8", "--rows", "8"]
     results = tmp_path / "results.json"
     found = bench.main(["shapes", "--device", "cpu", *sizes, "--json", str(results)])["tiny"]
-    assert found.pop("load") == {}, "no tokens, and no memory of a GPU"
+    for row in found.values():
+        assert row["peak_gb"] > 0 and row["forecast_gb"] > 0
+    assert "tokens_per_s" not in found.pop("load")
     assert found.keys() == {"align", "generation", "one PPO update"}
     for row in found.values():
         assert 0 < row["tokens_per_s"] < 1e7
