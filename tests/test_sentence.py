@@ -11,6 +11,7 @@ import copy
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -325,11 +326,13 @@ def test_the_phrases_of_a_sentence_are_its_content_words(reason):
 HAN = "".join(map(chr, range(0x4E00, 0x4E20)))  # 32 different letters
 SOUND = {
     ROSES: True,
-    "soft": True,
+    "soft": False,
+    "It is great.": False,
+    "soft and warm": True,
     "It costs 3.5 dollars": True,
     "It is soft, warm - and calm!": True,
-    "soft" + " the" * 23: True,
-    "soft" + " the" * 24: False,
+    "soft warm" + " the" * 22: True,
+    "soft warm" + " the" * 23: False,
     "It is soft. It is warm.": False,
     "It is soft; warm": False,
     "It is soft...": False,
@@ -340,7 +343,7 @@ SOUND = {
     "": False,
     "...": False,
     # signs are no words
-    "soft" + " -" * 24: True,
+    "soft warm" + " -" * 24: True,
     # scripts without spaces: each two letters are a word
     "\u67d4\u8f6f\u6e29\u6696": True,
     HAN[:25]: True,
@@ -351,7 +354,7 @@ SOUND = {
 @pytest.mark.parametrize("reason", SOUND)
 def test_a_sentence_is_one_short_and_repeats_no_phrase(reason):
     """Guards: lists and stories paid like sentences; one word said again and again, which the judge
-    may like; no words at all."""
+    may like; no words at all; "It is great.", which holds for every item."""
     assert D.parse_answer(answer(reason), "sentence") == (
         reason,
         D.sentence_phrases(reason),
@@ -380,9 +383,9 @@ def test_a_malformed_answer_names_nothing(text):
 
 def test_a_sentence_is_read_across_lines_and_a_pair_is_no_sentence_by_default():
     """Guards: spaces that an LLM adds, as a failure; sentences accepted where pairs are asked."""
-    text = "\n<think> \n </think>\n\n<reason>\n It is\n soft </reason> "
-    assert D.parse_answer(text, "sentence") == ("It is soft", ["soft"], True)
-    assert D.parse_answer(text) == ("It is soft", [], False)
+    text = "\n<think> \n </think>\n\n<reason>\n It is\n soft, warm </reason> "
+    assert D.parse_answer(text, "sentence") == ("It is soft, warm", ["soft", "warm"], True)
+    assert D.parse_answer(text) == ("It is soft, warm", [], False)
 
 
 # -------------------------------------------------------------------------- what a sentence may say
@@ -540,7 +543,8 @@ def choose(old, new):
         ("It is soft argan oil.", "It soothes tired feet.", True),
         ("It is soft argan oil.", "It is soft like Nordel.", False),
         ("It is for Quux fans.", "It is soft like Nordel.", True),
-        ("It is for Quux fans.", "It is soft.", True),
+        ("It is for Quux fans.", "It is soft.", False),
+        ("It is for Quux fans.", "It is soft argan oil.", True),
         ("It is soft argan oil.", "It is soft. It is warm.", False),
     ],
 )
@@ -719,6 +723,11 @@ def own_sentences(data, s):
     return curec.own_sentences(curec.Run(s), data, (PlainModel(), None))
 
 
+def lengths(texts):
+    """In the place of a text encoder."""
+    return torch.tensor([[len(text), text.count("a"), text.count(" ")] for text in texts]).float()
+
+
 def all_that_reviews_can_reach(folder, **given):
     """{what: value} of all that a run makes of a data set's texts before anything is trained."""
     s = settled(folder, out=f"{folder}-run", **given)
@@ -733,7 +742,9 @@ def all_that_reviews_can_reach(folder, **given):
     for part in curec.practice_questions(data, cuts, 0):
         questions.append([(q.item, q.prompt, list(q.shown), list(q.audience)) for q in part])
     rng = np.random.default_rng(0)
+    judge = reward.Judge(data, lengths)
     return {
+        "read by the judge": [judge.random_reason(i, rng) for i in range(1, 19) for _ in range(9)],
         "prompts": curec.first_prompts(data, data.events_by_item),
         "sentences": data.sentences,
         "samples": D.alignment_samples(data, 300, rng, curec.ALIGNMENT),
@@ -1286,6 +1297,49 @@ def test_users_held_out_from_the_judge_are_not_among_the_people_shown(seed, shop
     shown = [e for events, _ in own_sentences(data, s) for e in events]
     assert shown
     assert not held_users[data.events["user"][shown]].any()
+
+
+def test_the_sentence_learnt_says_most_of_its_item(shop_run, monkeypatch):
+    """Guards: the shortest sentences, which are grounded most easily, as what align learns."""
+    data, s = shop_run
+    written = ["is {} and {}.", "is {}, {} and {}.", "is {}, {}, quick and easy.", "is {}."]
+
+    def generate(model, tokenizer, prompts, how, name=""):
+        texts = []
+        for k, prompt in enumerate(prompts):
+            said = prompt.split("Item: ")[1].split()
+            texts.append(written[k % 4].format(*said))
+        return texts, None
+
+    monkeypatch.setattr(rl, "generate", generate)
+    for i, (_, kept) in enumerate(own_sentences(data, s)[1:], 1):
+        first, second, third = data.titles[i].split()[:3]
+        best = [f"It is {first}, {second} and {third}.", f"It is {first} and {second}."]
+        assert kept == [*best, f"It is {first}, {second}, quick and easy."]
+
+
+def test_the_judge_learns_from_what_people_wrote(shop_run):
+    """Guards: a judge that never reads a review; one that reads those of the users that it is
+    tested on; reviews read where the flags leave them out."""
+    data, _ = shop_run
+    judge = reward.Judge(data, lengths)
+    held_users, _ = reward.held_out(data, judge.seed)
+    rng = np.random.default_rng(0)
+    authors = set()
+    for i in range(1, 19):
+        reviews = 0
+        for _ in range(60):
+            found = re.findall(r"t(\d+)k\d", judge.random_reason(i, rng))
+            assert len(found) <= D.PEOPLE
+            reviews += bool(found)
+            authors.update(map(int, found))
+        assert 15 < reviews < 45
+    assert authors == {int(data.users[u][1:]) for u in np.flatnonzero(~held_users)}
+    for changed in ({"evidence": "histories"}, {"style": "pair"}, {"reviews": None}):
+        judge = reward.Judge(replace(data, **changed), lengths)
+        for i in range(1, 19):
+            drawn = judge.random_reason(i, rng)
+            assert drawn.startswith(D.REASON_START), changed
 
 
 def test_own_sentences_are_asked_for_once(shop_run, writer):
