@@ -1150,7 +1150,7 @@ def dry_run(s):
     if s.llm != "tiny":
         dtype = getattr(torch, s.dtype) if s.dtype else rl.default_dtype(s.device)
         sizes = (512 + s.max_new, sampling(s).budget, dtype.itemsize)
-        size = rl.forecast(s.llm, s.micro_batch, *sizes)
+        size = rl.forecast(s.llm, s.micro_batch, *sizes, answer=s.max_new)
         print(f"{s.llm}: {figures(size) or 'its size is known when its config is here'}")
     if absent:
         return

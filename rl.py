@@ -47,9 +47,6 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-# guesses for forecast, fitted to nothing yet (tests/bench/bench_llm.py shapes measures peaks): how
-# often a pass with gradients, and reading prompts, hold the sides of a layer's linear maps
-WITHIN_A_LAYER, WHILE_READING = 1.5, 1.0
 # times the loss in float16, whose small gradients would be rounded to 0
 LOSS_SCALE = 1024.0
 # logits in float32 that are in memory at once: 32 MB
@@ -999,11 +996,12 @@ def weights_are_here(name):
     return False
 
 
-def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16):
+def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16, answer=128):
     """{"parameters", "load_gb", "alignment_gb", "generation_gb", "ppo_gb"} of an LLM whose config
-    is on disk or in the cache, else {}: the peak of each stage by arithmetic, a lower bound.
-    length: tokens of a prompt with its answer; budget: of a batch of generation; size: bytes of the
-    dtype of computation."""
+    is on disk or in the cache, else {}: the most bytes of tensors at once, without an allocator's
+    and libraries' own (tests/bench/bench_llm.py memory simulates them). length: tokens of a prompt
+    with its answer; answer: of these; budget: of a batch of generation; size: bytes of the dtype of
+    computation."""
     try:
         config = hf.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
@@ -1015,24 +1013,32 @@ def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16):
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     weights = sum(m.weight.numel() for m in linear)
-    sides = sum(m.in_features + m.out_features for m in linear)
+    inputs, outputs = (
+        sum(getattr(m, f"{side}_features") for m in linear) for side in ("in", "out")
+    )
+    adapter = rank * (inputs + outputs)
     n = model.num_parameters()
-    # NF4 with its double-quantised scales; a LoRA weight in float32, with gradient and Adam 16 B
-    load = 0.52 * weights + size * (n - weights) + 4 * rank * sides
-    adam = 12 * rank * sides
-    # checkpoints of all layers; within one, inputs and outputs of its linear maps, beside them in
-    # float32 what the adapters read and add; backward needs them again
+    # NF4 with its double-quantised scales; a LoRA weight in float32, and as much each for its
+    # gradient and Adam's two means
+    load = 0.52 * weights + size * (n - weights) + 4 * adapter
+    # checkpoints of all layers; then a vocabulary's logits, or one layer as backward needs it: the
+    # outputs of its linear maps, and in float32 what the adapters read and add
     tokens = micro_batch * length
-    activations = tokens * (size * layers * width + WITHIN_A_LAYER * (size + 4) * sides / layers)
-    logits = 3 * 4 * min(MAX_LOGITS, tokens * len(head.weight))
-    training = load + adam + activations + logits
+    checkpoints = tokens * size * layers * width
+    logits = 3 * 4 * min(MAX_LOGITS, micro_batch * answer * len(head.weight))
+    layer = tokens * (4 * inputs + (size + 4) * outputs) / layers
+    training = load + 12 * adapter + checkpoints + max(logits, layer)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or width // text.num_attention_heads
     cache = budget * 2 * layers * heads * head_size * size
-    widest = max((m.in_features + m.out_features for m in linear), default=0)
-    reading = budget * WHILE_READING * (size + 4) * widest
-    stages = {"load": load, "alignment": training, "generation": load + cache + reading}
-    stages["ppo"] = max(training, stages["generation"]) + 4 * rank * sides
+    # of the prompts beside their keys and values: the widest output, and three times in float32
+    # what is added to it
+    widest = max((m.out_features for m in linear), default=0)
+    prompts = budget * (1 - answer / length)
+    reading = prompts * (size + 3 * 4) * widest
+    generation = load + max(cache, prompts / budget * cache + reading)
+    stages = {"load": load, "alignment": training, "generation": generation}
+    stages["ppo"] = max(training, generation) + 4 * adapter
     return {"parameters": n} | {f"{stage}_gb": 1e-9 * value for stage, value in stages.items()}
 
 

@@ -2501,6 +2501,36 @@ def test_the_benchmark_at_real_shapes_runs_on_a_cpu_at_a_tiny_one(tmp_path, monk
     assert "shapes" in json.loads(results.read_text())
 
 
+def test_the_forecast_is_what_a_simulation_counts(tmp_path, monkeypatch):
+    """Guards: a forecast that nothing confirms: tensors that it leaves out or counts twice."""
+    monkeypatch.syspath_prepend(HERE / "bench")
+    bench = importlib.import_module("bench_llm")
+    sizes = ["--sizes", "Qwen3-tiny", "--prompt", "96", "--answer", "32"]
+    found = bench.main(["memory", *sizes, "--json", str(tmp_path / "results.json")])["Qwen3-tiny"]
+    assert found.keys() == {"load", "alignment", "generation", "ppo"}
+    for stage, row in found.items():
+        # a shape so small that what is left out counts
+        assert row["forecast_gb"] == pytest.approx(row["simulated_gb"], rel=0.25), stage
+    assert found["alignment"]["simulated_gb"] > 5 * found["load"]["simulated_gb"]
+
+
+def test_live_bytes_are_those_of_tensors_that_are_alive(monkeypatch):
+    """Guards: views counted as memory; what was freed still counted; a peak that is forgotten."""
+    monkeypatch.syspath_prepend(HERE / "bench")
+    live = importlib.import_module("bench_llm").LiveBytes()
+    held = torch.zeros(10)
+    live.count([held])
+    with live:
+        first = held.view(5, 2) + 1.0
+        second = torch.cat([first, first])
+        views = [first.t(), first[0], second.view(-1)]
+        assert live.now == 40 + 40 + 80
+        del first, second, views
+        third = held * 2
+    assert live.now == 40 + third.nbytes
+    assert live.peak == 160
+
+
 # ------------------------------------------------------------------------ the LLM as a recommender
 TITLES = ["red green", "red", "blue old calm", "loud", "warm dark red", "green", "green red"]
 TITLES += ["old", "old calm blue dark"]

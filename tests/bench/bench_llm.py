@@ -2,7 +2,8 @@
 of real models.
 
     python tests/bench/bench_llm.py generation [--rounds 5]              CPU, minutes
-    python tests/bench/bench_llm.py shapes [--sizes 0.5B,1.5B,7B]        one CUDA GPU, 20 GB of disk
+    python tests/bench/bench_llm.py shapes [--sizes Qwen3-0.6B]          one CUDA GPU, 20 GB of disk
+    python tests/bench/bench_llm.py memory [--sizes Qwen3-0.6B,Qwen3-8B]  a CPU, minutes: simulated
     python tests/bench/bench_llm.py shapes --sizes tiny --device cpu --prompt 24 --answer 8
                                                                          seconds: does it run?
 
@@ -14,13 +15,22 @@ shapes: randomly initialised models with the shapes of Qwen2.5 or Qwen3, written
 in NF4 by rl.load; prompts of 512 and answers of 128 tokens; random weights end no answer early.
 Tokens a second: of prompt and answer for align, of answers for generation and for a whole PPO
 update.
-Peak: torch.cuda.max_memory_reserved of each piece of work, the weights included; on a CPU what the
-process takes more than before it loaded the model. Beside it what rl.forecast says.
+Peak: torch.cuda.max_memory_reserved of each piece of work, the weights included; on a CPU the most
+bytes of tensors that were alive at once, counted after every operation: what a card would hold too,
+but for its allocator and libraries. Beside it what rl.forecast says.
+
+memory: the same shapes with 2 and 4 layers, a micro-batch of such prompts, in bfloat16 as on a
+card. Weights are real, all else are fake tensors: shapes without numbers, nothing is computed;
+the bytes alive at once are counted after every operation. What follows for all layers (memory is
+linear in them) stands beside what rl.forecast says. Attention is PyTorch's for CPUs, which like a
+card's holds no scores. Of generation: reading the prompts, then the answers at once. Adam's state,
+which a first step makes, is added.
 
 Results go to bench_llm.json beside this file, one entry a command.
 """
 
 import argparse
+import gc
 import json
 import os
 import pathlib
@@ -28,6 +38,7 @@ import platform
 import sys
 import tempfile
 import time
+import weakref
 from multiprocessing import get_context
 
 HERE = pathlib.Path(__file__).resolve()
@@ -37,6 +48,9 @@ import numpy as np
 import torch
 import transformers as hf
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import curec
 import data as D
@@ -52,6 +66,7 @@ SHAPES = {
     "Qwen3-tiny": (64, 128, 2, 4, 2, 512, True),
     "Qwen3-0.6B": (1024, 3072, 28, 16, 8, 151_936, True),
     "Qwen3-1.7B": (2048, 6144, 28, 16, 8, 151_936, True),
+    "Qwen3-4B": (2560, 9728, 36, 32, 8, 151_936, True),
     "Qwen3-8B": (4096, 12_288, 36, 32, 8, 151_936, False),
 }
 WORDS = "red green blue old calm loud warm dark soft tall thin wide cold dry new odd".split()
@@ -143,38 +158,72 @@ def shapes(args) -> dict:
     return result
 
 
-def resident(name: str) -> float:
-    """VmRSS (now) or VmHWM (its peak) of this process, in GB; Linux."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024e-9 * int(status.partition(name + ":")[2].split()[0])
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors that are alive, `now` and at their `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = {}, 0, 0
+
+    def count(self, tensors) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.known:
+                self.known[key] = storage.nbytes()
+                self.now += self.known[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.known.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.count(x for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+        return made
+
+
+def weights_of(model) -> list:
+    """All that a loaded model holds: parameters, buffers, and the scales of its 4-bit weights."""
+    found = [*model.parameters(), *model.buffers()]
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if state:
+            scales = [state.absmax, state.code, state.offset]
+            scales += [state.state2.absmax, state.state2.code]
+            found += [x for x in scales if isinstance(x, torch.Tensor)]
+    return found
 
 
 class Meter:
-    """Tokens a second and peak memory of each piece of work; on a CPU what the process has more
-    than when this was made."""
+    """Tokens a second and peak memory of each piece of work."""
 
     def __init__(self, device: str):
         self.cuda, self.found = device.startswith("cuda"), {}
-        self.at_first = 0.0 if self.cuda else resident("VmRSS")
 
-    def start(self) -> None:
+    def start(self, model=None) -> None:
+        """model: what is loaded already."""
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         else:
-            # 5: the peak starts anew
-            pathlib.Path("/proc/self/clear_refs").write_text("5")
+            self.live = LiveBytes()
+            self.live.count(weights_of(model) if model else [])
+            self.live.__enter__()
         self.begun = time.perf_counter()
 
     def stop(self, name: str, tokens: int = 0) -> None:
         if self.cuda:
             torch.cuda.synchronize()
+        else:
+            self.live.__exit__(None, None, None)
         seconds, self.found[name] = time.perf_counter() - self.begun, {}
         if tokens:
             self.found[name]["tokens_per_s"] = tokens / seconds
-        peak = torch.cuda.max_memory_reserved() / 1e9 if self.cuda else resident("VmHWM")
-        self.found[name]["peak_gb"] = peak - self.at_first
+        peak = torch.cuda.max_memory_reserved() if self.cuda else self.live.peak
+        self.found[name]["peak_gb"] = peak / 1e9
 
 
 def shape(args, size: str, samples: list) -> dict:
@@ -185,27 +234,30 @@ def shape(args, size: str, samples: list) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         # in a process of its own: the memory that it takes is no longer there
         with get_context("spawn").Pool(1) as pool:
-            pool.apply(write_model, (folder, size, args.device))
-        size_of = 2 if args.device.startswith("cuda") else 4
+            pool.apply(write_model, (folder, config_of(size), args.device))
+        compute = getattr(torch, args.dtype) if args.dtype else rl.default_dtype(args.device)
         length = args.prompt + args.answer
         budget = min(sampling.budget, rows * length)
-        told = rl.forecast(folder, min(rows, micro_batch), length, budget, size_of)
+        told = rl.forecast(folder, min(rows, micro_batch), length, budget, compute.itemsize)
         meter = Meter(args.device)
         meter.start()
-        llm = rl.load(folder, args.device, checkpointing=True)
+        llm = rl.load(folder, args.device, checkpointing=True, compute=compute)
         meter.stop("load")
+    if not meter.cuda:
+        # what loading reads comes from the file, without an operation
+        meter.found["load"]["peak_gb"] = sum(x.nbytes for x in weights_of(llm[0])) / 1e9
     rl.use(llm[0], "align", trainable=True)
-    meter.start()
+    meter.start(llm[0])
     rl.supervise(*llm, samples, rl.SupervisedConfig(2, rows, micro_batch))
     meter.stop("align", 2 * rows * (args.prompt + args.answer))
     rl.add_policy(llm[0])
     rl.use(llm[0], "policy")
-    meter.start()
+    meter.start(llm[0])
     rl.generate(*llm, prompts, sampling)
     meter.stop("generation", rows * args.answer)
     sizes = {"batch": rows, "minibatch": rows // 2, "micro_batch": micro_batch}
     config = rl.PPOConfig(1, **sizes, epochs=1, lr=1e-5, sampling=sampling)
-    meter.start()
+    meter.start(llm[0])
     rl.ppo(*llm, prompts, by_length, config)
     meter.stop("one PPO update", rows * args.answer)
     works = {"load": "load", "align": "alignment", "generation": "generation"}
@@ -219,23 +271,15 @@ def by_length(texts, rows) -> tuple:
     return torch.tensor([float(len(text)) for text in texts]), {}
 
 
-def write_model(folder: str, size: str, device: str) -> None:
-    """A random model of that shape and a small tokenizer, in Hugging Face format on disk."""
-    bpe, special = ByteLevelBPETokenizer(), ["<pad>", "<eos>"]
-    text = " ".join(WORDS * 9)
-    bpe.train_from_iterator([text] * 9, 400, special_tokens=special, show_progress=False)
-    raw = Tokenizer.from_str(bpe.to_str())
-    tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"
-    )
-    tokenizer.save_pretrained(folder)
-    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+def config_of(size: str, layers: int = 0):
+    """The configuration of a shape; layers: only so many."""
+    hidden, intermediate, all_layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
     qwen3 = size.startswith("Qwen3")
-    config = (hf.Qwen3Config if qwen3 else hf.Qwen2Config)(
+    return (hf.Qwen3Config if qwen3 else hf.Qwen2Config)(
         **({"head_dim": 128} if qwen3 else {}),
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or all_layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
@@ -244,6 +288,18 @@ def write_model(folder: str, size: str, device: str) -> None:
         pad_token_id=0,
         bos_token_id=None,
     )
+
+
+def write_model(folder: str, config, device: str) -> None:
+    """A random model and a small tokenizer, in Hugging Face format on disk."""
+    bpe, special = ByteLevelBPETokenizer(), ["<pad>", "<eos>"]
+    text = " ".join(WORDS * 9)
+    bpe.train_from_iterator([text] * 9, 400, special_tokens=special, show_progress=False)
+    raw = Tokenizer.from_str(bpe.to_str())
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained(folder)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = hf.AutoModelForCausalLM.from_config(config)
@@ -251,11 +307,97 @@ def write_model(folder: str, size: str, device: str) -> None:
     model.save_pretrained(folder)
 
 
+# ---------------------------------------------------------------------------------------- memory
+def memory(args) -> dict:
+    """{shape: {stage: {"simulated_gb", "forecast_gb"}}}, of all layers."""
+    result = {}
+    for size in args.sizes.split(","):
+        few, some = (simulated(args, size, layers) for layers in (2, 4))
+        config = config_of(size)
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            length, rows = args.prompt + args.answer, generated_at_once(args)
+            budget = rows * length
+            told = rl.forecast(folder, args.micro_batch, length, budget, 2, answer=args.answer)
+        result[size] = {}
+        for stage, two in few.items():
+            all_layers = two + (some[stage] - two) / 2 * (config.num_hidden_layers - 2)
+            row = {"simulated_gb": all_layers / 1e9, "forecast_gb": told[f"{stage}_gb"]}
+            result[size][stage] = row
+        print(size, json.dumps(result[size]), flush=True)
+    return result
+
+
+def generated_at_once(args) -> int:
+    """Answers of a batch of generation, see curec.sampling."""
+    return max(1, 8192 * args.micro_batch // (args.prompt + args.answer))
+
+
+def simulated(args, size: str, layers: int) -> dict:
+    """{stage: most bytes alive at once} of one model."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder, config_of(size, layers), "cpu")
+        model, _ = rl.load(folder, "cpu", checkpointing=True, compute=torch.bfloat16)
+    trained, generated = (
+        ids_of(args, rows) for rows in (args.micro_batch, generated_at_once(args))
+    )
+    peaks = {"load": alive(model, lambda fake, model: None)}
+    for stage, adapter in (("alignment", "align"), ("ppo", "policy")):
+        training = alive(model, train_once, adapter, trained, args)
+        generation = alive(model, read_and_write, adapter, generated, args)
+        if stage == "alignment":
+            peaks |= {"alignment": training, "generation": generation}
+            rl.add_policy(model)
+    return peaks | {"ppo": max(training, generation)}
+
+
+def ids_of(args, rows: int):
+    """Token ids of prompts with their answers."""
+    return torch.randint(5, 300, (rows, args.prompt + args.answer))
+
+
+def alive(model, work, *given) -> int:
+    """The most bytes alive at once, the model's weights included, while work(fake, model, *given)
+    runs; fake: what makes a tensor a fake one, which has no number to compute with or read back."""
+    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    weights = [mode.from_tensor(weight) for weight in weights_of(model)]
+    live.count(weights)
+    with mode, live:
+        adam = work(mode.from_tensor, model, *given)
+    # checkpoints of a pass hold each other
+    gc.collect()
+    return live.peak + (adam or 0)
+
+
+def train_once(fake, model, adapter: str, ids, args) -> int:
+    """A pass with gradients; the bytes of Adam's state."""
+    rl.use(model, adapter, trainable=True)
+    starts = torch.full((len(ids),), args.prompt)
+    mask = torch.ones(len(ids), args.answer, dtype=torch.bool)
+    batch = rl.MicroBatch(*map(fake, (torch.arange(len(ids)), ids, starts, mask)))
+    logp, _ = rl.logps_and_states(model, batch)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    torch.autograd.grad(-logp.sum(), weights)
+    return 2 * sum(weight.nbytes for weight in weights)
+
+
+@torch.no_grad()
+def read_and_write(fake, model, adapter: str, ids, args) -> None:
+    """The keys and values of prompts, then of answers."""
+    rl.use(model, adapter)
+    ids = fake(ids)
+    mask, known = torch.ones_like(ids), None
+    for start, end in ((0, args.prompt), (args.prompt, ids.shape[1])):
+        how = {"use_cache": True, "logits_to_keep": 1, "past_key_values": known}
+        made = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], **how)
+        known = made.past_key_values
+
+
 # ------------------------------------------------------------------------------------ command line
 def main(argv=None) -> dict:
     as_it_stands = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
-    parser.add_argument("what", choices=("generation", "shapes"))
+    parser.add_argument("what", choices=("generation", "shapes", "memory"))
     parser.add_argument("--llm", default="", help="generation: a local model; default: a tiny one")
     parser.add_argument("--steps", type=int, default=300, help="... trained for so many steps")
     parser.add_argument("--rounds", type=int, default=5)
@@ -263,15 +405,16 @@ def main(argv=None) -> dict:
     parser.add_argument("--threads", type=int, default=1)
     sizes, of = [8, 16, 32, 64, 128, 256], "generation: batches of the plain loops"
     parser.add_argument("--batches", type=int, nargs="+", default=sizes, help=of)
-    parser.add_argument("--sizes", default="0.5B,1.5B,7B")
+    parser.add_argument("--sizes", default="Qwen3-0.6B,Qwen3-1.7B,Qwen3-4B,Qwen3-8B")
     parser.add_argument("--device", default="cuda", help="of shapes")
+    parser.add_argument("--dtype", default="", help="of shapes; default: the device's")
     parser.add_argument("--prompt", type=int, default=512, help="shapes: tokens")
     parser.add_argument("--answer", type=int, default=128, help="shapes: tokens")
     parser.add_argument("--rows", type=int, default=32, help="shapes: prompts a piece of work")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--json", default=HERE.with_suffix(".json"), help="where results go")
     args = parser.parse_args(argv)
-    result = {"generation": generation, "shapes": shapes}[args.what](args)
+    result = {"generation": generation, "shapes": shapes, "memory": memory}[args.what](args)
     device = f"CPU, {platform.machine()}"
     if args.what == "shapes" and args.device.startswith("cuda"):
         device = torch.cuda.get_device_name(args.device)
