@@ -47,7 +47,9 @@ MAX_AUDIENCE = 16  # most users of an audience
 JUDGE_HISTORY = 20  # items of a history that the user tower reads
 EMBEDDING_SIZE = 128  # of whitened embeddings
 BATCH, LEARNING_RATE = 256, 2e-3
-ROUNDS = 3  # of training; each learns from the reasons that the round before has chosen ...
+ROUNDS = (
+    3  # of training, at most; each learns from the reasons that the round before has chosen ...
+)
 CHOSEN_SHARE, CANDIDATES = 0.8, 16  # ... in so many draws, the best of so many
 TRAIN_TIME = (-np.inf, np.inf)  # the period of what all train events judge
 HELD_OUT = 2000  # most held-out events that choose the epoch
@@ -165,6 +167,8 @@ class Judge:
         self.data = data
         self.seed = seed
         self.raw_encode = encode
+        self.reads_reviews = data.style == "sentence" and data.evidence == "both"
+        self.held_users, _ = held_out(data, seed)
         texts = [D.mask_identity(data, D.item_text(item)) for item in data.items[1:]]
         raw = encode(texts)
         self.whiten = whitening(raw, EMBEDDING_SIZE)
@@ -180,12 +184,12 @@ class Judge:
         return self.whiten(self.raw_encode(once.tolist())[torch.from_numpy(place)])
 
     def fit(self, rounds=0, **how):
-        """Trains in rounds (default: ROUNDS, one of sentences), each from scratch; the last model
-        stays. After a round the judge chooses a reason for every item, and the next learns from
-        these most of the time: better reasons make a better judge. Returns (a dict of figures a
-        round, the weights before training and after each round)."""
-        # what people wrote, drawn again and again, was learnt by heart
-        rounds = rounds or (ROUNDS if self.data.style == "pair" else 1)
+        """Trains in rounds (default: ROUNDS, one where it reads reviews), each from scratch; the
+        last model stays. After a round the judge chooses a reason for every item, and the next
+        learns from these most of the time: better reasons make a better judge. Returns (a dict of
+        figures a round, the weights before training and after each round)."""
+        # one: in later rounds the reviews that were chosen were learnt by heart
+        rounds = rounds or (1 if self.reads_reviews else ROUNDS)
         chosen = None
         figures = []
         weights = [copy.deepcopy(self.model.state_dict())]
@@ -208,15 +212,14 @@ class Judge:
         return reasons
 
     def random_reason(self, item, rng, size=2):
-        """D.random_reason or, of sentences, half of the time what some of the item's people wrote:
-        a sentence of the LLM's says little of its item, and little is learnt from it."""
+        """D.random_reason or, of sentences, two of three times what some of the item's people
+        wrote: a sentence of the LLM's says little of its item, and little is learnt from it."""
         data = self.data
-        if data.style == "sentence" and data.evidence == "both" and rng.random() < 0.5:
+        if self.reads_reviews and rng.random() < 2 / 3:
             # of held-out users, a review would tell what they are asked about
-            held_users, _ = held_out(data, self.seed)
             people = data.events_by_item[item]
-            people = rng.permutation(people[~held_users[data.events["user"][people]]])
-            wrote = D.reviews_shown(data, people[: D.PEOPLE])
+            people = rng.permutation(people[~self.held_users[data.events["user"][people]]])
+            wrote = D.reviews_shown(data, people[: rng.integers(1, D.PEOPLE + 1)])
             if wrote:
                 return wrote
         return D.random_reason(data, item, rng, size)

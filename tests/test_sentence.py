@@ -1333,7 +1333,7 @@ def test_the_judge_learns_from_what_people_wrote(shop_run):
             assert len(found) <= D.PEOPLE
             reviews += bool(found)
             authors.update(map(int, found))
-        assert 15 < reviews < 45
+        assert 28 < reviews < 52
     assert authors == {int(data.users[u][1:]) for u in np.flatnonzero(~held_users)}
     for changed in ({"evidence": "histories"}, {"style": "pair"}, {"reviews": None}):
         judge = reward.Judge(replace(data, **changed), lengths)

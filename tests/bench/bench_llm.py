@@ -2,6 +2,7 @@
 of real models.
 
     python tests/bench/bench_llm.py generation [--rounds 5]              CPU, minutes
+    python tests/bench/bench_llm.py generation --llm Qwen3-0.6B --layers 8 --prompts 64
     python tests/bench/bench_llm.py shapes [--sizes Qwen3-0.6B]          one CUDA GPU, 20 GB of disk
     python tests/bench/bench_llm.py memory [--sizes Qwen3-0.6B,Qwen3-8B]  a CPU, minutes: simulated
     python tests/bench/bench_llm.py shapes --sizes tiny --device cpu --prompt 24 --answer 8
@@ -10,6 +11,7 @@ of real models.
 generation: tokens a second on the demo's prompts. Rounds alternate between ours and loops over
 fixed-size batches in the order of the prompts, all with the same model, temperature and longest
 answer. Two kinds of work: every prompt once, and every prompt six times, as proposals are sampled.
+Of a shape: random weights in bfloat16, prompts of 50 to 500 tokens.
 
 shapes: randomly initialised models with the shapes of Qwen2.5 or Qwen3, written to disk and loaded
 in NF4 by rl.load; prompts of 512 and answers of 128 tokens; random weights end no answer early.
@@ -76,10 +78,12 @@ MAX_NEW = 24  # of the part generation
 # -------------------------------------------------------------------------------------- generation
 def generation(args) -> dict:
     torch.set_num_threads(args.threads)
-    shop = D.demo(0)
+    shop, rng = D.demo(0), np.random.default_rng(0)
     train, held_out = curec.practice_questions(shop, curec.window_cuts(shop, 2), 0)
     prompts = [question.prompt for question in train + held_out]
-    prompts = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))]
+    prompts = [prompts[i] for i in rng.permutation(len(prompts))]
+    if args.llm in SHAPES:
+        prompts = [" ".join(rng.choice(WORDS, rng.integers(50, 501))) for _ in prompts]
     llm = open_llm(args, shop)
     six_times = [prompt for prompt in prompts[: args.prompts // 5] for _ in range(6)]
     works = {"every prompt once": prompts[: args.prompts], "every prompt six times": six_times}
@@ -106,7 +110,11 @@ def generation(args) -> dict:
 
 
 def open_llm(args, shop) -> tuple:
-    """The local model args.llm, or a tiny one trained for a few steps."""
+    """The local model or the shape args.llm, or a tiny one trained for a few steps."""
+    if args.llm in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(folder, config_of(args.llm, args.layers), "cpu")
+            return rl.load(folder, compute=torch.bfloat16)
     if args.llm:
         return rl.load(args.llm)
     mix = D.Mixture(reason_share=1.0)
@@ -398,7 +406,8 @@ def main(argv=None) -> dict:
     as_it_stands = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("what", choices=("generation", "shapes", "memory"))
-    parser.add_argument("--llm", default="", help="generation: a local model; default: a tiny one")
+    parser.add_argument("--llm", default="", help="generation: a local model or a shape")
+    parser.add_argument("--layers", type=int, default=0, help="generation: of a shape; 0: all")
     parser.add_argument("--steps", type=int, default=300, help="... trained for so many steps")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=800, help="generation: of every round")
