@@ -7,7 +7,7 @@ they help an ordinary recommender to rank and to say why.
      2. align: teach a 4-bit LLM with LoRA the form of reasons (of sentences, on its own best
         ones), and recommendation knowledge
      3. reward model: train a small sequential recommender that sees an item by its reason alone,
-        in rounds, each from reasons that the round before has chosen
+        in rounds (of reviews one), each from reasons that the round before has chosen
      4. PPO: sample reasons, reward them, update the adapter `policy`; `align` is the reference
      5. correction: cut train time into windows; an item starts with a reason from its text alone
      6.    at the end of a window: show the LLM the reason and a third of the item's new choosers
@@ -303,8 +303,9 @@ def ask(llm, adapter, prompts, how: rl.Sampling, name):
 def own_sentences(run, data, llm):
     """What the base LLM writes of each item, to be aligned on: it keeps its language and learns
     the form (rejection sampling, as in STaR, arXiv 2203.14465). An entry an item: (event numbers of
-    the people shown, its sound answers of OWN_ANSWERS, those best grounded first), index 0 empty.
-    Users held out from the reward model are not shown: it learns from these sentences."""
+    the people shown, its sound answers of OWN_ANSWERS, those with most grounded phrases, less
+    ungrounded ones, first), index 0 empty. Users held out from the reward model are not shown: it
+    learns from these sentences."""
     s = run.settings
     kept = run.load("sentences", "align")
     if kept is None:
@@ -325,8 +326,9 @@ def own_sentences(run, data, llm):
             sound = D.own_sentence(data, i, text, shown[i])
             if sound:
                 share, reason = sound
-                # grounded phrases less the others: by their share, the shortest would be the best
-                found[i][reason] = len(D.sentence_phrases(reason)) * (2 * share - 1)
+                n = len(D.sentence_phrases(reason))
+                # by their share alone, the shortest would be the best
+                found[i][reason] = share * n - (1 - share) * n
         best_first = [sorted(mine, key=lambda reason: -mine[reason]) for mine in found]
         kept = run.save(list(zip(shown, best_first, strict=True)))
     written = sum(bool(sentences) for _, sentences in kept)

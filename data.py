@@ -400,8 +400,8 @@ def sentence_phrases(reason):
 
 
 def is_sentence(reason, phrases):
-    """One sentence of a fitting length, with phrases, two at least, and none twice? One alone, as
-    in "It is great.", tells nothing of its item."""
+    """One sentence of a fitting length, of two different phrases or more and none twice? A single
+    one, as in "It is great.", tells nothing of its item."""
     one = not re.search(r"[.!?;:]\s|[.!?]{2}", reason)
     fits = len(phrases) >= 2 and len(words(reason)) <= SENTENCE_WORDS
     return bool(one and fits and len(set(phrases)) == len(phrases))
@@ -467,7 +467,8 @@ def random_reason(data, item, rng, size=2):
 def own_sentence(data, item, text, shown):
     """The first sentence of what an LLM wrote after ASKED_START, of the people shown: (its
     groundedness, the reason). None where it is too long or short, repeats itself or the question,
-    is in a script that neither the item nor these people write, or names what neither says."""
+    is in a script that neither the item nor these people write, or names what neither the item nor
+    anybody who chose it says."""
     first = re.split(r"(?<=[.!?])\s|\n", text.strip())[0].rstrip(" .!?,;:")
     reason = f"{SENTENCE_START} {first}."
     fields = data.items[item]

@@ -17,7 +17,8 @@ The target item is represented by its reason alone: if the score also saw its ID
 reason would tell it nothing new, and the reward would ignore the reason. The task of
 training is to pick the chosen item's reason among those of all train items, a softmax. In round 1
 every item gets a new random reason each epoch (some of its phrases; of sentences also what its
-people wrote, or one of the LLM's own), or its reason would become an item ID. Later rounds mix
+people wrote, or one of the LLM's own), or its reason would become an item ID. Later rounds, where
+no review is read, mix
 (hard EM): in four of five draws the reason that the judge of the round before chose, else a random
 one, so that better reasons teach more and the item's other words still occur. That this makes no ID
 is checked where the epoch is chosen: held-out users x held-out items.

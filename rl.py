@@ -1013,9 +1013,8 @@ def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16, an
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     weights = sum(m.weight.numel() for m in linear)
-    inputs, outputs = (
-        sum(getattr(m, f"{side}_features") for m in linear) for side in ("in", "out")
-    )
+    inputs = sum(m.in_features for m in linear)
+    outputs = sum(m.out_features for m in linear)
     adapter = rank * (inputs + outputs)
     n = model.num_parameters()
     # NF4 with its double-quantised scales; a LoRA weight in float32, and as much each for its
@@ -1038,7 +1037,8 @@ def forecast(name, micro_batch=4, length=640, budget=32_768, size=2, rank=16, an
     reading = prompts * (size + 3 * 4) * widest
     generation = load + max(cache, prompts / budget * cache + reading)
     stages = {"load": load, "alignment": training, "generation": generation}
-    stages["ppo"] = max(training, generation) + 4 * adapter
+    # a second adapter, and Adam's means while it answers too
+    stages["ppo"] = max(training, generation + 8 * adapter) + 4 * adapter
     return {"parameters": n} | {f"{stage}_gb": 1e-9 * value for stage, value in stages.items()}
 
 

@@ -2510,7 +2510,7 @@ def test_the_forecast_is_what_a_simulation_counts(tmp_path, monkeypatch):
     assert found.keys() == {"load", "alignment", "generation", "ppo"}
     for stage, row in found.items():
         # a shape so small that what is left out counts
-        assert row["forecast_gb"] == pytest.approx(row["simulated_gb"], rel=0.25), stage
+        assert row["forecast_gb"] == pytest.approx(row["simulated_gb"], rel=0.3), stage
     assert found["alignment"]["simulated_gb"] > 5 * found["load"]["simulated_gb"]
 
 

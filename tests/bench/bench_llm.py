@@ -8,10 +8,10 @@ of real models.
     python tests/bench/bench_llm.py shapes --sizes tiny --device cpu --prompt 24 --answer 8
                                                                          seconds: does it run?
 
-generation: tokens a second on the demo's prompts. Rounds alternate between ours and loops over
-fixed-size batches in the order of the prompts, all with the same model, temperature and longest
-answer. Two kinds of work: every prompt once, and every prompt six times, as proposals are sampled.
-Of a shape: random weights in bfloat16, prompts of 50 to 500 tokens.
+generation: tokens a second on the demo's prompts or, of a shape (random weights, bfloat16), on
+random words of 50 to 500 tokens. Rounds alternate between ours and loops over fixed-size batches
+in the order of the prompts, all with the same model, temperature and longest answer. Two kinds of
+work: every prompt once, and every prompt six times, as proposals are sampled.
 
 shapes: randomly initialised models with the shapes of Qwen2.5 or Qwen3, written to disk and loaded
 in NF4 by rl.load; prompts of 512 and answers of 128 tokens; random weights end no answer early.
@@ -19,14 +19,14 @@ Tokens a second: of prompt and answer for align, of answers for generation and f
 update.
 Peak: torch.cuda.max_memory_reserved of each piece of work, the weights included; on a CPU the most
 bytes of tensors that were alive at once, counted after every operation: what a card would hold too,
-but for its allocator and libraries. Beside it what rl.forecast says.
+but for its allocator and libraries (the counting slows it: no speed). Beside it what rl.forecast
+says.
 
 memory: the same shapes with 2 and 4 layers, a micro-batch of such prompts, in bfloat16 as on a
 card. Weights are real, all else are fake tensors: shapes without numbers, nothing is computed;
 the bytes alive at once are counted after every operation. What follows for all layers (memory is
 linear in them) stands beside what rl.forecast says. Attention is PyTorch's for CPUs, which like a
-card's holds no scores. Of generation: reading the prompts, then the answers at once. Adam's state,
-which a first step makes, is added.
+card's holds no scores. Adam's state and PPO's second adapter are added.
 
 Results go to bench_llm.json beside this file, one entry a command.
 """
@@ -246,7 +246,8 @@ def shape(args, size: str, samples: list) -> dict:
         compute = getattr(torch, args.dtype) if args.dtype else rl.default_dtype(args.device)
         length = args.prompt + args.answer
         budget = min(sampling.budget, rows * length)
-        told = rl.forecast(folder, min(rows, micro_batch), length, budget, compute.itemsize)
+        how = (min(rows, micro_batch), length, budget, compute.itemsize)
+        told = rl.forecast(folder, *how, answer=args.answer)
         meter = Meter(args.device)
         meter.start()
         llm = rl.load(folder, args.device, checkpointing=True, compute=compute)
@@ -322,15 +323,23 @@ def memory(args) -> dict:
     for size in args.sizes.split(","):
         few, some = (simulated(args, size, layers) for layers in (2, 4))
         config = config_of(size)
+        of_all = {}
+        for piece, two in few.items():
+            of_all[piece] = two + (some[piece] - two) / 2 * (config.num_hidden_layers - 2)
+        adapter = of_all["adapter"]
+        # Adam's two means, from its first step on
+        training = of_all["training"] + 2 * adapter
+        generation = max(of_all["reading"], of_all["writing"])
+        stages = {"load": of_all["load"], "alignment": training, "generation": generation}
+        stages["ppo"] = max(training, generation + 2 * adapter) + adapter
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            length, rows = args.prompt + args.answer, generated_at_once(args)
-            budget = rows * length
+            length = args.prompt + args.answer
+            budget = generated_at_once(args) * length
             told = rl.forecast(folder, args.micro_batch, length, budget, 2, answer=args.answer)
         result[size] = {}
-        for stage, two in few.items():
-            all_layers = two + (some[stage] - two) / 2 * (config.num_hidden_layers - 2)
-            row = {"simulated_gb": all_layers / 1e9, "forecast_gb": told[f"{stage}_gb"]}
+        for stage, simulated_bytes in stages.items():
+            row = {"simulated_gb": simulated_bytes / 1e9, "forecast_gb": told[f"{stage}_gb"]}
             result[size][stage] = row
         print(size, json.dumps(result[size]), flush=True)
     return result
@@ -342,63 +351,65 @@ def generated_at_once(args) -> int:
 
 
 def simulated(args, size: str, layers: int) -> dict:
-    """{stage: most bytes alive at once} of one model."""
+    """{piece of work: most bytes alive at once} of one model, and the bytes of its adapter."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, config_of(size, layers), "cpu")
         model, _ = rl.load(folder, "cpu", checkpointing=True, compute=torch.bfloat16)
-    trained, generated = (
-        ids_of(args, rows) for rows in (args.micro_batch, generated_at_once(args))
-    )
-    peaks = {"load": alive(model, lambda fake, model: None)}
-    for stage, adapter in (("alignment", "align"), ("ppo", "policy")):
-        training = alive(model, train_once, adapter, trained, args)
-        generation = alive(model, read_and_write, adapter, generated, args)
-        if stage == "alignment":
-            peaks |= {"alignment": training, "generation": generation}
-            rl.add_policy(model)
-    return peaks | {"ppo": max(training, generation)}
+    rl.use(model, "align", trainable=True)
+    adapter = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    pieces = {"adapter": adapter, "load": sum(x.nbytes for x in weights_of(model))}
+    pieces["training"] = alive(model, train, args)
+    rl.use(model, "align")
+    pieces["reading"] = alive(model, read, args)
+    pieces["writing"] = alive(model, write, args)
+    return pieces
 
 
-def ids_of(args, rows: int):
-    """Token ids of prompts with their answers."""
-    return torch.randint(5, 300, (rows, args.prompt + args.answer))
-
-
-def alive(model, work, *given) -> int:
-    """The most bytes alive at once, the model's weights included, while work(fake, model, *given)
-    runs; fake: what makes a tensor a fake one, which has no number to compute with or read back."""
+def alive(model, work, args) -> int:
+    """The most bytes alive at once, the model's weights included, while work(fake, live, model,
+    args) runs; fake: what makes a tensor a fake one, which has no number to compute with."""
+    # a real weight that is met becomes the fake one that was made, and counted, of it before
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     weights = [mode.from_tensor(weight) for weight in weights_of(model)]
     live.count(weights)
     with mode, live:
-        adam = work(mode.from_tensor, model, *given)
+        work(mode.from_tensor, live, model, args)
     # checkpoints of a pass hold each other
     gc.collect()
-    return live.peak + (adam or 0)
+    return live.peak
 
 
-def train_once(fake, model, adapter: str, ids, args) -> int:
-    """A pass with gradients; the bytes of Adam's state."""
-    rl.use(model, adapter, trainable=True)
-    starts = torch.full((len(ids),), args.prompt)
-    mask = torch.ones(len(ids), args.answer, dtype=torch.bool)
-    batch = rl.MicroBatch(*map(fake, (torch.arange(len(ids)), ids, starts, mask)))
-    logp, _ = rl.logps_and_states(model, batch)
+def train(fake, live, model, args) -> None:
+    """Two passes with gradients: those of a micro-batch are kept while the next one runs."""
+    rows = args.micro_batch
+    ids = torch.randint(5, 300, (rows, args.prompt + args.answer))
+    starts = torch.full((rows,), args.prompt)
+    mask = torch.ones(rows, args.answer, dtype=torch.bool)
+    batch = rl.MicroBatch(*map(fake, (torch.arange(rows), ids, starts, mask)))
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    torch.autograd.grad(-logp.sum(), weights)
-    return 2 * sum(weight.nbytes for weight in weights)
+    kept = []
+    for _ in range(2):
+        logp, _ = rl.logps_and_states(model, batch)
+        kept.append(torch.autograd.grad(-logp.sum(), weights))
 
 
 @torch.no_grad()
-def read_and_write(fake, model, adapter: str, ids, args) -> None:
-    """The keys and values of prompts, then of answers."""
-    rl.use(model, adapter)
-    ids = fake(ids)
-    mask, known = torch.ones_like(ids), None
-    for start, end in ((0, args.prompt), (args.prompt, ids.shape[1])):
-        how = {"use_cache": True, "logits_to_keep": 1, "past_key_values": known}
-        made = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], **how)
-        known = made.past_key_values
+def read(fake, live, model, args):
+    """The keys and values of prompts."""
+    ids = fake(torch.randint(5, 300, (generated_at_once(args), args.prompt)))
+    how = {"use_cache": True, "logits_to_keep": 1}
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids), **how).past_key_values
+
+
+@torch.no_grad()
+def write(fake, live, model, args) -> None:
+    """Those of answers too, all tokens at once; what reading took before does not count."""
+    known = read(fake, live, model, args)
+    live.peak = live.now
+    ids = fake(torch.randint(5, 300, (generated_at_once(args), args.answer)))
+    mask = torch.ones_like(torch.cat([ids[:, :1]] * (args.prompt + args.answer), 1))
+    how = {"use_cache": True, "logits_to_keep": 1, "past_key_values": known}
+    model(input_ids=ids, attention_mask=mask, **how)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -406,9 +417,11 @@ def main(argv=None) -> dict:
     as_it_stands = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("what", choices=("generation", "shapes", "memory"))
-    parser.add_argument("--llm", default="", help="generation: a local model or a shape")
+    parser.add_argument("--llm", default="", help="generation: a model or a shape; default: tiny")
     parser.add_argument("--layers", type=int, default=0, help="generation: of a shape; 0: all")
-    parser.add_argument("--steps", type=int, default=300, help="... trained for so many steps")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="generation: of the tiny one's training"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=800, help="generation: of every round")
     parser.add_argument("--threads", type=int, default=1)
@@ -417,8 +430,8 @@ def main(argv=None) -> dict:
     parser.add_argument("--sizes", default="Qwen3-0.6B,Qwen3-1.7B,Qwen3-4B,Qwen3-8B")
     parser.add_argument("--device", default="cuda", help="of shapes")
     parser.add_argument("--dtype", default="", help="of shapes; default: the device's")
-    parser.add_argument("--prompt", type=int, default=512, help="shapes: tokens")
-    parser.add_argument("--answer", type=int, default=128, help="shapes: tokens")
+    parser.add_argument("--prompt", type=int, default=512, help="shapes, memory: tokens")
+    parser.add_argument("--answer", type=int, default=128, help="shapes, memory: tokens")
     parser.add_argument("--rows", type=int, default=32, help="shapes: prompts a piece of work")
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--json", default=HERE.with_suffix(".json"), help="where results go")
@@ -432,7 +445,8 @@ def main(argv=None) -> dict:
     entry["result"] = result
     path = pathlib.Path(args.json)
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | {args.what: entry}, indent=1) + "\n")
+    name = f"{args.what} {args.llm}".strip()
+    path.write_text(json.dumps(known | {name: entry}, indent=1) + "\n")
     print(json.dumps(entry, indent=1))
     return result
 
