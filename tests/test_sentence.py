@@ -1342,6 +1342,17 @@ def test_the_judge_learns_from_what_people_wrote(shop_run):
             assert drawn.startswith(D.REASON_START), changed
 
 
+def test_a_judge_that_reads_reviews_is_trained_once(shop_run, monkeypatch):
+    """Guards: rounds in which the reviews chosen by the one before are learnt by heart."""
+    data, _ = shop_run
+    monkeypatch.setattr(reward.Judge, "fit_round", lambda judge, number, chosen: {"round": number})
+    monkeypatch.setattr(reward.Judge, "choose_reasons", lambda judge, number: [])
+    assert reward.Judge(data, lengths).fit()[0] == [{"round": 1}]
+    for changed in ({"evidence": "histories"}, {"style": "pair"}):
+        rounds, weights = reward.Judge(replace(data, **changed), lengths).fit()
+        assert len(rounds) == len(weights) - 1 == reward.ROUNDS
+
+
 def test_own_sentences_are_asked_for_once(shop_run, writer):
     """Guards: a resumed run that is aligned on other sentences, or pays for them again."""
     data, s = shop_run
