@@ -140,7 +140,7 @@ def plain_speed(llm, prompts: list, size: int) -> float:
     model, tokenizer = llm
     start, tokens, eos = time.perf_counter(), 0, tokenizer.eos_token_id
     how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": MAX_NEW}
-    ends = {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    ends = {"eos_token_id": [eos], "pad_token_id": tokenizer.pad_token_id}
     rl.causal_lm(model).generation_config = hf.GenerationConfig(**how, **ends)
     for k in range(0, len(prompts), size):
         rows = [rl.prompt_ids(tokenizer, prompt) for prompt in prompts[k : k + size]]
