@@ -7,7 +7,7 @@ they help an ordinary recommender to rank and to say why.
      2. align: teach a 4-bit LLM with LoRA the form of reasons (of sentences, on its own best
         ones), and recommendation knowledge
      3. reward model: train a small sequential recommender that sees an item by its reason alone,
-        in rounds (of reviews one), each from reasons that the round before has chosen
+        in rounds (with reviews one), each from reasons that the round before has chosen
      4. PPO: sample reasons, reward them, update the adapter `policy`; `align` is the reference
      5. correction: cut train time into windows; an item starts with a reason from its text alone
      6.    at the end of a window: show the LLM the reason and a third of the item's new choosers
@@ -326,9 +326,9 @@ def own_sentences(run, data, llm):
             sound = D.own_sentence(data, i, text, shown[i])
             if sound:
                 share, reason = sound
-                n = len(D.sentence_phrases(reason))
+                phrases = len(D.sentence_phrases(reason))
                 # by their share alone, the shortest would be the best
-                found[i][reason] = share * n - (1 - share) * n
+                found[i][reason] = share * phrases - (1 - share) * phrases
         best_first = [sorted(mine, key=lambda reason: -mine[reason]) for mine in found]
         kept = run.save(list(zip(shown, best_first, strict=True)))
     written = sum(bool(sentences) for _, sentences in kept)

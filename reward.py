@@ -48,10 +48,9 @@ MAX_AUDIENCE = 16  # most users of an audience
 JUDGE_HISTORY = 20  # items of a history that the user tower reads
 EMBEDDING_SIZE = 128  # of whitened embeddings
 BATCH, LEARNING_RATE = 256, 2e-3
-ROUNDS = (
-    3  # of training, at most; each learns from the reasons that the round before has chosen ...
-)
+ROUNDS = 3  # of training; each learns from the reasons that the round before has chosen ...
 CHOSEN_SHARE, CANDIDATES = 0.8, 16  # ... in so many draws, the best of so many
+REVIEW_SHARE = 2 / 3  # of a sentence judge's random reasons: what people wrote
 TRAIN_TIME = (-np.inf, np.inf)  # the period of what all train events judge
 HELD_OUT = 2000  # most held-out events that choose the epoch
 
@@ -189,7 +188,7 @@ class Judge:
         last model stays. After a round the judge chooses a reason for every item, and the next
         learns from these most of the time: better reasons make a better judge. Returns (a dict of
         figures a round, the weights before training and after each round)."""
-        # one: in later rounds the reviews that were chosen were learnt by heart
+        # with reviews, later rounds were no better: the chosen ones may be learnt by heart
         rounds = rounds or (1 if self.reads_reviews else ROUNDS)
         chosen = None
         figures = []
@@ -213,10 +212,10 @@ class Judge:
         return reasons
 
     def random_reason(self, item, rng, size=2):
-        """D.random_reason or, of sentences, two of three times what some of the item's people
+        """D.random_reason or, of sentences, mostly what some of the item's people
         wrote: a sentence of the LLM's says little of its item, and little is learnt from it."""
         data = self.data
-        if self.reads_reviews and rng.random() < 2 / 3:
+        if self.reads_reviews and rng.random() < REVIEW_SHARE:
             # of held-out users, a review would tell what they are asked about
             people = data.events_by_item[item]
             people = rng.permutation(people[~self.held_users[data.events["user"][people]]])
