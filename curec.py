@@ -439,7 +439,8 @@ def reinforce(run, data, llm, judge, cuts):
         reference = two.view(-1, 2).mean(1)
     log = run.load("ppo", "ppo")
     if log is None:
-        sizes = {"batch": s.ppo_batch, "minibatch": s.ppo_batch // 3, "micro_batch": s.micro_batch}
+        third = -(-s.ppo_batch // 3)
+        sizes = {"batch": s.ppo_batch, "minibatch": third, "micro_batch": s.micro_batch}
         how = {"lr": s.ppo_lr, "sampling": sampling(s), "seed": s.seed, "log": f"{s.out}/ppo.jsonl"}
         if s.baseline == "group":
             how |= {"group": GROUP, "lam": 1.0, "value_coef": 0.0}

@@ -686,11 +686,11 @@ def ppo_loss(logp, values, rollout: Rollout, mask, tokens, value_coef=0.1, clip=
 class PPOConfig:
     updates: int
     batch: int = 64  # answers sampled an update
-    minibatch: int = 32  # answers a step
+    minibatch: int = 32  # answers a step, at most
     micro_batch: int = 32  # answers a pass with gradients holds
     epochs: int = 2  # passes over an update's answers
     lr: float = 5e-4  # at first; it falls linearly to 0, and with it the noise of large steps
-    value_lr: float = 1e-2
+    value_lr: float = 1e-2  # at most: see value_rate
     beta: float = 0.05  # weight of the per-token KL to `align` ...
     kl_target: float = 6.0  # ... adapted towards so many nats a sequence; 0: fixed
     kl_stop: float = 0.03  # per-token KL to the rollout's policy at which an update ends
@@ -717,7 +717,8 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
     lora = [p for p in model.parameters() if p.requires_grad]
     head = value_head(model)
     optimizer = torch.optim.AdamW(lora, lr=config.lr, eps=1e-5, weight_decay=0.0)
-    optimizer.add_param_group({"params": head.parameters(), "lr": config.value_lr})
+    value_lr = value_rate(model, tokenizer, prompts[0], config.value_lr)
+    optimizer.add_param_group({"params": head.parameters(), "lr": value_lr})
     weights = nn.ParameterList([*lora, *head.parameters()])
     begun = checkpoint.state or {"log": [], "beta": config.beta, "scale": None}
     log, beta, scale = (begun[key] for key in ("log", "beta", "scale"))
@@ -782,22 +783,31 @@ def value_head(model):
     return head
 
 
+@torch.no_grad()
+def value_rate(model, tokenizer, prompt, most, step=1.25):
+    """The value head's learning rate: Adam moves each weight by it, so a value by it times the
+    L1 norm of a state: 100 for the tiny LLM, but 750 for SmolLM2 135M, whose values would jump by
+    several spreads of the scores. Here by `step` spreads at most."""
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
+    states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return min(most, step / states.float().abs().sum(-1).mean().item())
+
+
 def adapted_beta(beta, kl, target):
     """The weight of the KL penalty, moved by 2 % at most towards so many nats; 0: left fixed."""
     return beta * (1 + 0.1 * float(np.clip(kl / target - 1, -0.2, 0.2))) if target else beta
 
 
 def shuffled_minibatches(model, tokenizer, prompts, answers, rng, config):
-    """The rows of a rollout, shuffled into minibatches: lists of micro-batches. The same ones for
-    old, reference and new log-probabilities, or rounding would move the first ratio from 1."""
+    """The rows of a rollout, shuffled into minibatches of one size, but for one answer (a smaller
+    one's step would be as long, in the direction of fewer answers): lists of micro-batches. The
+    same ones for old, reference and new log-probabilities, or rounding would move the first ratio
+    from 1."""
     encoded = [prompt_ids(tokenizer, prompt, config.sampling.start) for prompt in prompts]
     size = within_limit(model, "rows", config.micro_batch)
     shuffled = rng.permutation(len(prompts))
-    minibatches = []
-    for start in range(0, len(prompts), config.minibatch):
-        rows = shuffled[start : start + config.minibatch]
-        minibatches.append(micro_batches(rows, encoded, answers, model.device, size))
-    return minibatches
+    parts = np.array_split(shuffled, -(-len(prompts) // config.minibatch))
+    return [micro_batches(rows, encoded, answers, model.device, size) for rows in parts]
 
 
 @torch.no_grad()
