@@ -65,6 +65,7 @@ ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
 OWN_ANSWERS, OWN_TOKENS = 4, 40
 # of an answer's advantage: two answers of `align` and a value head, or the mean of GROUP answers
 BASELINES, GROUP = ("critic", "group"), 8
+HELD_OUT_ANSWERS = 400  # to held-out prompts, before and after PPO, at most
 DTYPES = ("float32", "bfloat16", "float16")
 # the mark of a run folder of ours; the adapter that a stage trains
 PROGRAM = "CURec"
@@ -397,6 +398,11 @@ def practice_questions(data, cuts, seed):
     return train, [q for q in questions if q.item in held_items]
 
 
+def several_times(held_out):
+    """Few held-out questions, repeated: an answer each says too little of a change."""
+    return held_out * max(1, HELD_OUT_ANSWERS // len(held_out))
+
+
 def ppo_updates(s, questions):
     """The number of PPO updates; on its own at most so many that a question is asked 13 times:
     asked more often, its good answers are learnt by heart."""
@@ -411,7 +417,7 @@ def reinforce(run, data, llm, judge, cuts):
     train, held_out = practice_questions(data, cuts, s.seed)
     updates = ppo_updates(s, train)
     train = train[: updates * s.ppo_batch]  # more is never drawn
-    held_out = held_out or train
+    held_out = several_times(held_out or train)
     rl.add_policy(llm[0])
 
     def rewards_of(questions, texts) -> reward.Rewards:
@@ -1201,7 +1207,8 @@ def planned_work(s, data):
     if needs["reasons"]:
         train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
         drawn = ppo_updates(s, train) * s.ppo_batch
-        asked = drawn + 2 * min(drawn, len(train)) + 2 * len(held_out)
+        references = 2 * min(drawn, len(train)) if s.baseline == "critic" else 0
+        asked = drawn + references + 2 * len(several_times(held_out or train))
         learnt = 32 * s.align_steps
         if s.style == "sentence":
             works.append(Work("own sentences", 0, 0, OWN_ANSWERS * n, "--limit-items"))

@@ -2025,6 +2025,37 @@ def test_every_pass_of_an_update_has_the_same_shapes_and_whitened_advantages(tin
     assert advantages.square().mean() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize(("batch", "minibatch", "sizes"), [(10, 3, [3, 3, 2, 2]), (12, 4, [4] * 3)])
+def test_minibatches_are_of_one_size(tiny, monkeypatch, batch, minibatch, sizes):
+    """Guards: what is left over as a minibatch of one answer, whose step is as long as any."""
+    looks = record(monkeypatch, rl, "look_back")
+    run(*fresh(tiny), batch=batch, minibatch=minibatch, micro_batch=2)
+    minibatches = looks[0].args[2]
+    assert [sum(len(part.rows) for part in parts) for parts in minibatches] == sizes
+    rows = torch.cat([part.rows for parts in minibatches for part in parts])
+    assert sorted(rows.tolist()) == list(range(batch))
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_values_move_slowly_whatever_the_size_of_the_states(tiny, monkeypatch, size):
+    """Guards: a rate chosen for small states, at which a wide LLM's values jump by many spreads of
+    the scores, and advantages are noise."""
+    model, tokenizer = fresh(tiny)
+    with torch.no_grad():
+        rl.causal_lm(model).base_model.norm.weight.mul_(size)
+    looks = record(monkeypatch, rl, "look_back")
+    # logits grow with the states
+    run(model, tokenizer, updates=2, batch=4, epochs=1, temperature=float(size), value_lr=1.0)
+    _, _, values = looks[1].result
+    # after one step, whose length Adam makes the rate; states differ in size
+    assert 0 < values.abs().max() < 1.25 * 1.5
+
+
+def test_small_states_learn_values_at_the_rate_asked_for(tiny):
+    """Guards: a bound that raises the rate, or that ignores what is asked for."""
+    assert rl.value_rate(*fresh(tiny), PROMPTS[0], 1e-4) == 1e-4
+
+
 def test_ppo_moves_the_policy_and_nothing_else(tiny):
     """Guards: a reference that drifts along with the policy; a base that trains; a model left
     trainable; a value head that learns nothing."""
