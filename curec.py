@@ -111,7 +111,7 @@ class Settings:
     )
     ppo_batch: int = option(192, "answers sampled for each PPO update")
     baseline: str = option("critic", "of PPO's advantages", choices=BASELINES)
-    ppo_lr: float = option(0.0, "first PPO learning rate; 0: 3e-3 tiny, else 1e-5")
+    ppo_lr: float = option(0.0, "first PPO learning rate; 0: 3e-3 tiny, else 5e-5")
     windows: int = option(2, "windows of the correction, equal in train events")
     proposals: int = option(0, "for an item and window; 0: 24 for tiny, else 4")
     margin: float = option(0.25, "standard errors that the gain of a correction exceeds")
@@ -1422,7 +1422,7 @@ def resolve(s):
         "max_new": 24 if tiny else 96,
         "micro_batch": 16 if tiny else 4,
         "proposals": 24 if tiny else 4,
-        "ppo_lr": 3e-3 if tiny else 1e-5,
+        "ppo_lr": 3e-3 if tiny else 5e-5,
         "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
     }
     filled |= {name: getattr(s, name) or value for name, value in usual.items()}

@@ -448,7 +448,7 @@ def token_logps(head, states, chosen, temperature=1.0):
     them are there at once, and backward computes them again, part by part."""
 
     def part_logps(states, chosen):
-        # in float32: in bfloat16 they would be 1e-2 apart
+        # logits are as exact as the LLM computes them; their sum is in float32
         logits = head(states).float() / temperature  # (rows, V)
         return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1)
 

@@ -363,6 +363,13 @@ def test_a_chart_reads_back_as_what_was_drawn():
     assert [kind for kind, _ in chart.series] == ["bar", "line", "line"]
 
 
+def test_few_held_out_questions_are_asked_several_times():
+    """Guards: a change of reward read off a few answers; many questions asked again for nothing."""
+    assert curec.several_times(["a", "b", "c"]) == ["a", "b", "c"] * 133
+    many = list(range(401))
+    assert curec.several_times(many) == many
+
+
 def test_a_run_prints_stages_tables_and_where_the_report_is(finished):
     stages = re.findall(r"^\[(.*)\]$", finished.out, re.M)
     method = "tiny_llm align reward before reference ppo after aligned rl curec bestof".split()
