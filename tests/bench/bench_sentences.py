@@ -4,6 +4,7 @@ RESULTS.md.
     python tests/bench/bench_sentences.py RUN [RUN ...]        figures, into bench_sentences.json
     python tests/bench/bench_sentences.py RUN --sheet          40 reasons to rate blind: sheet.json
     python tests/bench/bench_sentences.py RUN --rated A B      what two raters answered
+    python tests/bench/bench_sentences.py RUN --gains          what PPO changed in the rewards
 
 RUN is a run folder of a source with reviews. Figures: differences of NDCG@10 and HR@50 (paired over
 users), confirmed (paired over reviews), the course of PPO, ten reasons of each kind drawn by seed.
@@ -28,6 +29,7 @@ import torch
 import curec
 import data as D
 import recommender as rec
+import reward
 
 AGAINST = ("content", "reviews", "placebo", "aligned", "rl", "bestof")
 KINDS = ("aligned", "rl", "curec", "placebo")
@@ -98,6 +100,40 @@ def figures(folder):
     }
 
 
+def gains(folder):
+    """One-shot rewards of `rl` less `aligned`, paired over items with a 95 % bootstrap interval:
+    in all and of the judge alone, without the penalties; of all items and of those whose prompts
+    PPO had not seen."""
+    s = curec.Settings(**curec.read_config(folder)["settings"])
+    data = curec.load_data(s)
+
+    def kept(stage):
+        return torch.load(folder / f"state/{stage}.pt", weights_only=True)["value"]
+
+    data.sentences = kept("sentences")
+    judge = reward.Judge(data, reward.load_encoder(s.encoder, "cpu"), s.seed)
+    judge.load_weights(kept("reward")["weights"][-1])
+    shown, audience = curec.one_shot_people(data, s.seed)
+    items = [i for i in range(1, data.n_items + 1) if len(shown[i])]
+    people = ([shown[i] for i in items], [audience[i] for i in items])
+    total, lift = [], []
+    for kind in ("aligned", "rl"):
+        answers = kept(kind)
+        texts = [answers[i] for i in items]
+        found = reward.rewards(judge, items, texts, *people, reward.TRAIN_TIME)
+        total.append(found.total)
+        weight = found.audience_weight
+        lift.append((1 - weight) * found.shown + weight * found.audience)
+    _, held_out = curec.practice_questions(data, curec.window_cuts(data, s.windows), s.seed)
+    unseen = np.isin(items, [question.item for question in held_out])
+    rows = []
+    for name, mine in (("all", unseen | ~unseen), ("unseen by PPO", unseen)):
+        for part, (before, after) in (("reward", total), ("judge alone", lift)):
+            found = rec.paired_bootstrap(after[None, mine], before[None, mine])
+            rows.append({"items": name, "count": int(mine.sum()), "part": part} | found)
+    return rows
+
+
 def write_sheet(folder):
     """sheet.json for the raters, key.json with the kinds."""
     settings = curec.read_config(folder)["settings"]
@@ -138,6 +174,7 @@ def main():
     parser.add_argument("run", nargs="+", type=pathlib.Path)
     parser.add_argument("--sheet", action="store_true")
     parser.add_argument("--rated", nargs=2)
+    parser.add_argument("--gains", action="store_true")
     flags = parser.parse_args()
     path = HERE.with_suffix(".json")
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -149,6 +186,9 @@ def main():
         if flags.rated:
             entry["rated"] = rated(folder, flags.rated)
             print(curec.markdown(entry["rated"]))
+        elif flags.gains:
+            entry["gains"] = gains(folder)
+            print(curec.markdown(entry["gains"]))
         else:
             entry |= figures(folder)
             for name in ("reasons", "arms"):
