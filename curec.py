@@ -515,10 +515,9 @@ def correction_windows(data, cuts, seed):
 
 
 def propose(s, llm, prompts, seed, name):
-    """An answer a prompt for the audience to choose from; every third prompt's by `align`, whose
-    guesses PPO has not narrowed down. Pairs at temperature 1; sentences are written no hotter
-    than elsewhere: more of them would be nonsense, to which an audience is deaf."""
-    hot = replace(sampling(s), temperature=1.0 if s.style == "pair" else s.temperature, seed=seed)
+    """An answer a prompt, at temperature 1, for the audience to choose from; every third prompt's
+    by `align`, whose guesses PPO has not narrowed down."""
+    hot = replace(sampling(s), temperature=1.0, seed=seed)
     by_align = ask(llm, "align", prompts[::3], hot, f"{name}, by align")
     others = [prompt for k, prompt in enumerate(prompts) if k % 3]
     answers = ask(llm, "policy", others, hot, f"{name}, by policy")
