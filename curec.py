@@ -65,7 +65,7 @@ ALIGNMENT = D.Mixture(reason_share=0.8, follow=0.0)
 OWN_ANSWERS, OWN_TOKENS = 4, 40
 # of an answer's advantage: two answers of `align` and a value head, or the mean of GROUP answers
 BASELINES, GROUP = ("critic", "group"), 8
-HELD_OUT_ANSWERS = 400  # to held-out prompts, before and after PPO, at most
+HELD_OUT_ANSWERS = 400  # about, before and after PPO: fewer prompts are asked several times
 DTYPES = ("float32", "bfloat16", "float16")
 # the mark of a run folder of ours; the adapter that a stage trains
 PROGRAM = "CURec"
