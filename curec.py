@@ -399,8 +399,8 @@ def practice_questions(data, cuts, seed):
 
 
 def several_times(held_out):
-    """Few held-out questions, repeated: an answer each says too little of a change."""
-    return held_out * max(1, HELD_OUT_ANSWERS // len(held_out))
+    """Few held-out questions, repeated: with an answer each, noise hides what PPO changed."""
+    return held_out * max(1, HELD_OUT_ANSWERS // max(1, len(held_out)))
 
 
 def ppo_updates(s, questions):
@@ -1207,7 +1207,8 @@ def planned_work(s, data):
     if needs["reasons"]:
         train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
         drawn = ppo_updates(s, train) * s.ppo_batch
-        references = 2 * min(drawn, len(train)) if s.baseline == "critic" else 0
+        train = train[:drawn]
+        references = 2 * len(train) if s.baseline == "critic" else 0
         asked = drawn + references + 2 * len(several_times(held_out or train))
         learnt = 32 * s.align_steps
         if s.style == "sentence":

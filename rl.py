@@ -448,7 +448,7 @@ def token_logps(head, states, chosen, temperature=1.0):
     them are there at once, and backward computes them again, part by part."""
 
     def part_logps(states, chosen):
-        # logits are as exact as the LLM computes them; their sum is in float32
+        # logits keep the precision of the LLM; the sum over the vocabulary needs float32
         logits = head(states).float() / temperature  # (rows, V)
         return logits.gather(-1, chosen).squeeze(-1) - logits.logsumexp(-1)
 
@@ -785,9 +785,10 @@ def value_head(model):
 
 @torch.no_grad()
 def value_rate(model, tokenizer, prompt, most, step=1.25):
-    """The value head's learning rate: Adam moves each weight by it, so a value by it times the
-    L1 norm of a state: 100 for the tiny LLM, but 750 for SmolLM2 135M, whose values would jump by
-    several spreads of the scores. Here by `step` spreads at most."""
+    """The value head's learning rate. Adam's first step moves each weight by it, so a value by it
+    times the L1 norm of its state: 110 in the tiny LLM, but 750 in SmolLM2-135M, where at 1e-2
+    values jump by several spreads of the scores. Lowered until a mean state's value moves by
+    `step` spreads."""
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
     return min(most, step / states.float().abs().sum(-1).mean().item())
@@ -799,10 +800,9 @@ def adapted_beta(beta, kl, target):
 
 
 def shuffled_minibatches(model, tokenizer, prompts, answers, rng, config):
-    """The rows of a rollout, shuffled into minibatches of one size, but for one answer (a smaller
-    one's step would be as long, in the direction of fewer answers): lists of micro-batches. The
-    same ones for old, reference and new log-probabilities, or rounding would move the first ratio
-    from 1."""
+    """The rows of a rollout, shuffled into minibatches whose sizes differ by one at most (a tiny
+    one would make as long a step, from a noisier gradient): lists of micro-batches. The same ones
+    for old, reference and new log-probabilities, or rounding would move the first ratio from 1."""
     encoded = [prompt_ids(tokenizer, prompt, config.sampling.start) for prompt in prompts]
     size = within_limit(model, "rows", config.micro_batch)
     shuffled = rng.permutation(len(prompts))

@@ -1554,6 +1554,19 @@ def test_bestof_gets_as_many_answers_as_correction(control):
     assert by_policy == [prompt for k, prompt in enumerate(prompts) if k % 3]
 
 
+def test_a_dry_run_counts_ppos_answers_by_baseline():
+    """Guards: hours of answers of `align` that a group baseline never asks for."""
+    shop = D.demo(0, 600, 80)
+    s = settled("demo", arms="curec", ppo_updates=2, ppo_batch=16)
+    train, held_out = curec.practice_questions(shop, curec.window_cuts(shop, s.windows), s.seed)
+    assert len(train) > 32
+    measured = 2 * len(curec.several_times(held_out))
+    for baseline, references in (("critic", 2 * 32), ("group", 0)):
+        works = curec.planned_work(dataclasses.replace(s, baseline=baseline), shop)
+        (answers,) = [work.answers for work in works if work.stage == "PPO"]
+        assert answers == 32 + references + measured
+
+
 def test_bestof_is_asked_for_by_its_arms_alone(fake_llm, tmp_path, monkeypatch):
     """Guards: half of the correction's hours for a control that no arm and no table shows."""
     shop, asked = D.demo(0, 600, 80), {}

@@ -30,8 +30,10 @@ import curec
 import data as D
 import recommender as rec
 import reward
+import rl
 
-AGAINST = ("content", "reviews", "placebo", "aligned", "rl", "bestof")
+PAIRS = [("curec", b) for b in ("content", "reviews", "placebo", "aligned", "rl", "bestof")]
+PAIRS += [(a, b) for a in ("aligned", "rl", "bestof") for b in ("content", "reviews")]
 KINDS = ("aligned", "rl", "curec", "placebo")
 DRAWN = 10
 QUESTIONS = ("sensible", "specific", "invented")
@@ -45,14 +47,13 @@ def run_ranks(folder, arm):
 
 
 def differences(folder):
-    """Rows: curec - another arm, by NDCG@10 and HR@50, with intervals over users."""
+    """Rows: PAIRS of arms, by NDCG@10 and HR@50, with intervals over users."""
     rows = []
-    corrected = rec.metrics(run_ranks(folder, "curec"))
-    for arm in AGAINST:
-        other = rec.metrics(run_ranks(folder, arm))
+    for a, b in PAIRS:
+        first, second = rec.metrics(run_ranks(folder, a)), rec.metrics(run_ranks(folder, b))
         for metric in ("ndcg@10", "hr@50"):
-            found = rec.paired_bootstrap(corrected[metric], other[metric])
-            rows.append({"a - b": f"curec - {arm}", "metric": metric} | found)
+            found = rec.paired_bootstrap(first[metric], second[metric])
+            rows.append({"a - b": f"{a} - {b}", "metric": metric} | found)
     return rows
 
 
@@ -102,8 +103,8 @@ def figures(folder):
 
 def gains(folder):
     """One-shot rewards of `rl` less `aligned`, paired over items with a 95 % bootstrap interval:
-    in all and of the judge alone, without the penalties; of all items and of those whose prompts
-    PPO had not seen."""
+    in all and of the judge alone, without the penalties; of all items and of those that PPO was
+    never asked about."""
     s = curec.Settings(**curec.read_config(folder)["settings"])
     data = curec.load_data(s)
 
@@ -124,10 +125,13 @@ def gains(folder):
         total.append(found.total)
         weight = found.audience_weight
         lift.append((1 - weight) * found.shown + weight * found.audience)
-    _, held_out = curec.practice_questions(data, curec.window_cuts(data, s.windows), s.seed)
-    unseen = np.isin(items, [question.item for question in held_out])
+    train, _ = curec.practice_questions(data, curec.window_cuts(data, s.windows), s.seed)
+    train = train[: s.ppo_updates * s.ppo_batch]
+    group = curec.GROUP if s.baseline == "group" else 1
+    asked = rl.draw(len(train), s.ppo_batch // group, s.ppo_updates, [s.seed, 19])
+    unseen = ~np.isin(items, [train[k].item for k in asked.flatten()])
     rows = []
-    for name, mine in (("all", unseen | ~unseen), ("unseen by PPO", unseen)):
+    for name, mine in (("all", unseen | ~unseen), ("not asked about", unseen)):
         for part, (before, after) in (("reward", total), ("judge alone", lift)):
             found = rec.paired_bootstrap(after[None, mine], before[None, mine])
             rows.append({"items": name, "count": int(mine.sum()), "part": part} | found)
