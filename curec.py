@@ -410,14 +410,19 @@ def ppo_updates(s, questions):
     return s.ppo_updates or min(usual, 1 + 13 * len(questions) // s.ppo_batch)
 
 
+def ppo_questions(s, data, cuts):
+    """(The number of PPO updates, the questions they draw from, the held-out ones)."""
+    train, held_out = practice_questions(data, cuts, s.seed)
+    updates = ppo_updates(s, train)
+    train = train[: updates * s.ppo_batch]  # more is never drawn
+    return updates, train, several_times(held_out or train)
+
+
 def reinforce(run, data, llm, judge, cuts):
     """PPO on the adapter `policy`. The score of an answer is its reward less the mean
     reward of two answers of `align` to the same prompt; with --baseline group the reward alone."""
     s = run.settings
-    train, held_out = practice_questions(data, cuts, s.seed)
-    updates = ppo_updates(s, train)
-    train = train[: updates * s.ppo_batch]  # more is never drawn
-    held_out = several_times(held_out or train)
+    updates, train, held_out = ppo_questions(s, data, cuts)
     rl.add_policy(llm[0])
 
     def rewards_of(questions, texts) -> reward.Rewards:
@@ -1205,11 +1210,10 @@ def planned_work(s, data):
     n = data.n_items
     works = []
     if needs["reasons"]:
-        train, held_out = practice_questions(data, window_cuts(data, s.windows), s.seed)
-        drawn = ppo_updates(s, train) * s.ppo_batch
-        train = train[:drawn]
+        updates, train, held_out = ppo_questions(s, data, window_cuts(data, s.windows))
+        drawn = updates * s.ppo_batch
         references = 2 * len(train) if s.baseline == "critic" else 0
-        asked = drawn + references + 2 * len(several_times(held_out or train))
+        asked = drawn + references + 2 * len(held_out)
         learnt = 32 * s.align_steps
         if s.style == "sentence":
             works.append(Work("own sentences", 0, 0, OWN_ANSWERS * n, "--limit-items"))

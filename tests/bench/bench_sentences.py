@@ -125,10 +125,9 @@ def gains(folder):
         total.append(found.total)
         weight = found.audience_weight
         lift.append((1 - weight) * found.shown + weight * found.audience)
-    train, _ = curec.practice_questions(data, curec.window_cuts(data, s.windows), s.seed)
-    train = train[: s.ppo_updates * s.ppo_batch]
+    updates, train, _ = curec.ppo_questions(s, data, curec.window_cuts(data, s.windows))
     group = curec.GROUP if s.baseline == "group" else 1
-    asked = rl.draw(len(train), s.ppo_batch // group, s.ppo_updates, [s.seed, 19])
+    asked = rl.draw(len(train), s.ppo_batch // group, updates, [s.seed, 19])
     unseen = ~np.isin(items, [train[k].item for k in asked.flatten()])
     rows = []
     for name, mine in (("all", unseen | ~unseen), ("not asked about", unseen)):
