@@ -337,13 +337,14 @@ def with_transitions(score, followed: Followers, weight):
     in train, or is like it (see followers), half of that for the one before, and a quarter. Such
     counts are what vectors of 64 numbers blur. What followed none of the three costs nothing."""
     sizes = np.diff(followed.starts)
+    halves = 0.5 ** np.arange(REACH)
 
     def score_both(sequences, users=None):
         scores = score(sequences, users)
         # the last items of all histories, the last one first
         recent = [seq[: -REACH - 1 : -1] for seq in sequences]
         rows = np.repeat(np.arange(len(recent)), list(map(len, recent)))
-        shares = np.concatenate([0.5 ** np.arange(len(items)) for items in recent])
+        shares = np.concatenate([halves[: len(items)] for items in recent])
         recent = np.concatenate(recent)
         # where the followers of each of them stand
         size = sizes[recent]
@@ -351,9 +352,11 @@ def with_transitions(score, followed: Followers, weight):
         places = np.repeat(first, size) + np.arange(size.sum())
         cells = np.repeat(rows * len(sizes), size) + followed.items[places]
         counts = np.repeat(shares, size) * followed.weights[places]
-        cells, same = np.unique(cells, return_inverse=True)
-        terms = weight * np.log1p(np.bincount(same, counts))
-        scores.view(-1)[torch.from_numpy(cells)] += torch.from_numpy(terms).to(scores.dtype)
+        # of all cells, but only those that are written to are ever in memory
+        sums = np.bincount(cells, counts, scores.numel())
+        terms = weight * np.log1p(sums[cells])
+        # a cell that stands here twice is set to the same value twice
+        scores.view(-1).numpy()[cells] += terms.astype(np.float32)
         return scores
 
     return score_both
