@@ -1307,7 +1307,7 @@ def explain(data, fit, lines, flags):
     model = recommender.SASRec(data.n_items, recommender.Inputs(features))
     model.load_state_dict(fit["model"])
     score = recommender.scorer(model)
-    followed = recommender.followers(data, features)
+    followed = recommender.followers(data, features, fit.get("likeness", 1.0))
     score = recommender.with_transitions(score, followed, fit["transition_weight"])
     best = recommender.top_items(score, [history])[0, :5]
     # 0: nothing is left

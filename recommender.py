@@ -5,8 +5,8 @@
     v_i  = unit(E_i + W f_i)             item vector = ID embedding + projected features of text
     h_t  = unit(SASRec(x_1 .. x_t)) / tau    causal attention; x_j = sqrt(D) v[i_j] + pos_(t-j)
     loss = -log softmax_i(h_t . v_i)         over the whole catalogue, i = the item after x_t
-    score_i = h_t . v_i + w log(1 + C_i)     C: what followed the last items in train, or is like
-                                             them; w: by validation
+    score_i = h_t . v_i + w log(1 + C_i)     C: what followed the last items in train, and z times
+                                             what is like them; w, z: by validation
 
     ids    [ 3 7 5 0 0 ]      right-padded with item 0: behind a causal mask the last real position
                  h_t          never sees the padding, so no key mask is needed
@@ -54,7 +54,9 @@ MISS = -1e9  # score of an item that an arm did not consider: behind all others,
 START_SECONDS = 120  # that a worker process may take to import torch on a busy machine
 REACH = 3  # places that the transition term looks back in a history, and ahead in train
 NEIGHBOURS = 40  # items of nearest features that count like items that followed
-WEIGHTS = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # of the transition term; validation chooses
+# w and z of the transition term; validation chooses
+WEIGHTS = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+LIKENESS = (1.0, 4.0)
 CUTOFFS = (5, 10, 20, 50)  # k of HR@k and NDCG@k
 
 
@@ -289,12 +291,13 @@ class Followers(NamedTuple):
     weights: np.ndarray
 
 
-def followers(data, features=None) -> Followers:
-    """What followed each item in train; with features (n_items + 1, F) also its nearest items, in
-    the same scale: what is alike might as well have followed."""
+def followers(data, features=None, likeness=1.0) -> Followers:
+    """What followed each item in train; with features (n_items + 1, F) also its nearest items,
+    which weigh likeness x their cosine: what is alike might as well have followed."""
     pairs = transitions(data)
     if features is not None:
-        pairs += neighbours(features)
+        for items, alike, cosines in neighbours(features):
+            pairs.append((items, alike, likeness * cosines))
     before, items, weights = map(np.concatenate, zip(*pairs, strict=True))
     order = np.argsort(before, kind="stable")
     starts = np.searchsorted(before[order], np.arange(len(data.counts) + 1))
@@ -315,8 +318,8 @@ def transitions(data):
 
 
 def neighbours(features):
-    """The NEIGHBOURS items of nearest features (n_items + 1, F), weighing their cosine: a list as
-    of `transitions`. All pairs of items are compared: seconds at 12,000 items, hours at 1 M."""
+    """The NEIGHBOURS items of nearest features (n_items + 1, F) with their cosines: a list as of
+    `transitions`. All pairs of items are compared: seconds at 12,000 items, hours at 1 M."""
     units = F.normalize(features[1:], dim=-1)
     k = min(NEIGHBOURS, len(units))
     pairs = []
@@ -362,14 +365,16 @@ def with_transitions(score, followed: Followers, weight):
     return score_both
 
 
-def best_weight(score, data, followed):
-    """The weight of the transition term that validates best; 0 where it helps nothing."""
-
-    def value(weight):
-        rank = ranks(with_transitions(score, followed, weight), data.train, data.valid)
-        return metrics(rank)["ndcg@10"].mean()
-
-    return max(WEIGHTS, key=value)
+def best_term(score, data, features):
+    """(w, z) of the transition term that validate best, z being the likeness of `followers`; w is 0
+    where the term helps nothing."""
+    found = {}
+    for likeness in LIKENESS if features is not None else LIKENESS[:1]:
+        followed = followers(data, features, likeness)
+        for weight in WEIGHTS:
+            rank = ranks(with_transitions(score, followed, weight), data.train, data.valid)
+            found[weight, likeness] = metrics(rank)["ndcg@10"].mean()
+    return max(found, key=found.get)
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -514,7 +519,7 @@ def fit_arm(arm, data, inputs, config, seed, score=None):
     "model": its state dict}. score: of an arm that was trained elsewhere."""
     start = time.perf_counter()
     model = None
-    weight = 0.0
+    weight = likeness = 0.0
     if ARMS[arm].baseline:
         score = ARMS[arm].baseline(data)
     elif score is None:
@@ -522,8 +527,8 @@ def fit_arm(arm, data, inputs, config, seed, score=None):
         score = scorer(model)
         # without IDs items are new ones: nothing has followed them yet
         if inputs.ids:
-            followed = followers(data, inputs.features)
-            weight = best_weight(score, data, followed)
+            weight, likeness = best_term(score, data, inputs.features)
+            followed = followers(data, inputs.features, likeness)
             score = with_transitions(score, followed, weight)
     trained = time.perf_counter()
     known = [np.append(s, v) for s, v in zip(data.train, data.valid, strict=True)]
@@ -536,6 +541,7 @@ def fit_arm(arm, data, inputs, config, seed, score=None):
         "valid_ranks": torch.from_numpy(ranks(score, data.train, data.valid)),
         "audit": popularity_audit(top_items(score, known), data.counts),
         "transition_weight": weight,
+        "likeness": likeness,
         "model": model.cpu().state_dict() if model else {},
     }
 
@@ -555,6 +561,8 @@ def arm_entry(fits, slices):
         "seeds": [fit["seed"] for fit in fits],
         "train_s": sum(fit["train_s"] for fit in fits),
         "transition_weight": [fit["transition_weight"] for fit in fits],
+        # fits of older runs knew 1 alone
+        "likeness": [fit.get("likeness", 1.0) for fit in fits],
         "rank_ms_per_user": float(np.median([fit["rank_ms_per_user"] for fit in fits])),
         "valid": mean_metrics(np.stack([fit["valid_ranks"] for fit in fits])),
         "test": mean_metrics(test),

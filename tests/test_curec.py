@@ -186,7 +186,7 @@ def test_metrics_json_of_each_arm(finished):
     m = json_of(finished.folder / "metrics.json")
     assert list(m["arms"]) == "content placebo bestof curec oracle".split()
     keys = {"seeds", "valid", "test", "slices", "audit", "train_s", "rank_ms_per_user"}
-    keys |= {"transition_weight"}
+    keys |= {"transition_weight", "likeness"}
     for arm in m["arms"].values():
         assert set(arm) == keys
         assert {"hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr"} <= set(arm["test"])
