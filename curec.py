@@ -1307,8 +1307,9 @@ def explain(data, fit, lines, flags):
     model = recommender.SASRec(data.n_items, recommender.Inputs(features))
     model.load_state_dict(fit["model"])
     score = recommender.scorer(model)
-    followed = recommender.followers(data, features, fit.get("likeness", 1.0))
-    score = recommender.with_transitions(score, followed, fit["transition_weight"])
+    followed = recommender.followers(data, features)
+    term = fit["transition_weight"], fit.get("likeness", 1.0)
+    score = recommender.with_transitions(score, followed, *term)
     best = recommender.top_items(score, [history])[0, :5]
     # 0: nothing is left
     print("", *(timeline_text(lines[item - 1]) for item in best if item), sep="\n\n")

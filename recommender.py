@@ -54,7 +54,7 @@ MISS = -1e9  # score of an item that an arm did not consider: behind all others,
 START_SECONDS = 120  # that a worker process may take to import torch on a busy machine
 REACH = 3  # places that the transition term looks back in a history, and ahead in train
 NEIGHBOURS = 40  # items of nearest features that count like items that followed
-# w and z of the transition term; validation chooses
+# w and z of the transition term: validation chooses
 WEIGHTS = (0.0, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
 LIKENESS = (1.0, 4.0)
 CUTOFFS = (5, 10, 20, 50)  # k of HR@k and NDCG@k
@@ -289,19 +289,20 @@ class Followers(NamedTuple):
     starts: np.ndarray  # (n_items + 2,): those of item i are starts[i] to starts[i + 1]
     items: np.ndarray
     weights: np.ndarray
+    alike: np.ndarray  # bool: of an item that is like it
 
 
-def followers(data, features=None, likeness=1.0) -> Followers:
-    """What followed each item in train; with features (n_items + 1, F) also its nearest items,
-    which weigh likeness x their cosine: what is alike might as well have followed."""
+def followers(data, features=None) -> Followers:
+    """What followed each item in train; with features (n_items + 1, F) also its nearest items: what
+    is alike might as well have followed."""
     pairs = transitions(data)
+    followed = sum(len(items) for items, _, _ in pairs)
     if features is not None:
-        for items, alike, cosines in neighbours(features):
-            pairs.append((items, alike, likeness * cosines))
+        pairs += neighbours(features)
     before, items, weights = map(np.concatenate, zip(*pairs, strict=True))
     order = np.argsort(before, kind="stable")
     starts = np.searchsorted(before[order], np.arange(len(data.counts) + 1))
-    return Followers(starts, items[order], weights[order])
+    return Followers(starts, items[order], weights[order], order >= followed)
 
 
 def transitions(data):
@@ -318,8 +319,8 @@ def transitions(data):
 
 
 def neighbours(features):
-    """The NEIGHBOURS items of nearest features (n_items + 1, F) with their cosines: a list as of
-    `transitions`. All pairs of items are compared: seconds at 12,000 items, hours at 1 M."""
+    """The NEIGHBOURS items of nearest features (n_items + 1, F), weighing their cosine: a list as
+    of `transitions`. All pairs of items are compared: seconds at 12,000 items, hours at 1 M."""
     units = F.normalize(features[1:], dim=-1)
     k = min(NEIGHBOURS, len(units))
     pairs = []
@@ -335,10 +336,12 @@ def neighbours(features):
     return pairs
 
 
-def with_transitions(score, followed: Followers, weight):
+def with_transitions(score, followed: Followers, weight, likeness=1.0):
     """A score function plus weight x log(1 + C): C adds up what followed the last item of a history
-    in train, or is like it (see followers), half of that for the one before, and a quarter. Such
-    counts are what vectors of 64 numbers blur. What followed none of the three costs nothing."""
+    in train, or likeness times what is like it, half of that for the one before, and a quarter.
+    Such counts are what vectors of 64 numbers blur. What followed none of the three costs
+    nothing."""
+    strengths = np.where(followed.alike, likeness, 1.0) * followed.weights
     sizes = np.diff(followed.starts)
     halves = 0.5 ** np.arange(REACH)
 
@@ -354,7 +357,7 @@ def with_transitions(score, followed: Followers, weight):
         first = followed.starts[recent] - (size.cumsum() - size)
         places = np.repeat(first, size) + np.arange(size.sum())
         cells = np.repeat(rows * len(sizes), size) + followed.items[places]
-        counts = np.repeat(shares, size) * followed.weights[places]
+        counts = np.repeat(shares, size) * strengths[places]
         # of all cells, but only those that are written to are ever in memory
         sums = np.bincount(cells, counts, scores.numel())
         terms = weight * np.log1p(sums[cells])
@@ -365,14 +368,14 @@ def with_transitions(score, followed: Followers, weight):
     return score_both
 
 
-def best_term(score, data, features):
-    """(w, z) of the transition term that validate best, z being the likeness of `followers`; w is 0
-    where the term helps nothing."""
+def best_term(score, data, followed):
+    """(weight, likeness) of the transition term that validate best; the weight is 0 where the term
+    helps nothing."""
     found = {}
-    for likeness in LIKENESS if features is not None else LIKENESS[:1]:
-        followed = followers(data, features, likeness)
+    for likeness in LIKENESS if followed.alike.any() else LIKENESS[:1]:
         for weight in WEIGHTS:
-            rank = ranks(with_transitions(score, followed, weight), data.train, data.valid)
+            with_term = with_transitions(score, followed, weight, likeness)
+            rank = ranks(with_term, data.train, data.valid)
             found[weight, likeness] = metrics(rank)["ndcg@10"].mean()
     return max(found, key=found.get)
 
@@ -527,9 +530,9 @@ def fit_arm(arm, data, inputs, config, seed, score=None):
         score = scorer(model)
         # without IDs items are new ones: nothing has followed them yet
         if inputs.ids:
-            weight, likeness = best_term(score, data, inputs.features)
-            followed = followers(data, inputs.features, likeness)
-            score = with_transitions(score, followed, weight)
+            followed = followers(data, inputs.features)
+            weight, likeness = best_term(score, data, followed)
+            score = with_transitions(score, followed, weight, likeness)
     trained = time.perf_counter()
     known = [np.append(s, v) for s, v in zip(data.train, data.valid, strict=True)]
     rank = ranks(score, known, data.test)

@@ -821,12 +821,10 @@ def test_the_transition_term_equals_a_dense_sum():
         assert np.allclose(scores[row], base[row].numpy() + expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("likeness", [1.0, 4.0])
-def test_what_is_alike_counts_like_what_followed(likeness):
-    """Guards: an item as its own neighbour, padding as one, opposites, neighbours without end;
-    likeness that weighs transitions too, or nothing."""
+def test_what_is_alike_counts_like_what_followed():
+    """Guards: an item as its own neighbour, padding as one, opposites, neighbours without end."""
     features = torch.tensor([[0.0, 0], [3, 0], [1, 0], [1, 1], [0, 2], [-1, 0], [0, -1]])
-    followed = rec.followers(toy(), features, likeness)
+    followed = rec.followers(toy(), features)
     plain = rec.followers(toy())
     assert followed.starts[:2].tolist() == plain.starts[:2].tolist() == [0, 0]
     counted = plain.starts[2]
@@ -836,7 +834,20 @@ def test_what_is_alike_counts_like_what_followed(likeness):
     pairs = zip(followed.items[mine].tolist(), followed.weights[mine].tolist(), strict=True)
     alike = dict(pairs)
     near = {item: weight for item, weight in alike.items() if weight}
-    assert near == {2: likeness, 3: pytest.approx(likeness * 0.5**0.5)}
+    assert near == {2: 1.0, 3: pytest.approx(0.5**0.5)}
+    assert followed.alike.sum() == len(followed.items) - len(plain.items)
+    assert followed.alike[mine].all()
+    assert not plain.alike.any()
+
+
+def test_likeness_weighs_what_is_alike_alone():
+    """Guards: likeness that weighs transitions too, or nothing, or outside the logarithm."""
+    features = torch.tensor([[0.0, 0], [3, 0], [1, 0], [1, 1], [0, 2], [-1, 0], [0, -1]])
+    followed = rec.followers(toy(), features)
+    (scores,) = rec.with_transitions(zeros, followed, 2.0, likeness=4.0)([np.array([1])])
+    # 1 was followed twice by 2, by 5, then 3 and 4; 2 and 3 are like it
+    sums = torch.tensor([0, 0, 2 + 4 * 1, 1 / 2 + 4 * 0.5**0.5, 1 / 2, 1, 0])
+    assert torch.allclose(scores, 2 * torch.log(1 + sums))
 
 
 def test_few_neighbours_are_the_nearest(monkeypatch):
@@ -861,6 +872,7 @@ def test_validation_alone_weighs_the_transition_term():
     data = ring()
     del data.test
     n = data.n_items
+    followed = rec.followers(data)
 
     def knows_nothing(sequences, users):
         return torch.zeros(len(sequences), n + 1)
@@ -870,42 +882,41 @@ def test_validation_alone_weighs_the_transition_term():
         scores[range(len(sequences)), data.valid[list(users)]] = 1e-3
         return scores
 
-    assert rec.best_term(knows_nothing, data, None)[0] > 0
+    assert rec.best_term(knows_nothing, data, followed)[0] > 0
     # now everybody jumps over two items: the ring misleads
     data.valid = np.array([(sequence[-1] + 2) % n + 1 for sequence in data.train])
-    assert rec.best_term(knows_better, data, None)[0] == 0
+    assert rec.best_term(knows_better, data, followed)[0] == 0
 
 
 @pytest.mark.parametrize("best", rec.LIKENESS)
-def test_validation_chooses_how_much_likeness_weighs(best, monkeypatch):
-    """Guards: likeness that is chosen without the weight, or for arms without features."""
+def test_validation_chooses_weight_and_likeness_together(best, monkeypatch):
+    """Guards: likeness that is chosen before the weight, or for arms without features."""
     data, tried = ring(), []
 
-    def with_transitions(score, followed, weight):
-        largest = followed.weights.max()
-        tried.append((weight, largest))
+    def with_transitions(score, followed, weight, likeness):
+        tried.append((weight, likeness))
 
         def scores(sequences, users):
             table = torch.zeros(len(sequences), data.n_items + 1)
-            good = weight == 0.7 and largest == best
+            good = (weight, likeness) == (0.7, best)
             table[range(len(sequences)), data.valid[list(users)]] = 1.0 if good else -1.0
             return table
 
         return scores
 
     monkeypatch.setattr(rec, "with_transitions", with_transitions)
-    alike = torch.ones(data.n_items + 1, 1)
+    alike = rec.followers(data, features_of(12))
     assert rec.best_term(None, data, alike) == (0.7, best)
-    assert len(tried) == len(rec.WEIGHTS) * len(rec.LIKENESS)
+    assert len(set(tried)) == len(rec.WEIGHTS) * len(rec.LIKENESS)
     tried.clear()
-    rec.best_term(None, data, None)
+    rec.best_term(None, data, rec.followers(data))
     assert len(tried) == len(rec.WEIGHTS)
 
 
 @pytest.mark.parametrize("ids", [True, False])
 def test_an_arm_without_ids_has_no_transition_term(ids, monkeypatch):
     """Guards: counts of an item's ID in an arm that stands for items that are new."""
-    monkeypatch.setattr(rec, "best_term", lambda score, data, features: (0.5, 4.0))
+    monkeypatch.setattr(rec, "best_term", lambda score, data, followed: (0.5, 4.0))
     inputs = rec.Inputs(features_of(12), ids=ids)
     fit = rec.fit_arm("content", ring(), inputs, config(epochs=1), 0)
     assert fit["transition_weight"] == 0.5 * ids
@@ -914,7 +925,7 @@ def test_an_arm_without_ids_has_no_transition_term(ids, monkeypatch):
 
 def test_the_ranks_of_an_arm_have_the_transition_term(monkeypatch):
     """Guards: a term that validation has chosen and test goes without."""
-    monkeypatch.setattr(rec, "best_term", lambda score, data, features: (100.0, 1.0))
+    monkeypatch.setattr(rec, "best_term", lambda score, data, followed: (100.0, 1.0))
     fit = rec.fit_arm("id", ring(), rec.Inputs(), config(epochs=1), 0)
     assert fit["ranks"].tolist() == fit["valid_ranks"].tolist() == [1] * 48
 
