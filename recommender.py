@@ -344,8 +344,10 @@ def with_transitions(score, followed: Followers, weight, likeness=1.0):
     strengths = np.where(followed.alike, likeness, 1.0) * followed.weights
     sizes = np.diff(followed.starts)
     halves = 0.5 ** np.arange(REACH)
+    sums = np.zeros(0)  # C of all cells of a batch: zeros between two batches
 
     def score_both(sequences, users=None):
+        nonlocal sums
         scores = score(sequences, users)
         # the last items of all histories, the last one first
         recent = [seq[: -REACH - 1 : -1] for seq in sequences]
@@ -358,9 +360,11 @@ def with_transitions(score, followed: Followers, weight, likeness=1.0):
         places = np.repeat(first, size) + np.arange(size.sum())
         cells = np.repeat(rows * len(sizes), size) + followed.items[places]
         counts = np.repeat(shares, size) * strengths[places]
-        # of all cells, but only those that are written to are ever in memory
-        sums = np.bincount(cells, counts, scores.numel())
+        if len(sums) < scores.numel():
+            sums = np.zeros(scores.numel())
+        np.add.at(sums, cells, counts)
         terms = weight * np.log1p(sums[cells])
+        sums[cells] = 0.0
         # a cell that stands here twice is set to the same value twice
         scores.view(-1).numpy()[cells] += terms.astype(np.float32)
         return scores
