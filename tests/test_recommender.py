@@ -800,7 +800,8 @@ def test_the_transition_term_by_hand():
 
 
 def test_the_transition_term_equals_a_dense_sum():
-    """Guards: transitions of one user in another's row, doubles that are lost."""
+    """Guards: transitions of one user in another's row, doubles that are lost, sums of a batch that
+    are still there in the next."""
     rng = np.random.default_rng(0)
     train = [rng.integers(1, 9, rng.integers(1, 12)) for _ in range(60)]
     T = np.zeros((10, 10))
@@ -814,7 +815,9 @@ def test_the_transition_term_equals_a_dense_sum():
         return base.clone()
 
     followed = rec.followers(SimpleNamespace(train=train, counts=np.zeros(10)))
-    scores = rec.with_transitions(score, followed, 0.7)(train).numpy()
+    term = rec.with_transitions(score, followed, 0.7)
+    term(train[:20])
+    scores = term(train).numpy()
     for row, sequence in enumerate(train):
         recent = zip(sequence[::-1], (1, 1 / 2, 1 / 4), strict=False)
         expected = 0.7 * np.log1p(sum(T[item] * share for item, share in recent))
