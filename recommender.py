@@ -296,13 +296,13 @@ def followers(data, features=None) -> Followers:
     """What followed each item in train; with features (n_items + 1, F) also its nearest items: what
     is alike might as well have followed."""
     pairs = transitions(data)
-    followed = sum(len(items) for items, _, _ in pairs)
+    n_transitions = sum(len(items) for items, _, _ in pairs)
     if features is not None:
         pairs += neighbours(features)
     before, items, weights = map(np.concatenate, zip(*pairs, strict=True))
     order = np.argsort(before, kind="stable")
     starts = np.searchsorted(before[order], np.arange(len(data.counts) + 1))
-    return Followers(starts, items[order], weights[order], order >= followed)
+    return Followers(starts, items[order], weights[order], order >= n_transitions)
 
 
 def transitions(data):
@@ -376,7 +376,9 @@ def best_term(score, data, followed):
     """(weight, likeness) of the transition term that validate best; the weight is 0 where the term
     helps nothing."""
     found = {}
-    for likeness in LIKENESS if followed.alike.any() else LIKENESS[:1]:
+    # where nothing is alike, likeness weighs nothing
+    choices = LIKENESS if followed.alike.any() else (1.0,)
+    for likeness in choices:
         for weight in WEIGHTS:
             with_term = with_transitions(score, followed, weight, likeness)
             rank = ranks(with_term, data.train, data.valid)

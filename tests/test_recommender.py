@@ -908,8 +908,8 @@ def test_validation_chooses_weight_and_likeness_together(best, monkeypatch):
         return scores
 
     monkeypatch.setattr(rec, "with_transitions", with_transitions)
-    alike = rec.followers(data, features_of(12))
-    assert rec.best_term(None, data, alike) == (0.7, best)
+    with_features = rec.followers(data, features_of(12))
+    assert rec.best_term(None, data, with_features) == (0.7, best)
     assert len(set(tried)) == len(rec.WEIGHTS) * len(rec.LIKENESS)
     tried.clear()
     rec.best_term(None, data, rec.followers(data))
