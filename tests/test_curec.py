@@ -1463,19 +1463,25 @@ def test_correction_moves_reasons_towards_the_truth(fake_llm, tmp_path):
     """With random proposals and an ideal encoder, corrected reasons name drivers more often than
     first ones; a judge that has learnt what follows what moves them further than one that only
     compares texts."""
-    shop = D.demo(0, n_users=400, n_items=120)
-    cuts, judge = curec.window_cuts(shop, 2), judge_of(shop)
+    first, compared, learnt = [], [], []
 
-    def precision(answers):
+    def precision(answers, shop):
         named = [D.parse_answer(answer)[1] for answer in answers]
         return reward.truth_figures(named, shop.truth)["truth_precision"]
 
-    compared = corrected(shop, judge, cuts, fake_llm, tmp_path / "untrained", margin=0.5)
-    judge.fit(epochs=12)
-    learnt = corrected(shop, judge, cuts, fake_llm, tmp_path / "trained", margin=0.5)
-    assert compared.first == learnt.first
-    assert precision(compared.answers) > precision(compared.first) + 0.1
-    assert precision(learnt.answers) > precision(compared.answers) + 0.1
+    # one world says too little: either gain is .10 with a deviation of .04 over twelve worlds
+    for world in range(4):
+        shop, folder = D.demo(world, n_users=400, n_items=120), tmp_path / str(world)
+        cuts, judge = curec.window_cuts(shop, 2), judge_of(shop)
+        before = corrected(shop, judge, cuts, fake_llm, folder / "untrained", margin=0.5)
+        judge.fit(epochs=12)
+        after = corrected(shop, judge, cuts, fake_llm, folder / "trained", margin=0.5)
+        assert before.first == after.first
+        first.append(precision(before.first, shop))
+        compared.append(precision(before.answers, shop))
+        learnt.append(precision(after.answers, shop))
+    assert np.mean(compared) > np.mean(first) + 0.05
+    assert np.mean(learnt) > np.mean(compared) + 0.05
 
 
 def test_every_third_proposal_is_by_align_and_all_are_hot(monkeypatch):
