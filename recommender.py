@@ -3,13 +3,13 @@
     pytest tests/test_recommender.py                                     try it alone
 
     v_i  = unit(E_i + W f_i)             item vector = ID embedding + projected features of text
-    h_t  = unit(SASRec(x_1 .. x_t)) / tau    causal attention; x_j = sqrt(D) v[i_j] + pos_(t-j)
+    h_t  = unit(SASRec(x_1 .. x_t)) / tau    one query, at t; x_j = sqrt(D) v[i_j] + pos_(t-j)
     loss = -log softmax_i(h_t . v_i)         over the whole catalogue, i = the item after x_t
     score_i = h_t . v_i + w log(1 + C_i)     C: what followed the last items in train, and z times
                                              what is like them; w, z: by validation
 
-    ids    [ 3 7 5 0 0 ]      right-padded with item 0: behind a causal mask the last real position
-                 h_t          never sees the padding, so no key mask is needed
+    ids    [ 3 7 5 0 0 ]      right-padded with item 0; the one query is the last real position's
+                 h_t
 
 Every history (x_1 .. x_t) is a training sample of its own; SASRec's usual loss over all positions
 of a user at once validates worse. The table of all v is computed once, so features cost nothing
@@ -24,6 +24,7 @@ metrics (they rank models differently: Krichene & Rendle 2020). Sources: SASRec 
 
 import copy
 import functools
+import math
 import os
 import signal
 import threading
@@ -47,6 +48,7 @@ WIDTH, HEADS = 64, 2  # of item vectors and states; attention heads
 MAX_LEN = 50  # longest history the model sees, in items
 LOCAL = 4  # items that the convolution of a block looks at
 FEATURE_NORM = 1.6  # initial norm of projected features; that of ID embeddings is 0.16
+FALL_EPOCHS, FALL_STEPS = 16, 8_000  # the learning rate falls to 0 over the longer of both
 MIN_STEPS = 250  # no early stopping before: large features can start with a dip
 EVERY = 2  # epochs from one validation to the next: averaged weights change slowly
 SCORES_AT_ONCE = 800_000  # scores ranked in one batch: more leave the processor's cache
@@ -62,33 +64,35 @@ CUTOFFS = (5, 10, 20, 50)  # k of HR@k and NDCG@k
 
 # ------------------------------------------------------------------------------------------ model
 class Block(nn.Module):
-    """A pre-norm transformer block beside a causal convolution (depthwise, over LOCAL items,
-    starting at 0): position t sees items 1..t only. The convolution stands in for BSARec's
-    frequency filter (arXiv 2312.10325), which raises what changes from item to item."""
+    """A pre-norm transformer block beside a convolution (depthwise, over the last LOCAL items,
+    starting at 0), at the last position alone, which is all that is used. The convolution stands in
+    for BSARec's frequency filter (arXiv 2312.10325), which raises what changes from item to
+    item."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.local = nn.Parameter(torch.zeros(LOCAL, width))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, last=None):
-        """x (B, T, D) -> (B, T, D); with last (B,) the states at these positions alone, (B, D)."""
+    def forward(self, x, last):
+        """x (B, T, D) -> its states at the positions last (B,), which see no later ones: (B, D)."""
         B, T, D = x.shape
+        rows, places = torch.arange(B, device=x.device), torch.arange(T, device=x.device)
         y = self.norm1(x)
-        qkv = self.qkv(y).view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
+        q = self.q(y[rows, last]).view(B, self.heads, 1, D // self.heads)
+        kv = self.kv(y).view(B, T, 2, self.heads, D // self.heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
+        seen = (places <= last[:, None])[:, None, None]  # (B, 1, 1, T)
         p = self.dropout if self.training else 0.0
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
-        a = a.transpose(1, 2).reshape(B, T, D)
-        past = F.pad(y, (0, 0, LOCAL - 1, 0))  # (B, LOCAL - 1 + T, D)
-        local = sum(past[:, k : k + T] * weight for k, weight in enumerate(self.local))
-        if last is not None:
-            x, a, local = (z[torch.arange(B, device=x.device), last] for z in (x, a, local))
-        x = x + self.drop(self.out(a) + local)
+        a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p).reshape(B, D)
+        recent = last[:, None] + torch.arange(1 - LOCAL, 1, device=x.device)  # (B, LOCAL)
+        near = y[rows[:, None], recent.clamp(min=0)] * (recent >= 0)[..., None]
+        x = x[rows, last] + self.drop(self.out(a) + (near * self.local).sum(1))
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
@@ -105,11 +109,11 @@ class Inputs:
 class SASRec(nn.Module):
     """SASRec whose item vectors are ID embeddings plus projected item features."""
 
-    def __init__(self, n_items, inputs=Inputs(), width=WIDTH, blocks=1, dropout=0.3):
+    def __init__(self, n_items, inputs=Inputs(), width=WIDTH, dropout=0.3):
         super().__init__()
         self.item = nn.Embedding(n_items + 1, width, padding_idx=0)
         self.pos = nn.Embedding(MAX_LEN, width)
-        self.blocks = nn.ModuleList([Block(width, HEADS, dropout) for _ in range(blocks)])
+        self.block = Block(width, HEADS, dropout)
         self.norm = nn.LayerNorm(width)
         self.drop = nn.Dropout(dropout)
         self.log_tau = nn.Parameter(torch.tensor(0.07).log())
@@ -142,9 +146,7 @@ class SASRec(nn.Module):
         # not table[ids], whose gradient adds up in another order each time
         x = F.embedding(ids, table)
         x = self.drop(x * table.shape[1] ** 0.5 + self.pos(ago))
-        for block in self.blocks:
-            x = block(x, last if block is self.blocks[-1] else None)
-        h = self.norm(x)
+        h = self.norm(self.block(x, last))
         if self.align is not None:
             h = self.align(h, known)
         return F.normalize(h, dim=-1) / self.log_tau.exp()
@@ -210,6 +212,10 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     # few samples: eight steps an epoch all the same
     batch = min(config.batch, -(-len(targets) // 8))
     steps = len(targets) / batch
+    # where the rate falls much data needs fewer epochs than at a constant one
+    falls = math.ceil(max(FALL_EPOCHS * steps, FALL_STEPS))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, falls)
+    epochs = min(config.epochs, math.ceil(falls / steps))
 
     def moving_average(old, new, n):
         # over about an epoch's steps; shorter at the start, or the random weights would stay in it
@@ -218,7 +224,7 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     average = AveragedModel(model, avg_fn=moving_average)
     best, best_epoch, best_model = -1.0, 0, None
     # bars of worker processes would run over one another
-    bar = tqdm(range(1, config.epochs + 1), name, disable=True if parent_process() else None)
+    bar = tqdm(range(1, epochs + 1), name, disable=True if parent_process() else None)
     for epoch in bar:
         rng = np.random.default_rng([seed, 89, epoch])
         torch.manual_seed(int(rng.integers(2**31)))
@@ -231,8 +237,9 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
+            schedule.step()
             average.update_parameters(model)
-        if epoch % EVERY and epoch < config.epochs:
+        if epoch % EVERY and epoch < epochs:
             continue
         rank = ranks(scorer(average.module), data.train, data.valid)
         value = float(metrics(rank)["ndcg@10"].mean())

@@ -111,7 +111,7 @@ def steps(monkeypatch):
 @pytest.fixture(scope="module")
 def small_model():
     torch.manual_seed(0)
-    return rec.SASRec(30, rec.Inputs(torch.randn(31, 5)), width=16, blocks=2).eval()
+    return rec.SASRec(30, rec.Inputs(torch.randn(31, 5)), width=16).eval()
 
 
 # ------------------------------------------------------------------------------ ranks and metrics
@@ -256,39 +256,38 @@ def test_items_that_an_arm_did_not_consider_stand_behind_all_others_and_in_no_li
 
 # ------------------------------------------------------------------------------------------ model
 @torch.no_grad()
-def test_blocks_are_causal(small_model):
-    """Guards: attention that sees the answer: changing later items must leave earlier states as
-    they were."""
-    x = torch.randn(4, 10, 16)
+def test_a_block_sees_nothing_after_its_position(small_model):
+    """Guards: attention or a convolution that reads the padding, or the answer."""
+    x, last = torch.randn(4, 10, 16), torch.tensor([0, 1, 5, 9])
+    small_model.block.local.copy_(torch.randn(rec.LOCAL, 16))
     changed = x.clone()
-    changed[:, 6:] = torch.randn(4, 4, 16)
-    before, after = small_model.blocks[0](x), small_model.blocks[0](changed)
-    assert torch.equal(before[:, :6], after[:, :6])
-    assert not torch.allclose(before[:, 6:], after[:, 6:])
+    for row, place in enumerate(last):
+        changed[row, place + 1 :] = torch.randn(9 - place, 16)
+    assert torch.equal(small_model.block(x, last), small_model.block(changed, last))
 
 
 @torch.no_grad()
-def test_a_block_gives_the_last_states_alone_as_among_all(small_model):
-    """Guards: the state of a neighbour, or of the padding, where only the last position goes on."""
-    x, last = torch.randn(3, 7, 16), torch.tensor([6, 0, 3])
-    block = small_model.blocks[0]
-    assert torch.allclose(block(x, last), block(x)[torch.arange(3), last], atol=1e-6)
-
-
-def test_states_go_through_every_block(small_model, monkeypatch):
-    """Guards: a block that is left out, or one before the last that gives a single position on."""
-    shapes, lasts = [], []
-
-    def forward(self, x, last=None):
-        shapes.append(tuple(x.shape))
-        lasts.append(last)
-        return x if last is None else x[torch.arange(len(x)), last]
-
-    monkeypatch.setattr(rec.Block, "forward", forward)
-    small_model(torch.tensor([[3, 1, 4], [2, 5, 0]]), small_model.table())
-    assert shapes == [(2, 3, 16), (2, 3, 16)]
-    assert lasts[0] is None
-    assert lasts[1].tolist() == [2, 1]
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_block_is_attention_and_convolution_by_brute_force(heads):
+    """Guards: heads that are mixed up, a scale or a norm left out, an offset in the convolution,
+    the state of a neighbour."""
+    block = rec.Block(8, heads, 0.3).eval()
+    block.local.copy_(torch.randn(rec.LOCAL, 8))
+    x, last = torch.randn(3, 7, 8), [6, 0, 3]
+    for row, place in enumerate(last):
+        y = block.norm1(x[row])
+        q, kv = block.q(y[place]), block.kv(y)
+        heard = []
+        for part in torch.arange(8).chunk(heads):
+            keys, values = kv[: place + 1, part], kv[: place + 1, 8 + part]
+            shares = (keys @ q[part] / len(part) ** 0.5).softmax(0)
+            heard.append(shares @ values)
+        local = torch.zeros(8)
+        for ago in range(min(rec.LOCAL, place + 1)):
+            local += block.local[rec.LOCAL - 1 - ago] * y[place - ago]
+        state = x[row, place] + block.out(torch.cat(heard)) + local
+        state = state + block.down(F.gelu(block.up(block.norm2(state))))
+        assert torch.allclose(block(x, torch.tensor(last))[row], state, atol=1e-5)
 
 
 @torch.no_grad()
@@ -355,21 +354,6 @@ def test_states_and_table_have_fixed_norms(small_model):
     assert state.norm().item() == pytest.approx(1 / small_model.log_tau.exp().item(), rel=1e-5)
 
 
-@torch.no_grad()
-def test_the_local_convolution_looks_back_exactly_its_length():
-    """Guards: an offset of one in the causal padding."""
-    block = rec.Block(8, 2, 0.0).eval()
-    # of the block only the convolution is left
-    block.qkv.weight.zero_()
-    block.down.weight.zero_()
-    block.local.copy_(torch.randn(rec.LOCAL, 8))
-    x = torch.randn(1, 9, 8)
-    moved = x.clone()
-    moved[0, 3] += torch.randn(8)
-    change = (block(x) - block(moved)).abs().amax(-1)[0]
-    assert torch.nonzero(change > 1e-6).flatten().tolist() == list(range(3, 3 + rec.LOCAL))
-
-
 def test_inputs_are_item_vectors_of_norm_sqrt_width_plus_positions_from_the_last_item():
     """Guards: item vectors drowned by the positions, or a position counted from the first item or
     from the padding."""
@@ -380,8 +364,8 @@ def test_inputs_are_item_vectors_of_norm_sqrt_width_plus_positions_from_the_last
             seen.append(x)
             return x[:, -1]
 
-    model = rec.SASRec(5, width=8, blocks=0).eval()
-    model.blocks.append(Spy())
+    model = rec.SASRec(5, width=8).eval()
+    model.block = Spy()
     ids, table = torch.tensor([[3, 1, 4], [2, 5, 0]]), model.table()
     model(ids, table)
     # of a padded position nothing is read
@@ -397,10 +381,9 @@ def test_projected_features_lose_dimensions_to_dropout():
     assert lost == pytest.approx(0.3, abs=0.02)
 
 
-def test_convolutions_start_at_nothing():
+def test_the_convolution_starts_at_nothing():
     """Guards: the noise of a random filter over the last items."""
-    for block in rec.SASRec(5, blocks=2).blocks:
-        assert block.local.abs().max() == 0
+    assert rec.SASRec(5).block.local.abs().max() == 0
 
 
 @pytest.mark.parametrize("norm", [0.2, 3.0])
@@ -603,6 +586,27 @@ def test_validation_is_looked_at_every_second_epoch_and_after_the_last(
     monkeypatch.setattr(rec, "metrics", metrics)
     quick(ring(), epochs=epochs)
     assert len(looks) == expected
+
+
+@pytest.mark.parametrize("fall_epochs, fall_steps", [(3, 5), (2, 24)])
+def test_the_learning_rate_falls_to_nothing_over_the_longer_of_both(
+    monkeypatch, fall_epochs, fall_steps
+):
+    """Guards: a rate that rises again or stays; epochs of a rate of 0; small data whose rate is
+    gone before it has learnt."""
+    monkeypatch.setattr(rec, "FALL_EPOCHS", fall_epochs)
+    monkeypatch.setattr(rec, "FALL_STEPS", fall_steps)
+    rates, real = [], torch.optim.AdamW.step
+
+    def step(self, *args, **settings):
+        rates.append(self.param_groups[0]["lr"])
+        return real(self, *args, **settings)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    # eight steps an epoch
+    _, log = quick(ring(), epochs=60, batch=24, patience=9, lr=0.3)
+    assert log["epochs"] == 3
+    assert rates == pytest.approx([0.3 * (1 - k / 24) for k in range(24)])
 
 
 def test_validation_sees_the_average_of_the_weights(monkeypatch, steps):

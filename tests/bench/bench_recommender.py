@@ -198,11 +198,24 @@ def plain_loss(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     table, ids = model.table(), to_longest(ids)
     ago = ((ids > 0).sum(1, keepdim=True) - 1 - torch.arange(rec.MAX_LEN)).clamp(min=0)
     x = model.drop(table[ids] * table.shape[1] ** 0.5 + model.pos(ago))
-    for block in model.blocks:
-        x = block(x)
+    x = plain_block(model.block, x)
     logits = F.normalize(model.norm(x), dim=-1) / model.log_tau.exp() @ table.T
     logits[..., 0] = -torch.inf
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=0)
+
+
+def plain_block(block, x: torch.Tensor) -> torch.Tensor:
+    """A block's states at all positions: x (B, T, D) -> (B, T, D)."""
+    B, T, D = x.shape
+    y = block.norm1(x)
+    parts = block.q(y), *block.kv(y).chunk(2, dim=-1)
+    q, k, v = (part.view(B, T, block.heads, -1).transpose(1, 2) for part in parts)
+    p = block.dropout if block.training else 0.0
+    a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+    past = F.pad(y, (0, 0, rec.LOCAL - 1, 0))
+    local = sum(past[:, k : k + T] * weight for k, weight in enumerate(block.local))
+    x = x + block.drop(block.out(a.transpose(1, 2).reshape(B, T, D)) + local)
+    return x + block.drop(block.down(F.gelu(block.up(block.norm2(x)))))
 
 
 def to_longest(ids: torch.Tensor) -> torch.Tensor:
