@@ -258,8 +258,7 @@ def first_prompts(data, shown=None):
 
 
 def open_llm(s, path):
-    """The LLM in 4 bits with a new adapter, (model, tokenizer), and its text embeddings as a
-    function."""
+    """((model, tokenizer), encode): the LLM in 4 bits with a new adapter; its text embeddings."""
     dtype = getattr(torch, s.dtype) if s.dtype else None
     # of a pretrained LLM a pass without it takes gigabytes more, and no less time
     checkpointing = s.device != "cpu" or s.llm != "tiny"
@@ -302,11 +301,10 @@ def ask(llm, adapter, prompts, how: rl.Sampling, name):
 
 
 def own_sentences(run, data, llm):
-    """What the base LLM writes of each item, to be aligned on: it keeps its language and learns
-    the form (rejection sampling, as in STaR, arXiv 2203.14465). An entry an item: (event numbers of
-    the people shown, its sound answers of OWN_ANSWERS, those with most grounded phrases, less
-    ungrounded ones, first), index 0 empty. Users held out from the reward model are not shown: it
-    learns from these sentences."""
+    """What the base LLM writes of each item (see Dataset.sentences), to be aligned on: it keeps its
+    language and learns the form (rejection sampling, as in STaR, arXiv 2203.14465). Those with most
+    grounded phrases, less ungrounded ones, stand first. Users held out from the reward model are
+    not shown: it learns from these sentences."""
     s = run.settings
     kept = run.load("sentences", "align")
     if kept is None:
@@ -398,24 +396,16 @@ def practice_questions(data, cuts, seed):
     return train, [q for q in questions if q.item in held_items]
 
 
-def several_times(held_out):
-    """Few held-out questions, repeated: with an answer each, noise hides what PPO changed."""
-    return held_out * max(1, HELD_OUT_ANSWERS // max(1, len(held_out)))
-
-
-def ppo_updates(s, questions):
-    """The number of PPO updates; on its own at most so many that a question is asked 13 times:
-    asked more often, its good answers are learnt by heart."""
-    usual = 60 if s.llm == "tiny" else 20
-    return s.ppo_updates or min(usual, 1 + 13 * len(questions) // s.ppo_batch)
-
-
 def ppo_questions(s, data, cuts):
     """(The number of PPO updates, the questions they draw from, the held-out ones)."""
     train, held_out = practice_questions(data, cuts, s.seed)
-    updates = ppo_updates(s, train)
+    usual = 60 if s.llm == "tiny" else 20
+    # of a question that is asked more than 13 times the good answers are learnt by heart
+    updates = s.ppo_updates or min(usual, 1 + 13 * len(train) // s.ppo_batch)
     train = train[: updates * s.ppo_batch]  # more is never drawn
-    return updates, train, several_times(held_out or train)
+    held_out = held_out or train
+    # few are asked several times: with an answer each, noise hides what PPO changed
+    return updates, train, held_out * max(1, HELD_OUT_ANSWERS // max(1, len(held_out)))
 
 
 def reinforce(run, data, llm, judge, cuts):
@@ -990,9 +980,7 @@ def changed(begun, s, data):
     """What of a run to resume is not as it was, as text; "" where all is. Places may change: of
     the data its fingerprint counts, of a folder with a model its name."""
     other = {}
-    # what older runs could not choose
-    older = {"style": "pair", "evidence": "histories", "dtype": ""}
-    for name, value in (older | begun["settings"]).items():
+    for name, value in begun["settings"].items():
         now = getattr(s, name, None)
         same = value == now
         if name in ("llm", "encoder") and os.path.isabs(value) and os.path.isabs(now):
@@ -1308,7 +1296,7 @@ def explain(data, fit, lines, flags):
     model.load_state_dict(fit["model"])
     score = recommender.scorer(model)
     followed = recommender.followers(data, features)
-    term = fit["transition_weight"], fit.get("likeness", 1.0)
+    term = fit["transition_weight"], fit["likeness"]
     score = recommender.with_transitions(score, followed, *term)
     best = recommender.top_items(score, [history])[0, :5]
     # 0: nothing is left
@@ -1346,6 +1334,9 @@ NOT_KEPT = LOOK_FLAGS | set("resume overwrite dry_run debug tokens_per_second".s
 # the least that is allowed, 0 else
 LEAST = {"k_core": -1, "temperature": 0.01, "ppo_batch": 8, "align_steps": 1, "knowledge_steps": 1}
 LEAST |= {"seeds": 1, "windows": 1, "epochs": 1}
+# what --llm decides, where it is not given
+TINY = {"style": "pair", "max_new": 24, "micro_batch": 16, "proposals": 24, "ppo_lr": 3e-3}
+PRETRAINED = {"style": "sentence", "max_new": 96, "micro_batch": 4, "proposals": 4, "ppo_lr": 5e-5}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1418,19 +1409,12 @@ def resolve(s):
     for name, value in (("dataset", s.dataset), ("llm", llm), ("encoder", s.encoder)):
         if value not in ("demo", "tiny") and os.path.isdir(value):
             filled[name] = os.path.abspath(value)
-    tiny = llm == "tiny"
-    style = s.style or ("pair" if tiny else "sentence")
-    if tiny and style == "sentence":
+    usual = dict(TINY if llm == "tiny" else PRETRAINED)
+    style = s.style or usual["style"]
+    if llm == "tiny" and style == "sentence":
         raise DataError("--style sentence needs a pretrained --llm: the tiny one writes pairs only")
-    usual = {
-        "style": style,
-        "evidence": "histories" if style == "pair" else "both",
-        "max_new": 24 if tiny else 96,
-        "micro_batch": 16 if tiny else 4,
-        "proposals": 24 if tiny else 4,
-        "ppo_lr": 3e-3 if tiny else 5e-5,
-        "out": f"runs/{Path(s.dataset).resolve().name.lower()}",
-    }
+    usual["evidence"] = "histories" if style == "pair" else "both"
+    usual["out"] = f"runs/{Path(s.dataset).resolve().name.lower()}"
     filled |= {name: getattr(s, name) or value for name, value in usual.items()}
     return replace(s, arms=",".join(dict.fromkeys(arms)), **filled)
 

@@ -353,19 +353,15 @@ def people_shown(data, events):
     for e in events:
         line = "- " + "; ".join(data.titles[i] for i in data.history(e)[-PROMPT_HISTORY:])
         if data.evidence == "both" and data.review(e):
-            line += f"; wrote: {review_shown(data, e)}"
+            line += f"; wrote: {reviews_shown(data, [e])}"
         lines.append(line)
     return "\n".join(lines)
 
 
-def review_shown(data, event):
-    """The first words of what the user of a train event wrote."""
-    return " ".join(data.review(event).split()[:REVIEW_WORDS])
-
-
 def reviews_shown(data, events):
     """The first words of these events' reviews, as prompts with --evidence both show them."""
-    return " . ".join(filter(None, [review_shown(data, e) for e in events]))
+    shown = [" ".join(data.review(e).split()[:REVIEW_WORDS]) for e in events]
+    return " . ".join(filter(None, shown))
 
 
 def reason_prompt(data, item, reason, events):
@@ -541,11 +537,11 @@ def reason_sample(data, item, events, rng, current="", follow=1.0):
     """(prompt, answer) with a weak target. The thought names the item's two phrases most shared
     with the histories shown. The reason names them in a share `follow` of the samples, else two at
     random: which of them matter is left to the reward. Phrases stand in the item's order. Of the
-    style "sentence" the reason is the best that the LLM itself wrote, where there is one, of the
-    people that it was shown."""
+    style "sentence" the reason is the best that the LLM itself wrote, where there is one."""
     own = data.phrases[item]
     answers = []
     if data.style == "sentence":
+        # of the people that the LLM was shown
         events, answers = data.sentences[item]
     shared = sorted(shared_phrases(data, item, events)[:2], key=own.index)
     found = "they mention" if data.style == "sentence" else "most shared"

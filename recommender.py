@@ -307,6 +307,7 @@ def followers(data, features=None) -> Followers:
     if features is not None:
         pairs += neighbours(features)
     before, items, weights = map(np.concatenate, zip(*pairs, strict=True))
+    # places of pairs: transitions come before neighbours
     order = np.argsort(before, kind="stable")
     starts = np.searchsorted(before[order], np.arange(len(data.counts) + 1))
     return Followers(starts, items[order], weights[order], order >= n_transitions)
@@ -495,6 +496,8 @@ class Arm:
 # correction, corrected, the corrected shuffled among items
 REASON_TEXTS = ("aligned", "rl", "bestof", "curec", "shuffled")
 
+RIVALS_ONLY = ("content-only", "placebo-only", "rl-only", "bestof-only")  # of curec-only
+
 # texts, against, methods
 ARMS = {
     "popularity": Arm((), (), "curec knowledge", baseline=popularity, one_seed=True),
@@ -519,12 +522,7 @@ ARMS = {
     "aligned-only": Arm(("item", "aligned"), ("content-only",), "demo", ids=False),
     "rl-only": Arm(("item", "rl"), ("content-only", "aligned-only"), "demo", ids=False),
     "bestof-only": Arm(("item", "bestof"), ("content-only",), "demo", ids=False),
-    "curec-only": Arm(
-        ("item", "curec"),
-        ("content-only", "placebo-only", "rl-only", "bestof-only"),
-        "demo",
-        ids=False,
-    ),
+    "curec-only": Arm(("item", "curec"), RIVALS_ONLY, "demo", ids=False),
     "oracle-only": Arm(("item", "truth"), ("content-only",), "demo", ids=False),
 }
 METHODS = ("curec", "lane", "knowledge")
@@ -577,8 +575,7 @@ def arm_entry(fits, slices):
         "seeds": [fit["seed"] for fit in fits],
         "train_s": sum(fit["train_s"] for fit in fits),
         "transition_weight": [fit["transition_weight"] for fit in fits],
-        # fits of older runs knew 1 alone
-        "likeness": [fit.get("likeness", 1.0) for fit in fits],
+        "likeness": [fit["likeness"] for fit in fits],
         "rank_ms_per_user": float(np.median([fit["rank_ms_per_user"] for fit in fits])),
         "valid": mean_metrics(np.stack([fit["valid_ranks"] for fit in fits])),
         "test": mean_metrics(test),

@@ -168,7 +168,7 @@ class Judge:
         self.seed = seed
         self.raw_encode = encode
         self.reads_reviews = data.style == "sentence" and data.evidence == "both"
-        self.held_users, _ = held_out(data, seed)
+        self.held_users, self.held_items = held_out(data, seed)
         texts = [D.mask_identity(data, D.item_text(item)) for item in data.items[1:]]
         raw = encode(texts)
         self.whiten = whitening(raw, EMBEDDING_SIZE)
@@ -183,21 +183,18 @@ class Judge:
         once, place = np.unique(masked, return_inverse=True)
         return self.whiten(self.raw_encode(once.tolist())[torch.from_numpy(place)])
 
-    def fit(self, rounds=0, **how):
-        """Trains in rounds (default: ROUNDS, one where it reads reviews), each from scratch; the
-        last model stays. After a round the judge chooses a reason for every item, and the next
-        learns from these most of the time: better reasons make a better judge. Returns (a dict of
-        figures a round, the weights before training and after each round)."""
+    def fit(self, **how):
+        """Trains in rounds, each from scratch, most of the time from the reasons that the judge of
+        the round before chooses: better reasons make a better judge. The last model stays: (a dict
+        of figures a round, the weights before training and after each round)."""
         # with reviews, later rounds were no better: the chosen ones may be learnt by heart
-        rounds = rounds or (1 if self.reads_reviews else ROUNDS)
-        chosen = None
+        rounds = 1 if self.reads_reviews else ROUNDS
         figures = []
         weights = [copy.deepcopy(self.model.state_dict())]
         for number in range(1, rounds + 1):
+            chosen = self.choose_reasons(number - 1) if number > 1 else None
             figures.append(self.fit_round(number, chosen, **how))
             weights.append(copy.deepcopy(self.model.state_dict()))
-            if number < rounds:
-                chosen = self.choose_reasons(number)
         return figures, weights
 
     def draw_reasons(self, items, chosen, rng):
@@ -233,12 +230,12 @@ class Judge:
         torch.manual_seed(self.seed)
         self.model = model = RewardModel(self.items.shape[1])
         rng = np.random.default_rng([self.seed, 23, number])
-        user, item = data.events["user"], data.events["item"]
-        held_users, held_items = held_out(data, self.seed)
-        train = np.flatnonzero(~held_users[user] & ~held_items[item])
-        train_items = np.flatnonzero(~held_items[1:]) + 1
-        held = np.flatnonzero(held_users[user] & held_items[item])
-        tested_items = np.flatnonzero(held_items)
+        held_user = self.held_users[data.events["user"]]  # of each event
+        held_item = self.held_items[data.events["item"]]
+        train = np.flatnonzero(~held_user & ~held_item)
+        train_items = np.flatnonzero(~self.held_items[1:]) + 1
+        held = np.flatnonzero(held_user & held_item)
+        tested_items = np.flatnonzero(self.held_items)
         if not len(train):
             raise D.DataError(f"{data.name}: too few events to train the reward model; take more")
         # of all of them: they are sorted by time
@@ -281,14 +278,13 @@ class Judge:
         not held out (index 0 empty)."""
         data = self.data
         rng = np.random.default_rng([self.seed, 67, number])
-        held_users, _ = held_out(data, self.seed)
         chosen = [""]
         # some items at once: the vectors of all reasons of a large catalogue take gigabytes
         for part in np.split(np.arange(1, data.n_items + 1), range(500, data.n_items, 500)):
             reasons, people = [], []
             for i in part:
                 events = rng.permutation(data.events_by_item[i])
-                events = events[~held_users[data.events["user"][events]]][:MAX_AUDIENCE]
+                events = events[~self.held_users[data.events["user"][events]]][:MAX_AUDIENCE]
                 reasons += [self.random_reason(i, rng) for _ in range(CANDIDATES)]
                 people += [events] * CANDIDATES
             liked = mean_of_each(self.lifts(reasons, people, TRAIN_TIME))
@@ -512,12 +508,11 @@ def driver_choice(judge: Judge, truth):
     data = judge.data
     people, pairs, decoys = [], [], []
     rng = np.random.default_rng([judge.seed, 31])
-    held_users, held_items = held_out(data, judge.seed)
     second_half = data.events["time"] > truth["since"][1]
-    for i in np.flatnonzero(held_items):
+    for i in np.flatnonzero(judge.held_items):
         early, late = truth["early"][i], truth["late"][i]
         events = data.events_by_item[i]
-        events = events[held_users[data.events["user"][events]]]
+        events = events[judge.held_users[data.events["user"][events]]]
         if set(early) != set(late):
             events = events[second_half[events]]
         if len(events) >= 2:

@@ -371,15 +371,16 @@ def micro_batches(rows, prompts, answers, device, size):
 
 def halves(batch):
     """A micro-batch as two, of half its rows each; of one row itself."""
-    middle = -(-len(batch.rows) // 2)
-    parts = [MicroBatch(*(x[:middle] for x in batch)), MicroBatch(*(x[middle:] for x in batch))]
-    return [part for part in parts if len(part.rows)]
+    chunks = zip(*(x.chunk(2) for x in batch), strict=True)
+    return [MicroBatch(*chunk) for chunk in chunks]
 
 
 def accumulate_gradients(model, weights, batches, loss_of):
-    """Gradients of the sum of the losses of micro-batches. loss_of: micro-batch -> (loss, what to
-    keep of it). Where memory runs out the step starts again with halves, which give the same
-    gradients: (what was kept, the micro-batches that fitted)."""
+    """Gradients of the sum of the losses of micro-batches. loss_of: model, micro-batch, answer
+    tokens of all of them -> (its share of the loss, what to keep of it). Where memory runs out the
+    step starts again with halves, which give the same gradients: (what was kept, the micro-batches
+    that fitted)."""
+    tokens = sum(batch.mask.sum() for batch in batches)
     scale = LOSS_SCALE if model.dtype == torch.float16 else 1.0
     while True:
         for weight in weights:
@@ -387,7 +388,7 @@ def accumulate_gradients(model, weights, batches, loss_of):
         kept = []
         try:
             for batch in batches:
-                loss, stats = loss_of(batch)
+                loss, stats = loss_of(model, batch, tokens)
                 (loss * scale).backward()
                 kept.append(stats)
             break
@@ -508,18 +509,17 @@ def decode(model, tokenizer, rows, how, budget, name="", trie=None):
         except torch.OutOfMemoryError:
             if len(group) == 1:
                 raise
-            made = None
-        if made is None:
-            groups = [half for group in groups for half in (group[::2], group[1::2]) if half]
-            # of the tokens that did not fit, which may be fewer than were allowed
-            longest = beams * (max(len(rows[i]) for i in group) + config.max_new_tokens)
-            budget = min(budget, len(group) * longest) // 2
-            note_halving(model, "budget", budget, "generation in batches of tokens")
+        else:
+            for i, answers in zip(groups.pop(0), made, strict=True):
+                # nothing after an end is real
+                out[i] = [up_to_end(answer, ends) for answer in answers]
+            bar.update(len(group))
             continue
-        for i, answers in zip(groups.pop(0), made, strict=True):
-            # nothing after an end is real
-            out[i] = [up_to_end(answer, ends) for answer in answers]
-        bar.update(len(group))
+        groups = [half for group in groups for half in (group[::2], group[1::2]) if half]
+        # of the tokens that did not fit, which may be fewer than were allowed
+        longest = beams * (max(len(rows[i]) for i in group) + config.max_new_tokens)
+        budget = min(budget, len(group) * longest) // 2
+        note_halving(model, "budget", budget, "generation in batches of tokens")
     bar.close()
     return out
 
@@ -594,21 +594,12 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
     for step, rows in enumerate(bar, len(losses)):
         prompts = [prompt_ids(tokenizer, samples[i][0]) for i in rows]
         answers = [answer_ids(tokenizer, samples[i][1]) for i in rows]
-        tokens = sum(map(len, answers))
         warm_up = (step + 1) / max(1, min(20, steps // 10))
         decay = (steps - step) / (0.5 * steps)
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, warm_up, decay)
-
-        # tokens are bound now: the next step has others
-        def loss_of(batch, tokens=tokens):
-            logp, _ = logps_and_states(model, batch)
-            # a mean of the micro-batches' means would weigh the tokens of short ones more
-            loss = -(logp * batch.mask).sum() / tokens
-            return loss, loss.item()
-
         size = within_limit(model, "rows", config.micro_batch)
         batches = micro_batches(range(config.batch), prompts, answers, model.device, size)
-        found, _ = accumulate_gradients(model, weights, batches, loss_of)
+        found, _ = accumulate_gradients(model, weights, batches, supervised_loss)
         losses.append(sum(found))
         norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
         # float16 may overflow in the gradient alone: a step would make every weight NaN
@@ -621,6 +612,14 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
             state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(state | {"losses": losses})
     return float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+def supervised_loss(model, batch, tokens):
+    """A micro-batch's share of the mean loss of so many answer tokens: a mean of micro-batches'
+    means would weigh the tokens of short ones more; and the same as a number."""
+    logp, _ = logps_and_states(model, batch)
+    loss = -(logp * batch.mask).sum() / tokens
+    return loss, loss.item()
 
 
 # ----------------------------------------------------------------------------- PPO: its mathematics
@@ -767,7 +766,8 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         log.append(row)
         if config.log:
             write_atomically(config.log, "".join(json.dumps(row) + "\n" for row in log))
-        beta = adapted_beta(beta, row["kl"], config.kl_target)
+        if config.kl_target:
+            beta *= 1 + 0.1 * float(np.clip(row["kl"] / config.kl_target - 1, -0.2, 0.2))
         state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint.save(state | {"log": log, "beta": beta, "scale": scale})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
@@ -792,11 +792,6 @@ def value_rate(model, tokenizer, prompt, most, step=1.25):
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
     return min(most, step / states.float().abs().sum(-1).mean().item())
-
-
-def adapted_beta(beta, kl, target):
-    """The weight of the KL penalty, moved by 2 % at most towards so many nats; 0: left fixed."""
-    return beta * (1 + 0.1 * float(np.clip(kl / target - 1, -0.2, 0.2))) if target else beta
 
 
 def shuffled_minibatches(model, tokenizer, prompts, answers, rng, config):
@@ -829,18 +824,16 @@ def update_policy(model, head, optimizer, rollout, minibatches, rng, config):
     """Epochs of clipped updates on one rollout; the statistics of each step."""
     parameters = [*model.parameters(), *head.parameters()]
     steps = []
+
+    def loss_of(model, batch, tokens):
+        logp, states = logps_and_states(model, batch, config.sampling.temperature)
+        values = head(states.float()).squeeze(-1)
+        part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
+        loss, stats = ppo_loss(logp, values, part, batch.mask, tokens, config.value_coef)
+        return loss, stats | {"loss": loss.item()}
+
     for k in np.concatenate([rng.permutation(len(minibatches)) for _ in range(config.epochs)]):
-        tokens = sum(batch.mask.sum() for batch in minibatches[k])
         step = Counter()
-
-        # tokens are bound now: the next step has others
-        def loss_of(batch, tokens=tokens):
-            logp, states = logps_and_states(model, batch, config.sampling.temperature)
-            values = head(states.float()).squeeze(-1)
-            part = Rollout(*(x[batch.rows, : batch.mask.shape[1]] for x in rollout))
-            loss, stats = ppo_loss(logp, values, part, batch.mask, tokens, config.value_coef)
-            return loss, stats | {"loss": loss.item()}
-
         found, minibatches[k] = accumulate_gradients(model, parameters, minibatches[k], loss_of)
         for stats in found:
             # Counter.update adds up
@@ -984,13 +977,8 @@ def measure_speed(model, tokenizer, prompts, micro_batch, max_new=16):
     use(model, model.active_adapter, trainable=True)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     batches = micro_batches(range(len(rows)), rows, answers, model.device, micro_batch)
-
-    def loss_of(batch):
-        logp, _ = logps_and_states(model, batch)
-        return -(logp * batch.mask).sum(), None
-
     start = time.perf_counter()
-    accumulate_gradients(model, weights, batches, loss_of)
+    accumulate_gradients(model, weights, batches, supervised_loss)
     # a card computes on after backward has returned: waits for it
     weights[0].grad.sum().item()
     tokens = sum(len(row) for row in rows) + sum(map(len, answers[: len(rows)]))

@@ -363,11 +363,20 @@ def test_a_chart_reads_back_as_what_was_drawn():
     assert [kind for kind, _ in chart.series] == ["bar", "line", "line"]
 
 
-def test_few_held_out_questions_are_asked_several_times():
-    """Guards: a change of reward read off a few answers; many questions asked again for nothing."""
-    assert curec.several_times(["a", "b", "c"]) == ["a", "b", "c"] * 133
+def questions_of(monkeypatch, train, held_out, **given):
+    """What `ppo_questions` makes of these questions."""
+    monkeypatch.setattr(curec, "practice_questions", lambda data, cuts, seed: (train, held_out))
+    return curec.ppo_questions(settled("demo", **given), None, None)
+
+
+def test_few_held_out_questions_are_asked_several_times(monkeypatch):
+    """Guards: a change of reward read off a few answers; many questions asked again for nothing; no
+    held-out questions and no figure."""
+    *_, few = questions_of(monkeypatch, ["t"], ["a", "b", "c"])
+    assert few == ["a", "b", "c"] * 133
     many = list(range(401))
-    assert curec.several_times(many) == many
+    assert questions_of(monkeypatch, ["t"], many)[2] == many
+    assert questions_of(monkeypatch, many, [])[2] == many
 
 
 def test_a_run_prints_stages_tables_and_where_the_report_is(finished):
@@ -766,10 +775,10 @@ def test_arms_without_ids_run_on_real_data_where_they_are_asked_for():
         ({"ppo_updates": 90}, 10, 90),
     ],
 )
-def test_ppo_updates_follow_llm_and_catalogue(given, questions, updates):
+def test_ppo_updates_follow_llm_and_catalogue(monkeypatch, given, questions, updates):
     """Guards: sixty updates of a large LLM by default; a small shop that waits for those of a large
     one, and learns its few questions by heart; a number asked for that is not kept to."""
-    assert curec.ppo_updates(settled("demo", **given), [None] * questions) == updates
+    assert questions_of(monkeypatch, list(range(questions)), [0], **given)[0] == updates
 
 
 def test_proposals_depend_on_the_llm():
@@ -1564,9 +1573,9 @@ def test_a_dry_run_counts_ppos_answers_by_baseline():
     """Guards: hours of answers of `align` that a group baseline never asks for."""
     shop = D.demo(0, 600, 80)
     s = settled("demo", arms="curec", ppo_updates=2, ppo_batch=16)
-    train, held_out = curec.practice_questions(shop, curec.window_cuts(shop, s.windows), s.seed)
-    assert len(train) > 32
-    measured = 2 * len(curec.several_times(held_out))
+    _, train, held_out = curec.ppo_questions(s, shop, curec.window_cuts(shop, s.windows))
+    assert len(train) == 32
+    measured = 2 * len(held_out)
     for baseline, references in (("critic", 2 * 32), ("group", 0)):
         works = curec.planned_work(dataclasses.replace(s, baseline=baseline), shop)
         (answers,) = [work.answers for work in works if work.stage == "PPO"]

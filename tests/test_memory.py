@@ -68,7 +68,7 @@ def gradients(model, tokenizer, rows=8):
     prompts = [rl.prompt_ids(tokenizer, prompt) for prompt, _ in pairs(rows)]
     answers = [rl.answer_ids(tokenizer, answer) for _, answer in pairs(rows)]
 
-    def loss_of(batch):
+    def loss_of(model, batch, tokens):
         logp, _ = rl.logps_and_states(model, batch)
         loss = -(logp * batch.mask).sum() / 50
         return loss, loss.item()
@@ -149,7 +149,7 @@ def test_what_a_failed_pass_holds_is_free_before_the_next():
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return gradient.expand(2), None
 
-    def loss_of(batch):
+    def loss_of(model, batch, tokens):
         before = len(alive)
         return Layer.apply(model.weight, len(batch.rows)), before
 
@@ -281,7 +281,7 @@ def small_gradients(dtype):
     parts = (torch.arange(3), torch.zeros(3, 1), torch.zeros(3), torch.zeros(3, 1))
     inputs = torch.rand(3, 5) + 0.5
 
-    def loss_of(batch):
+    def loss_of(model, batch, tokens):
         states = inputs[batch.rows].to(dtype) @ model.weight.to(dtype)
         return 1e-8 * states.float().sum(), None
 

@@ -865,6 +865,7 @@ class DriverJudge:
 
     def __init__(self, data):
         self.data, self.seed, self.calls = data, 0, []
+        self.held_users, self.held_items = reward.held_out(data, 0)
 
     def lifts(self, reasons, people, period):
         self.calls.append((reasons, people, period))
