@@ -48,7 +48,9 @@ WIDTH, HEADS = 64, 2  # of item vectors and states; attention heads
 MAX_LEN = 50  # longest history the model sees, in items
 LOCAL = 4  # items that the convolution of a block looks at
 FEATURE_NORM = 1.6  # initial norm of projected features; that of ID embeddings is 0.16
-FALL_EPOCHS, FALL_STEPS = 16, 8_000  # the learning rate falls to 0 over the longer of both
+# the learning rate falls to 0 over the longer of both: on little data it hardly falls before
+# training ends
+FALL_EPOCHS, FALL_STEPS = 16, 8_000
 MIN_STEPS = 250  # no early stopping before: large features can start with a dip
 EVERY = 2  # epochs from one validation to the next: averaged weights change slowly
 SCORES_AT_ONCE = 800_000  # scores ranked in one batch: more leave the processor's cache
@@ -166,7 +168,7 @@ class TrainConfig:
     epochs: int = 60  # at most
     patience: int = 4  # epochs without a better validation NDCG@10
     batch: int = 256
-    lr: float = 3e-3
+    lr: float = 3e-3  # at first (see FALL_EPOCHS)
     width: int = WIDTH
     dropout: float = 0.3
     device: str = "cpu"
@@ -199,8 +201,9 @@ def batches(lengths, batch, rng):
 
 
 def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
-    """Trains until validation NDCG@10 has not risen for `patience` epochs: (the model of the best
-    epoch, {"epochs", "best_epoch", "valid_ndcg@10"}). data: n_items, train, valid (see Dataset)."""
+    """Trains until validation NDCG@10 has not risen for `patience` epochs or the learning rate is
+    0: (the model of the best epoch, {"epochs", "best_epoch", "valid_ndcg@10"}). data: n_items,
+    train, valid (see Dataset)."""
     torch.manual_seed(seed)
     model = SASRec(data.n_items, inputs, config.width, dropout=config.dropout).to(config.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
@@ -212,10 +215,11 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     # few samples: eight steps an epoch all the same
     batch = min(config.batch, -(-len(targets) // 8))
     steps = len(targets) / batch
-    # where the rate falls much data needs fewer epochs than at a constant one
-    falls = math.ceil(max(FALL_EPOCHS * steps, FALL_STEPS))
+    whole = math.ceil(steps)  # the last batch is a part of one
+    falls = max(FALL_EPOCHS * whole, FALL_STEPS)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, falls)
-    epochs = min(config.epochs, math.ceil(falls / steps))
+    # at a rate of 0 nothing more is learnt
+    epochs = min(config.epochs, math.ceil(falls / whole))
 
     def moving_average(old, new, n):
         # over about an epoch's steps; shorter at the start, or the random weights would stay in it
@@ -307,7 +311,7 @@ def followers(data, features=None) -> Followers:
     if features is not None:
         pairs += neighbours(features)
     before, items, weights = map(np.concatenate, zip(*pairs, strict=True))
-    # places of pairs: transitions come before neighbours
+    # places in pairs: those of transitions come first
     order = np.argsort(before, kind="stable")
     starts = np.searchsorted(before[order], np.arange(len(data.counts) + 1))
     return Followers(starts, items[order], weights[order], order >= n_transitions)

@@ -256,14 +256,15 @@ def test_items_that_an_arm_did_not_consider_stand_behind_all_others_and_in_no_li
 
 # ------------------------------------------------------------------------------------------ model
 @torch.no_grad()
-def test_a_block_sees_nothing_after_its_position(small_model):
+def test_a_block_sees_nothing_after_its_position():
     """Guards: attention or a convolution that reads the padding, or the answer."""
     x, last = torch.randn(4, 10, 16), torch.tensor([0, 1, 5, 9])
-    small_model.block.local.copy_(torch.randn(rec.LOCAL, 16))
+    block = rec.Block(16, 2, 0.3).eval()
+    block.local.copy_(torch.randn(rec.LOCAL, 16))
     changed = x.clone()
     for row, place in enumerate(last):
         changed[row, place + 1 :] = torch.randn(9 - place, 16)
-    assert torch.equal(small_model.block(x, last), small_model.block(changed, last))
+    assert torch.equal(block(x, last), block(changed, last))
 
 
 @torch.no_grad()
@@ -356,12 +357,12 @@ def test_states_and_table_have_fixed_norms(small_model):
 
 def test_inputs_are_item_vectors_of_norm_sqrt_width_plus_positions_from_the_last_item():
     """Guards: item vectors drowned by the positions, or a position counted from the first item or
-    from the padding."""
+    from the padding; a block that is asked at another place than the last item's."""
     seen = []
 
     class Spy(torch.nn.Module):
         def forward(self, x, last):
-            seen.append(x)
+            seen.append((x, last))
             return x[:, -1]
 
     model = rec.SASRec(5, width=8).eval()
@@ -370,7 +371,9 @@ def test_inputs_are_item_vectors_of_norm_sqrt_width_plus_positions_from_the_last
     model(ids, table)
     # of a padded position nothing is read
     positions = model.pos.weight[torch.tensor([[2, 1, 0], [1, 0, 0]])]
-    assert torch.allclose(seen[0], table[ids] * 8**0.5 + positions, atol=1e-5)
+    ((x, last),) = seen
+    assert torch.allclose(x, table[ids] * 8**0.5 + positions, atol=1e-5)
+    assert last.tolist() == [2, 1]
 
 
 def test_projected_features_lose_dimensions_to_dropout():
@@ -588,9 +591,13 @@ def test_validation_is_looked_at_every_second_epoch_and_after_the_last(
     assert len(looks) == expected
 
 
-@pytest.mark.parametrize("fall_epochs, fall_steps", [(3, 5), (2, 24)])
+@pytest.mark.parametrize(
+    "batch, fall_epochs, fall_steps, expected",
+    # of 192 samples: eight steps an epoch, and ten of which the last is a part of one
+    [(24, 3, 5, 24), (24, 2, 24, 24), (20, 3, 5, 30), (20, 2, 30, 30)],
+)
 def test_the_learning_rate_falls_to_nothing_over_the_longer_of_both(
-    monkeypatch, fall_epochs, fall_steps
+    monkeypatch, batch, fall_epochs, fall_steps, expected
 ):
     """Guards: a rate that rises again or stays; epochs of a rate of 0; small data whose rate is
     gone before it has learnt."""
@@ -603,10 +610,9 @@ def test_the_learning_rate_falls_to_nothing_over_the_longer_of_both(
         return real(self, *args, **settings)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    # eight steps an epoch
-    _, log = quick(ring(), epochs=60, batch=24, patience=9, lr=0.3)
+    _, log = quick(ring(), epochs=60, batch=batch, patience=9, lr=0.3)
     assert log["epochs"] == 3
-    assert rates == pytest.approx([0.3 * (1 - k / 24) for k in range(24)])
+    assert rates == pytest.approx([0.3 * (1 - k / expected) for k in range(expected)])
 
 
 def test_validation_sees_the_average_of_the_weights(monkeypatch, steps):
