@@ -118,7 +118,7 @@ class Settings:
     method: str = option("curec", "whose arms: CURec's or a relative's", "evaluation", METHODS)
     arms: str = option("", "instead: all, or some of " + ARM_NAMES)
     seeds: int = option(3, "downstream repeats of every arm")
-    epochs: int = option(60, "most downstream epochs; validation stops earlier")
+    epochs: int = option(60, "most downstream epochs; ends where validation stops rising")
     out: str = option("", "run folder; default runs/DATASET", "run")
     seed: int = option(0, "seed of everything, the demo world included")
     device: str = option("", "cpu | cuda | cuda:1; default: cuda where there is one")
@@ -302,9 +302,9 @@ def ask(llm, adapter, prompts, how: rl.Sampling, name):
 
 def own_sentences(run, data, llm):
     """What the base LLM writes of each item (see Dataset.sentences), to be aligned on: it keeps its
-    language and learns the form (rejection sampling, as in STaR, arXiv 2203.14465). Those with most
-    grounded phrases, less ungrounded ones, stand first. Users held out from the reward model are
-    not shown: it learns from these sentences."""
+    language and learns the form (rejection sampling, as in STaR, arXiv 2203.14465). Sentences with
+    most grounded phrases, less ungrounded ones, stand first. Users held out from the reward model
+    are not shown: it learns from these sentences."""
     s = run.settings
     kept = run.load("sentences", "align")
     if kept is None:
@@ -1334,7 +1334,7 @@ NOT_KEPT = LOOK_FLAGS | set("resume overwrite dry_run debug tokens_per_second".s
 # the least that is allowed, 0 else
 LEAST = {"k_core": -1, "temperature": 0.01, "ppo_batch": 8, "align_steps": 1, "knowledge_steps": 1}
 LEAST |= {"seeds": 1, "windows": 1, "epochs": 1}
-# what --llm decides, where it is not given
+# defaults that depend on --llm
 TINY = {"style": "pair", "max_new": 24, "micro_batch": 16, "proposals": 24, "ppo_lr": 3e-3}
 PRETRAINED = {"style": "sentence", "max_new": 96, "micro_batch": 4, "proposals": 4, "ppo_lr": 5e-5}
 

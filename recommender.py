@@ -13,7 +13,8 @@
 
 Every history (x_1 .. x_t) is a training sample of its own; SASRec's usual loss over all positions
 of a user at once validates worse. The table of all v is computed once, so features cost nothing
-when ranking. Weights are averaged over about the last epoch; validation and test see the average.
+when ranking. The learning rate falls, and weights are averaged over about the last epoch:
+validation and test see the average.
 The transition term C is added after training, to arms with IDs: inside, without a sample's own
 transition, it validated worse.
 
@@ -500,7 +501,7 @@ class Arm:
 # correction, corrected, the corrected shuffled among items
 REASON_TEXTS = ("aligned", "rl", "bestof", "curec", "shuffled")
 
-RIVALS_ONLY = ("content-only", "placebo-only", "rl-only", "bestof-only")  # of curec-only
+AGAINST_CUREC_ONLY = ("content-only", "placebo-only", "rl-only", "bestof-only")
 
 # texts, against, methods
 ARMS = {
@@ -526,7 +527,7 @@ ARMS = {
     "aligned-only": Arm(("item", "aligned"), ("content-only",), "demo", ids=False),
     "rl-only": Arm(("item", "rl"), ("content-only", "aligned-only"), "demo", ids=False),
     "bestof-only": Arm(("item", "bestof"), ("content-only",), "demo", ids=False),
-    "curec-only": Arm(("item", "curec"), RIVALS_ONLY, "demo", ids=False),
+    "curec-only": Arm(("item", "curec"), AGAINST_CUREC_ONLY, "demo", ids=False),
     "oracle-only": Arm(("item", "truth"), ("content-only",), "demo", ids=False),
 }
 METHODS = ("curec", "lane", "knowledge")

@@ -376,8 +376,8 @@ def halves(batch):
 
 
 def accumulate_gradients(model, weights, batches, loss_of):
-    """Gradients of the sum of the losses of micro-batches. loss_of: model, micro-batch, answer
-    tokens of all of them -> (its share of the loss, what to keep of it). Where memory runs out the
+    """Gradients of the sum of the losses of micro-batches. loss_of: model, micro-batch, number of
+    answer tokens of all -> (its share of the loss, what to keep of it). Where memory runs out the
     step starts again with halves, which give the same gradients: (what was kept, the micro-batches
     that fitted)."""
     tokens = sum(batch.mask.sum() for batch in batches)
@@ -615,8 +615,8 @@ def supervise(model, tokenizer, samples, config, name="align", checkpoint=Checkp
 
 
 def supervised_loss(model, batch, tokens):
-    """A micro-batch's share of the mean loss of so many answer tokens: a mean of micro-batches'
-    means would weigh the tokens of short ones more; and the same as a number."""
+    """A micro-batch's share of the mean loss of so many answer tokens, as a tensor and a number. A
+    mean of micro-batches' means would weigh the tokens of short ones more."""
     logp, _ = logps_and_states(model, batch)
     loss = -(logp * batch.mask).sum() / tokens
     return loss, loss.item()

@@ -1573,7 +1573,9 @@ def test_a_dry_run_counts_ppos_answers_by_baseline():
     """Guards: hours of answers of `align` that a group baseline never asks for."""
     shop = D.demo(0, 600, 80)
     s = settled("demo", arms="curec", ppo_updates=2, ppo_batch=16)
-    _, train, held_out = curec.ppo_questions(s, shop, curec.window_cuts(shop, s.windows))
+    cuts = curec.window_cuts(shop, s.windows)
+    assert len(curec.practice_questions(shop, cuts, s.seed)[0]) > 32
+    _, train, held_out = curec.ppo_questions(s, shop, cuts)
     assert len(train) == 32
     measured = 2 * len(held_out)
     for baseline, references in (("critic", 2 * 32), ("group", 0)):

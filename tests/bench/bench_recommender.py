@@ -213,7 +213,7 @@ def plain_block(block, x: torch.Tensor) -> torch.Tensor:
     p = block.dropout if block.training else 0.0
     a = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
     past = F.pad(y, (0, 0, rec.LOCAL - 1, 0))
-    local = sum(past[:, k : k + T] * weight for k, weight in enumerate(block.local))
+    local = sum(past[:, at : at + T] * weight for at, weight in enumerate(block.local))
     x = x + block.drop(block.out(a.transpose(1, 2).reshape(B, T, D)) + local)
     return x + block.drop(block.down(F.gelu(block.up(block.norm2(x)))))
 
