@@ -118,7 +118,7 @@ class Settings:
     method: str = option("curec", "whose arms: CURec's or a relative's", "evaluation", METHODS)
     arms: str = option("", "instead: all, or some of " + ARM_NAMES)
     seeds: int = option(3, "downstream repeats of every arm")
-    epochs: int = option(60, "most downstream epochs; ends where validation stops rising")
+    epochs: int = option(60, "most downstream epochs; validation stops earlier")
     out: str = option("", "run folder; default runs/DATASET", "run")
     seed: int = option(0, "seed of everything, the demo world included")
     device: str = option("", "cpu | cuda | cuda:1; default: cuda where there is one")
