@@ -420,17 +420,12 @@ def reinforce(run, data, llm, judge, cuts):
         return reward.rewards(judge, items, texts, shown, audience, reward.TRAIN_TIME)
 
     def sampled_rewards(stage, adapter, questions, name):
+        # a stage of its own
         kept = run.load(stage, "ppo")
         if kept is None:
             texts = ask(llm, adapter, [q.prompt for q in questions], sampling(s), name)
             kept = run.save(torch.from_numpy(rewards_of(questions, texts).total))
         return kept
-
-    def centred_reward(texts, rows):
-        found = rewards_of([train[k] for k in rows], texts)
-        logged = {"grounded": float(found.grounded.mean())}
-        logged |= {"format_ok": float(found.format_ok.mean()), "distinct": len(set(texts))}
-        return torch.from_numpy(found.total) - reference[rows], logged
 
     before = sampled_rewards("before", "align", held_out, "held-out prompts before PPO")
     reference = torch.zeros(len(train))
@@ -438,6 +433,13 @@ def reinforce(run, data, llm, judge, cuts):
         twice = [q for q in train for _ in range(2)]
         two = sampled_rewards("reference", "align", twice, "reference: two answers a prompt")
         reference = two.view(-1, 2).mean(1)
+
+    def centred_reward(texts, rows):
+        found = rewards_of([train[k] for k in rows], texts)
+        logged = {"grounded": float(found.grounded.mean())}
+        logged |= {"format_ok": float(found.format_ok.mean()), "distinct": len(set(texts))}
+        return torch.from_numpy(found.total) - reference[rows], logged
+
     log = run.load("ppo", "ppo")
     if log is None:
         third = -(-s.ppo_batch // 3)
