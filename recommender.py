@@ -8,8 +8,8 @@
     score_i = h_t . v_i + w log(1 + C_i)     C: what followed the last items in train, and z times
                                              what is like them; w, z: by validation
 
-    ids    [ 3 7 5 0 0 ]      right-padded with item 0; the one query is the last real position's
-                 h_t
+    ids    [ 3 7 5 0 0 ]      right-padded with item 0; only the last real item asks (one query),
+                 h_t          and it sees itself and what came before
 
 Every history (x_1 .. x_t) is a training sample of its own; SASRec's usual loss over all positions
 of a user at once validates worse. The table of all v is computed once, so features cost nothing
@@ -94,6 +94,7 @@ class Block(nn.Module):
         p = self.dropout if self.training else 0.0
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=p).reshape(B, D)
         recent = last[:, None] + torch.arange(1 - LOCAL, 1, device=x.device)  # (B, LOCAL)
+        # zeros where a history has no such item: (B, LOCAL, D)
         near = y[rows[:, None], recent.clamp(min=0)] * (recent >= 0)[..., None]
         x = x[rows, last] + self.drop(self.out(a) + (near * self.local).sum(1))
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
@@ -216,11 +217,11 @@ def train(data, inputs=Inputs(), config=TrainConfig(), seed=0, name="SASRec"):
     # few samples: eight steps an epoch all the same
     batch = min(config.batch, -(-len(targets) // 8))
     steps = len(targets) / batch
-    whole = math.ceil(steps)  # the last batch is a part of one
-    falls = max(FALL_EPOCHS * whole, FALL_STEPS)
+    batches_each = math.ceil(steps)  # the last of an epoch is a part of one
+    falls = max(FALL_EPOCHS * batches_each, FALL_STEPS)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, falls)
     # at a rate of 0 nothing more is learnt
-    epochs = min(config.epochs, math.ceil(falls / whole))
+    epochs = min(config.epochs, math.ceil(falls / batches_each))
 
     def moving_average(old, new, n):
         # over about an epoch's steps; shorter at the start, or the random weights would stay in it
