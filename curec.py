@@ -405,7 +405,8 @@ def ppo_questions(s, data, cuts):
     train = train[: updates * s.ppo_batch]  # more is never drawn
     held_out = held_out or train
     # few are asked several times: with an answer each, noise hides what PPO changed
-    return updates, train, held_out * max(1, HELD_OUT_ANSWERS // max(1, len(held_out)))
+    times = max(1, HELD_OUT_ANSWERS // max(1, len(held_out)))
+    return updates, train, held_out * times
 
 
 def reinforce(run, data, llm, judge, cuts):
@@ -1336,7 +1337,7 @@ NOT_KEPT = LOOK_FLAGS | set("resume overwrite dry_run debug tokens_per_second".s
 # the least that is allowed, 0 else
 LEAST = {"k_core": -1, "temperature": 0.01, "ppo_batch": 8, "align_steps": 1, "knowledge_steps": 1}
 LEAST |= {"seeds": 1, "windows": 1, "epochs": 1}
-# defaults that depend on --llm
+# defaults that depend on --llm; those of PPO's updates: see ppo_questions
 TINY = {"style": "pair", "max_new": 24, "micro_batch": 16, "proposals": 24, "ppo_lr": 3e-3}
 PRETRAINED = {"style": "sentence", "max_new": 96, "micro_batch": 4, "proposals": 4, "ppo_lr": 5e-5}
 

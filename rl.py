@@ -515,6 +515,7 @@ def decode(model, tokenizer, rows, how, budget, name="", trie=None):
                 out[i] = [up_to_end(answer, ends) for answer in answers]
             bar.update(len(group))
             continue
+        # after the except clause, which would keep what did not fit
         groups = [half for group in groups for half in (group[::2], group[1::2]) if half]
         # of the tokens that did not fit, which may be fewer than were allowed
         longest = beams * (max(len(rows[i]) for i in group) + config.max_new_tokens)
@@ -766,8 +767,7 @@ def ppo(model, tokenizer, prompts, reward_fn, config, checkpoint=Checkpoint()):
         log.append(row)
         if config.log:
             write_atomically(config.log, "".join(json.dumps(row) + "\n" for row in log))
-        if config.kl_target:
-            beta *= 1 + 0.1 * float(np.clip(row["kl"] / config.kl_target - 1, -0.2, 0.2))
+        beta = adapted_beta(beta, row["kl"], config.kl_target)
         state = {"weights": weights.state_dict(), "optimizer": optimizer.state_dict()}
         checkpoint.save(state | {"log": log, "beta": beta, "scale": scale})
         bar.set_postfix_str(f"reward {row['reward']:+.3f} KL {row['kl']:.2f}")
@@ -792,6 +792,11 @@ def value_rate(model, tokenizer, prompt, most, step=1.25):
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     states = causal_lm(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
     return min(most, step / states.float().abs().sum(-1).mean().item())
+
+
+def adapted_beta(beta, kl, target):
+    """The weight of the KL penalty, moved by 2 % at most towards so many nats; 0: left fixed."""
+    return beta * (1 + 0.1 * float(np.clip(kl / target - 1, -0.2, 0.2))) if target else beta
 
 
 def shuffled_minibatches(model, tokenizer, prompts, answers, rng, config):
